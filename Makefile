@@ -1,0 +1,35 @@
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One vLLM engine lives in the process that asks for it; usage statistics and hub look-ups have no place in a test.
+export VLLM_ENABLE_V1_MULTIPROCESSING ?= 0
+export VLLM_NO_USAGE_STATS ?= 1
+export VLLM_LOGGING_LEVEL ?= ERROR
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test test-all test-gpu check clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml requirements/cpu-overrides.txt scripts/setup.sh
+	bash scripts/setup.sh $(VENV)
+
+demo: setup  ## train SmolLM2 to do what a teacher with the answers does; writes outputs/demo/
+	$(BIN)/python examples/demo.py
+
+test: setup  ## everything but the slow and the GPU tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+check: setup  ## what CI runs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+clean:
+	rm -rf $(VENV) outputs models .pytest_cache .ruff_cache .mypy_cache
