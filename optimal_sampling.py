@@ -1,0 +1,5 @@
+"""The project's earlier import path: ``from optimal_sampling import OptimalSamplingV1``."""
+
+from osd.sampler import OptimalSamplingOutput, OptimalSamplingV1, save_alpha_history
+
+__all__ = ["OptimalSamplingOutput", "OptimalSamplingV1", "save_alpha_history"]

@@ -1,0 +1,299 @@
+"""PairEngine: the front end of the paired engine, and the only thing outside ``osd.engine`` that talks to vLLM."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from osd.core import RECORD_FIELDS, TokenRecord
+from osd.engine.compat import check_vllm
+
+check_vllm()
+# The pair drives vLLM's V1 model runner; V2 is another seam. It must be said before vLLM reads its environment.
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+import torch  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+from osd.engine.config import PairConfig, student_vllm_config  # noqa: E402
+from osd.engine.models import check_models  # noqa: E402
+from osd.engine.options import PairOptions  # noqa: E402
+from osd.engine.record import RequestRecord, load_records  # noqa: E402
+
+__all__ = ["PairCompletion", "PairConfig", "PairEngine", "PairPrompt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPrompt:
+    """One request: what each side reads before the completion, as token ids."""
+
+    teacher_token_ids: list[int]
+    student_token_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCompletion:
+    """What came of one request.
+
+    Attributes:
+        token_ids: the completion, including the token that ended it.
+        text: its text without special tokens.
+        finish_reason: "stop", "length", "abort" or "error".
+        stop_reason: the stop string or id that ended it, if one did.
+        error: why it ended in an error ("NaN in the student's logits"), or None.
+        record: one row per token, or None if it was not asked for.
+        weights_version: the student weights that sampled it.
+        teacher_prompt_tokens, student_prompt_tokens: prompt lengths.
+        teacher_cached_tokens, student_cached_tokens: how much of each was in that side's prefix cache.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None
+    stop_reason: int | str | None
+    error: str | None
+    record: TokenRecord | None
+    weights_version: int
+    teacher_prompt_tokens: int
+    student_prompt_tokens: int
+    teacher_cached_tokens: int
+    student_cached_tokens: int
+
+
+class PairEngine:
+    """Two models decoded together inside one vLLM engine, every token drawn from q*.
+
+    Usable as a context manager. One per process unless vLLM runs its engine core in another
+    (``VLLM_ENABLE_V1_MULTIPROCESSING=1``, its default).
+
+    Raises:
+        ValueError: models that are missing or have different tokenizers, or engine arguments the pair cannot take; before
+            any weights load.
+        ImportError: a vLLM outside the supported range.
+    """
+
+    def __init__(self, config: PairConfig) -> None:
+        check_models(config)
+        self.config = config
+        self.llm = LLM(**config.teacher_engine_args())
+        self._engine = self.llm.llm_engine
+        self._student_config = student_vllm_config(self._engine.vllm_config)
+        self._check_active()
+        self.tokenizer = self.llm.get_tokenizer()
+        self.weights_version = 0
+        self._request_number = itertools.count()
+        self._stale: str | None = None
+
+    def _check_active(self) -> None:
+        """vLLM logs and goes on when a plug-in is not used: make sure that both of ours are."""
+        if self.llm.collective_rpc("pair_active") != [True] * self._engine.vllm_config.parallel_config.world_size:
+            raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
+
+    # -- sampling ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[PairPrompt],
+        *,
+        sampling: dict[str, Any] | Sequence[dict[str, Any]],
+        alpha: float | None = None,
+        teacher_only: bool = False,
+        record: bool = True,
+        hidden: bool = False,
+        progress: bool = False,
+    ) -> list[PairCompletion]:
+        """Sample one completion per prompt, in the order of the prompts.
+
+        Args:
+            prompts: token ids of both sides.
+            sampling: keyword arguments of ``vllm.SamplingParams`` for all prompts, or one dict per prompt. ``n`` must be 1:
+                repeat the prompt instead, it is in the prefix cache.
+            alpha: the teacher's weight for these requests, in [0, 1] (0 samples from the student); None: as configured.
+            teacher_only: sample from the teacher, and leave the student idle.
+            record: return the per-token record.
+            hidden: with the teacher's final hidden state.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: an empty prompt, or one too long for either model; nothing has been sampled then.
+            RuntimeError: the last weight sync failed, so the student's weights are not to be sampled from.
+        """
+        if self._stale is not None:
+            raise RuntimeError(f"the student's weights are incomplete since a failed sync ({self._stale}); sync again first")
+        options = PairOptions(alpha=alpha, teacher_only=teacher_only, record=record, hidden=hidden)
+        params = self._sampling_params(prompts, sampling, options)
+        ids = self._submit(prompts, params)
+        try:
+            outputs = self._run(len(ids), progress)
+        except BaseException:
+            self._abandon(ids)
+            raise
+        records = self._take_records() if record else {}
+        return [
+            self._completion(prompt, outputs[name], records.get(internal))
+            for prompt, (name, internal) in zip(prompts, ids.items(), strict=True)
+        ]
+
+    def _sampling_params(
+        self, prompts: Sequence[PairPrompt], sampling: dict[str, Any] | Sequence[dict[str, Any]], options: PairOptions
+    ) -> list[SamplingParams]:
+        per_prompt = [sampling] * len(prompts) if isinstance(sampling, dict) else list(sampling)
+        if len(per_prompt) != len(prompts):
+            raise ValueError(f"sampling has {len(per_prompt)} entries for {len(prompts)} prompts; give one each, or one dict")
+        params = []
+        for index, (prompt, kwargs) in enumerate(zip(prompts, per_prompt, strict=True)):
+            extra = {**vars(options), "weights_version": self.weights_version}
+            extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
+            extra_args = {**kwargs.get("extra_args", {}), **PairOptions(**extra).to_extra_args()}
+            params.append(SamplingParams(**{**kwargs, "extra_args": extra_args}))
+            self._check_request(index, prompt, params[-1])
+        return params
+
+    def _check_request(self, index: int, prompt: PairPrompt, params: SamplingParams) -> None:
+        if params.n != 1:
+            raise ValueError(f"sampling n={params.n}: give each prompt {params.n} times instead")
+        if params.max_tokens is None:
+            raise ValueError("sampling max_tokens is None; give the longest completion you want, in tokens")
+        for side, ids, config in (
+            ("teacher", prompt.teacher_token_ids, self._engine.vllm_config),
+            ("student", prompt.student_token_ids, self._student_config),
+        ):
+            limit = config.model_config.max_model_len
+            if not ids:
+                raise ValueError(f"prompt {index}: the {side}'s prompt is empty; give it at least one token")
+            if len(ids) + params.max_tokens > limit:
+                raise ValueError(
+                    f"prompt {index}: the {side}'s prompt has {len(ids)} tokens, and with max_tokens={params.max_tokens} that "
+                    f"is over its max_model_len={limit}; shorten one of them or raise max_model_len"
+                )
+
+    def _submit(self, prompts: Sequence[PairPrompt], params: Sequence[SamplingParams]) -> dict[str, str]:
+        """Queue the requests; returns vLLM's internal id of each (the records' key) by the id its outputs carry."""
+        ids = {}
+        for prompt, param in zip(prompts, params, strict=True):
+            name = f"osd-{next(self._request_number)}"
+            ids[name] = self._engine.add_request(name, {"prompt_token_ids": list(prompt.teacher_token_ids)}, param)
+        return ids
+
+    def _run(self, total: int, progress: bool) -> dict[str, Any]:
+        outputs: dict[str, Any] = {}
+        with tqdm(total=total, desc="sampling", unit="completion", disable=not progress) as bar:
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    if output.finished:
+                        outputs[output.request_id] = output
+                        bar.update()
+        return outputs
+
+    def _completion(self, prompt: PairPrompt, output: Any, record: RequestRecord | None) -> PairCompletion:
+        completion = output.outputs[0]
+        error = None
+        if completion.finish_reason == "error":
+            error = str(completion.stop_reason).removeprefix("osd: ")
+        return PairCompletion(
+            token_ids=list(completion.token_ids),
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            stop_reason=None if error else completion.stop_reason,
+            error=error,
+            record=None if record is None else self._token_record(record, len(completion.token_ids)),
+            weights_version=self.weights_version,
+            teacher_prompt_tokens=len(prompt.teacher_token_ids),
+            student_prompt_tokens=len(prompt.student_token_ids),
+            teacher_cached_tokens=0 if record is None else record.teacher_cached_tokens,
+            student_cached_tokens=0 if record is None else record.student_cached_tokens,
+        )
+
+    def _token_record(self, record: RequestRecord, length: int) -> TokenRecord:
+        # A request that ended by a stop string, or in an error, may have one more row than it has tokens.
+        hidden = None if record.hidden_TH is None else record.hidden_TH[:length]
+        values = record.values_TR[:length] if record.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
+        return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=record.weights_version)
+
+    def _take_records(self) -> dict[str, RequestRecord]:
+        [data] = [data for data in self.llm.collective_rpc("take_records") if data is not None]
+        return load_records(data)
+
+    def _abandon(self, ids: dict[str, str]) -> None:
+        """After an exception in mid-run: leave no request behind, and no record of one."""
+        self._engine.abort_request(list(ids.values()), internal=True)
+        self._take_records()
+
+    # -- the student's weights --------------------------------------------------------------------------------------
+
+    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Push a live student into the engine; returns the new ``weights_version``.
+
+        Args:
+            named_tensors: every parameter of the student under its Hugging Face name.
+
+        The student's prefix cache is reset with the next request (the teacher's survives). If this raises, the engine
+        refuses to sample until a sync succeeds.
+
+        Raises:
+            ValueError: parameters missing from ``named_tensors``.
+        """
+        self._stale = "it did not finish"
+        try:
+            versions = self.llm.collective_rpc("load_student_weights", args=(self._sendable(named_tensors),))
+        except Exception as error:
+            self._stale = str(error)
+            raise
+        assert len(set(versions)) == 1, f"workers disagree on the student's weights version: {versions}"
+        self.weights_version, self._stale = versions[0], None
+        return self.weights_version
+
+    def _sendable(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+        """One worker in this process takes the tensors as they come; others need them all in one message."""
+        return named_tensors if self._worker() is not None else [(name, tensor.cpu()) for name, tensor in named_tensors]
+
+    def _worker(self) -> Any | None:
+        """The worker, where it lives in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0`` and one rank), else None."""
+        core = getattr(self._engine.engine_core, "engine_core", None)
+        wrapper = getattr(getattr(core, "model_executor", None), "driver_worker", None)
+        return getattr(wrapper, "worker", None)
+
+    def teacher_lm_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The teacher's own output layer, by reference: weight [V, H] and bias [V] or None.
+
+        Raises:
+            RuntimeError: the worker is not in this process, or the vocabulary is sharded over several.
+        """
+        worker = self._worker()
+        if worker is None or worker.parallel_config.world_size != 1:
+            raise RuntimeError(
+                "the teacher's output layer can be shared only with an engine in this process on one device: set "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0 and tensor_parallel_size=1"
+            )
+        head = worker.model_runner.get_model().lm_head
+        vocab_size = worker.model_config.get_vocab_size()
+        bias = getattr(head, "bias", None)
+        return head.weight[:vocab_size], None if bias is None else bias[:vocab_size]
+
+    # -- the rest of its life ---------------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> None:
+        """Forget both sides' prefix caches."""
+        self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Shut the engine down and give its memory back. Idempotent."""
+        if (llm := getattr(self, "llm", None)) is None:
+            return
+        self._engine.engine_core.shutdown()
+        del self.llm, self._engine, llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def __enter__(self) -> PairEngine:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,264 @@
+"""PairScheduler: the teacher's stock scheduler, a second stock scheduler for the student, and the rewind rule.
+
+Every request exists in both, with its own prompt and its own KV blocks. A request advances only on a step where both
+sides computed logits for the same output position. Where one side got there first (chunked prefill, a prefix-cache hit,
+a preemption on the other side), its sample is discarded and its ``num_computed_tokens`` goes back by one, so that its own
+stock scheduler recomputes just that token next step. Nothing waits, so nothing deadlocks: both schedulers serve requests
+in arrival order, and the oldest request always progresses on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from osd.engine.config import student_vllm_config
+from osd.engine.options import PairOptions
+
+# A row whose logits are not numbers is "sampled" as one of these ids; no vocabulary has negative ids.
+FAILED_TOKEN = {-2: "student", -3: "teacher", -4: "student and teacher"}
+
+
+@dataclass
+class PairStep:
+    """What the student does in a step; rides on the teacher's ``SchedulerOutput`` as its ``osd`` attribute.
+
+    Attributes:
+        student_output: the student scheduler's own output for this step.
+        ready: ids of the requests that are sampled in this step: both sides compute logits for the same position.
+        weights_version: the student weights that these KV blocks belong to; None if nobody said.
+    """
+
+    student_output: SchedulerOutput
+    ready: set[str] = field(default_factory=set)
+    weights_version: int | None = None
+
+
+def student_kv_cache_config(student_config: VllmConfig, num_blocks: int) -> KVCacheConfig:
+    """The student's KV cache as its scheduler needs it: one group of full attention, as many blocks as the teacher.
+
+    The scheduler has no model to ask; :class:`osd.engine.worker.PairWorker` checks the model's own specs against this.
+    """
+    model = student_config.model_config
+    spec = FullAttentionSpec(
+        block_size=student_config.cache_config.block_size,
+        num_kv_heads=model.get_num_kv_heads(student_config.parallel_config),
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+    )
+    group = KVCacheGroupSpec(layer_names=["student"], kv_cache_spec=spec)
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[group])
+
+
+class PairScheduler(Scheduler):
+    """vLLM's scheduler for the teacher, holding another one for the student (``self.student``)."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+        self._refuse_unsupported()
+        student_config = student_vllm_config(vllm_config)
+        student_config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
+        student_kv = student_kv_cache_config(student_config, kv_cache_config.num_blocks)
+        with set_current_vllm_config(student_config):
+            self.student = Scheduler(student_config, student_kv, *args, **kwargs)
+        self.student_eos_ids = _eos_ids(student_config)
+        self.weights_version: int | None = None
+        self._refused: list[tuple[Request, str]] = []
+
+    def _refuse_unsupported(self) -> None:
+        assert not self.scheduler_config.async_scheduling, "PairConfig turns async scheduling off"
+        assert self.connector is None and self.num_spec_tokens == 0 and not self.use_pp, "PairConfig refuses these"
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        step = PairStep(self.student.schedule(), weights_version=self.weights_version)
+        step.ready = self._rewind_the_side_ahead(output, step.student_output)
+        output.osd = step  # type: ignore[attr-defined]
+        return output
+
+    def _rewind_the_side_ahead(self, output: SchedulerOutput, student_output: SchedulerOutput) -> set[str]:
+        """Apply the rewind rule to a scheduled step; return the ids of the requests that are sampled in it."""
+        teacher_ready = _with_logits(self, output)
+        student_ready = _with_logits(self.student, student_output)
+        paired = self.student.requests.keys()
+        ready = {i for i in teacher_ready if i in student_ready or i not in paired}
+        for request_id in teacher_ready - ready:
+            self.requests[request_id].num_computed_tokens -= 1
+        for request_id in student_ready - ready:
+            self.student.requests[request_id].num_computed_tokens -= 1
+        return ready
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        step: PairStep = scheduler_output.osd  # type: ignore[attr-defined]
+        failed = _take_failed_rows(model_runner_output)
+        sampled = dict(zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True))
+        # The stock update trims and owns these lists; the student needs its own.
+        student_tokens = {i: list(sampled.get(i, ())) for i in step.student_output.num_scheduled_tokens}
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self.student.update_from_output(step.student_output, _student_runner_output(student_tokens))
+        for request_id, side in failed.items():
+            self._end_in_error(outputs, request_id, f"NaN in the {side}'s logits")
+        for request, reason in self._refused:
+            _append(outputs, request, reason)
+        self._refused.clear()
+        return outputs
+
+    def _end_in_error(self, outputs: dict[int, EngineCoreOutputs], request_id: str, reason: str) -> None:
+        # Nothing is returned for a request that was aborted while the step ran.
+        for request in self.finish_requests(request_id, RequestStatus.FINISHED_ERROR):
+            _append(outputs, request, reason)
+
+    # -- a request's life -------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        try:
+            options = PairOptions.of(request.sampling_params)
+            self._check(request, options)
+        except ValueError as error:
+            # Raising here would take the whole engine down with one bad request: answer it with an error instead.
+            self._refused.append((request, str(error)))
+            return
+        self._adopt_weights_version(options.weights_version)
+        self._add_student_eos(request.sampling_params)
+        super().add_request(request)
+        if not options.teacher_only:
+            self.student.add_request(self._student_request(request, options))
+
+    def _check(self, request: Request, options: PairOptions) -> None:
+        if request.sampling_params is None or request.mm_features or request.prompt_embeds is not None or request.resumable:
+            raise ValueError("the paired engine serves text completion only (no pooling, images, embeddings, streaming input)")
+        if request.sampling_params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not supported by the paired engine; it has logprobs of the completion")
+        if options.student_prompt_token_ids is not None and not options.student_prompt_token_ids:
+            raise ValueError("student_prompt_token_ids is empty; give the student at least one token")
+        if options.teacher_only:
+            return
+        prompt = options.student_prompt_token_ids or request.prompt_token_ids
+        longest, limit = len(prompt) + request.max_tokens, self.student.max_model_len
+        if longest > limit:
+            raise ValueError(
+                f"the student's prompt ({len(prompt)} tokens) plus max_tokens ({request.max_tokens}) is {longest}, over its "
+                f"max_model_len {limit}"
+            )
+
+    def _student_request(self, request: Request, options: PairOptions) -> Request:
+        """The student's half: its own prompt, and nothing that could make it stop or draw by itself."""
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=request.max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=PairOptions(record=options.record).to_extra_args(),
+        )
+        return Request(
+            request_id=request.request_id,
+            prompt_token_ids=list(options.student_prompt_token_ids or request.prompt_token_ids),
+            sampling_params=params,
+            pooling_params=None,
+            client_index=request.client_index,
+            arrival_time=request.arrival_time,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            block_hasher=request._block_hasher,
+        )
+
+    def _add_student_eos(self, params: SamplingParams) -> None:
+        """A completion ends at either model's end-of-sequence id."""
+        extra = self.student_eos_ids - {params.eos_token_id, *(params.stop_token_ids or ())}
+        if params.ignore_eos or not extra:
+            return
+        params.stop_token_ids = [*(params.stop_token_ids or ()), *sorted(extra)]
+        params.all_stop_token_ids.update(extra)
+
+    def _adopt_weights_version(self, version: int | None) -> None:
+        if version is None or version == self.weights_version:
+            return
+        if self.weights_version is not None:
+            self._reset_student_cache()
+        self.weights_version = version
+
+    def _reset_student_cache(self) -> None:
+        """Forget every KV block of the student's, and only its: its weights are about to be others."""
+        if not self.student.reset_prefix_cache(reset_running_requests=bool(self.student.running)):
+            raise RuntimeError("the student's prefix cache could not be reset after a weight sync: blocks are still in use")
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Only the teacher's side decides that a request ends; the student's half goes with it, however it ended."""
+        self.student.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        return super()._free_request(request, *args, **kwargs)
+
+    # -- what vLLM asks of a scheduler as a whole -------------------------------------------------------------------
+
+    def has_requests(self) -> bool:
+        # A step must run to answer refused requests, and to tell the worker which of the student's requests ended.
+        return super().has_requests() or self.student.has_finished_requests() or bool(self._refused)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        teacher_reset = super().reset_prefix_cache(*args, **kwargs)
+        return self.student.reset_prefix_cache(*args, **kwargs) and teacher_reset
+
+    def set_pause_state(self, pause_state: Any) -> None:
+        super().set_pause_state(pause_state)
+        self.student.set_pause_state(pause_state)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.student.shutdown()
+
+
+def _with_logits(scheduler: Scheduler, output: SchedulerOutput) -> set[str]:
+    """Ids of the scheduled requests whose last known token is computed in this step, so that logits follow it."""
+    return {i for i in output.num_scheduled_tokens if not scheduler.requests[i].is_prefill_chunk}
+
+
+def _student_runner_output(tokens: dict[str, list[int]]) -> ModelRunnerOutput:
+    ids: Iterable[str] = tokens
+    return ModelRunnerOutput(
+        req_ids=list(ids),
+        req_id_to_index={request_id: i for i, request_id in enumerate(tokens)},
+        sampled_token_ids=list(tokens.values()),
+        logprobs=None,
+        prompt_logprobs_dict={},
+        pooler_output=[],
+    )
+
+
+def _take_failed_rows(output: ModelRunnerOutput) -> dict[str, str]:
+    """Take the rows whose logits were not numbers out of a runner's output; return which side failed, by request id."""
+    failed = {}
+    for i, (request_id, tokens) in enumerate(zip(output.req_ids, output.sampled_token_ids, strict=True)):
+        if tokens and tokens[0] < 0:
+            failed[request_id] = FAILED_TOKEN[int(tokens[0])]
+            output.sampled_token_ids[i] = []
+    return failed
+
+
+def _append(outputs: dict[int, EngineCoreOutputs], request: Request, reason: str) -> None:
+    error = EngineCoreOutput(
+        request_id=request.request_id, new_token_ids=[], finish_reason=FinishReason.ERROR, stop_reason=f"osd: {reason}"
+    )
+    outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(error)
+
+
+def _eos_ids(config: VllmConfig) -> set[int]:
+    """The end-of-sequence ids that a model declares: its generation config's, or else its config's."""
+    declared = config.model_config.try_get_generation_config().get("eos_token_id")
+    if declared is None:
+        declared = getattr(config.model_config.hf_text_config, "eos_token_id", None)
+    if declared is None:
+        return set()
+    return {declared} if isinstance(declared, int) else set(declared)

@@ -1,0 +1,43 @@
+"""Pushing a live student into its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import nn
+from vllm.platforms import current_platform
+
+
+@contextmanager
+def keep_weights_live() -> Iterator[None]:
+    """Load a model whose weights stay where ``load_weights`` can reach them.
+
+    On a CPU, vLLM packs every linear layer for oneDNN after loading and drops the original, so a later ``load_weights``
+    would fail on the empty parameters (and change nothing where it did not). The student keeps plain ones.
+    Symptom: shape mismatch, or stale logits, after a weight sync. Versions: 0.26 to 0.31. To be removed when vLLM can
+    reload packed weights in place.
+    """
+    if not current_platform.is_cpu():
+        yield
+        return
+
+    def plain_linear(layer: nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = nn.functional.linear
+
+    with mock.patch("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain_linear):
+        yield
+
+
+def load_all_weights(model: nn.Module, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Load Hugging Face named tensors into a vLLM model, every parameter of it.
+
+    Raises:
+        ValueError: parameters that the tensors did not cover: half a student is not a student.
+    """
+    loaded = model.load_weights(named_tensors)
+    missing = sorted({name for name, _ in model.named_parameters()} - set(loaded))
+    if missing:
+        raise ValueError(f"the weight sync left {len(missing)} of the student's parameters as they were: {missing[:5]} ...")

@@ -1,0 +1,267 @@
+"""PairWorker: one vLLM worker process that holds two model runners on the same device.
+
+``self.model_runner`` is the teacher's, built by vLLM; ``self.student_runner`` is built here from the student's own
+``VllmConfig``. Each has its own weights, KV cache, compile artefacts and CUDA graphs. A step runs both forward passes,
+mixes the logits in the teacher's sampler and hands the drawn tokens to the student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.structured_output.utils import apply_grammar_bitmask
+
+from osd.engine.config import mixing_config, share_block_size, student_vllm_config
+from osd.engine.options import PairOptions
+from osd.engine.record import RecordLog, dump_records
+from osd.engine.rows import RowPlan, RowPlanner
+from osd.engine.sampler import FedSampler, PairSampler, as_index
+from osd.engine.scheduler import PairStep, student_kv_cache_config
+from osd.engine.weights import keep_weights_live, load_all_weights
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+# What vLLM's Worker reads of itself when it builds, profiles or warms up its model runner.
+_CONFIG_ATTRIBUTES = ("model_config", "cache_config", "load_config", "scheduler_config", "compilation_config")
+
+
+class PairWorker(Worker):
+    """vLLM's worker of this platform, for two models."""
+
+    # -- building both sides ----------------------------------------------------------------------------------------
+
+    def init_device(self) -> None:
+        super().init_device()
+        self.student_config = student_vllm_config(self.vllm_config)
+        with set_current_vllm_config(self.student_config):
+            self.student_runner = type(self.model_runner)(self.student_config, self.device)
+        self.records = RecordLog()
+        self.weights_loaded = True
+        self.weights_version = 0
+
+    @contextmanager
+    def _as_student(self) -> Iterator[None]:
+        """Run the body with the student in the teacher's place, so that vLLM's own worker code serves both."""
+        mine = {name: getattr(self, name) for name in ("vllm_config", "model_runner", *_CONFIG_ATTRIBUTES)}
+        self.vllm_config, self.model_runner = self.student_config, self.student_runner
+        for name in _CONFIG_ATTRIBUTES:
+            setattr(self, name, getattr(self.student_config, name))
+        try:
+            with set_current_vllm_config(self.student_config):
+                yield
+        finally:
+            for name, value in mine.items():
+                setattr(self, name, value)
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        with self._as_student(), keep_weights_live():
+            super().load_model(**kwargs)
+
+    def set_kv_cache_layout(self, kv_cache_layout: str) -> None:
+        super().set_kv_cache_layout(kv_cache_layout)
+        with self._as_student():
+            super().set_kv_cache_layout(kv_cache_layout)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the teacher's KV cache, such that the same number of blocks of the student's fits beside it."""
+        share_block_size(self.vllm_config, self.student_config)
+        with self._profile_runs_include_student():
+            total = super().determine_available_memory()
+        teacher, student = (_block_bytes(runner.get_kv_cache_spec()) for runner in (self.model_runner, self.student_runner))
+        return int(total * teacher / (teacher + student))
+
+    @contextmanager
+    def _profile_runs_include_student(self) -> Iterator[None]:
+        """Make vLLM's memory profile see both models' activations."""
+        profile_teacher = self.model_runner.profile_run
+
+        def profile_both(*args: Any, **kwargs: Any) -> None:
+            with set_current_vllm_config(self.student_config):
+                self.student_runner.profile_run(*args, **kwargs)
+            profile_teacher(*args, **kwargs)
+
+        self.model_runner.profile_run = profile_both
+        try:
+            yield
+        finally:
+            del self.model_runner.profile_run
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        with self._as_student():
+            super().initialize_from_config(self._student_kv_cache_config(kv_cache_config))
+
+    def _student_kv_cache_config(self, teacher: KVCacheConfig) -> KVCacheConfig:
+        specs = self.student_runner.get_kv_cache_spec()
+        self._check_student_specs(specs, teacher.num_blocks)
+        self.student_config.cache_config.num_gpu_blocks_override = teacher.num_blocks
+        available = teacher.num_blocks * _block_bytes(specs)
+        [config] = get_kv_cache_configs(self.student_config, [specs], [available])
+        if hasattr(teacher, "kv_cache_layout"):
+            config.kv_cache_layout = teacher.kv_cache_layout
+        return config
+
+    def _check_student_specs(self, specs: dict[str, Any], num_blocks: int) -> None:
+        """The scheduler planned for uniform full attention: any other cache would be addressed wrongly."""
+        planned = student_kv_cache_config(self.student_config, num_blocks).kv_cache_groups[0].kv_cache_spec
+        for layer, spec in specs.items():
+            if type(spec) is not type(planned) or spec.block_size != planned.block_size or spec.sliding_window:
+                raise ValueError(
+                    f"student {self.student_config.model_config.model!r}: layer {layer} has the KV cache {spec}, and the "
+                    "paired engine supports students with full attention in every layer (Llama, Qwen2, Qwen3, ...)"
+                )
+
+    def compile_or_warm_up_model(self) -> Any:
+        with self._as_student():
+            super().compile_or_warm_up_model()
+        times = super().compile_or_warm_up_model()
+        self._install_samplers()
+        return times
+
+    def _install_samplers(self) -> None:
+        vocab_size = min(runner.model_config.get_vocab_size() for runner in (self.model_runner, self.student_runner))
+        mode = self.model_runner.sampler.logprobs_mode
+        self.sampler = PairSampler(mixing_config(self.vllm_config), vocab_size, logprobs_mode=mode)
+        self.student_sampler = FedSampler()
+        self.model_runner.sampler, self.student_runner.sampler = self.sampler, self.student_sampler
+        self.planner = RowPlanner(self.device)
+
+    def pair_active(self) -> bool:
+        """Both samplers are in place; asked once at start-up, because vLLM goes on without a plug-in that is not used."""
+        return self.model_runner.sampler is self.sampler and self.student_runner.sampler is self.student_sampler
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        step: PairStep = scheduler_output.osd
+        self._check_weights(step)
+        self._note_admissions(scheduler_output, step)
+        self.step = step
+        self.student_runner.execute_model(step.student_output)
+        output = super().execute_model(scheduler_output)
+        if output is not None:
+            # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
+            self._finish_student(None)
+        return output
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        teacher, student = self.model_runner, self.student_runner
+        state, student_state = teacher.execute_model_state, student.execute_model_state
+        plan = self.planner.plan(teacher, student, self.step.ready)
+        self._set_up_sampler(plan, student_state)
+        self._constrain(state, grammar_output)
+        with _only_rows(teacher, plan.ready_mask):
+            output = teacher.sample_tokens(None)
+        self._finish_student(plan)
+        self._record(plan, state.sample_hidden_states)
+        return output
+
+    def _set_up_sampler(self, plan: RowPlan, student_state: Any) -> None:
+        self.sampler.rows = plan.rows
+        self.sampler.student_logits_BV = None if student_state is None else student_state.logits
+
+    def _constrain(self, state: Any, grammar_output: GrammarOutput | None) -> None:
+        """Structured output masks q*, not the teacher: masking one policy would change α."""
+        self.sampler.constrain = None
+        if grammar_output is not None:
+            batch = self.model_runner.input_batch
+            self.sampler.constrain = lambda logits: apply_grammar_bitmask(
+                state.scheduler_output, grammar_output, batch, logits
+            )
+
+    def _finish_student(self, plan: RowPlan | None) -> None:
+        """Hand the student the tokens drawn for its rows (none without a plan), and let vLLM do its bookkeeping."""
+        runner = self.student_runner
+        if runner.execute_model_state is None:
+            return  # it had nothing to compute either
+        num_rows = runner.input_batch.num_reqs
+        mask = np.zeros(num_rows, dtype=bool) if plan is None else plan.student_ready_mask
+        tokens = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
+        if mask.any():
+            tokens[as_index(plan.rows.student)] = self.sampler.token_B[as_index(plan.rows.paired)]
+        self.student_sampler.tokens_B = tokens
+        with _only_rows(runner, mask):
+            runner.sample_tokens(None)
+
+    # -- the record -------------------------------------------------------------------------------------------------
+
+    def _note_admissions(self, scheduler_output: SchedulerOutput, step: PairStep) -> None:
+        for side, output in (("teacher", scheduler_output), ("student", step.student_output)):
+            for request in output.scheduled_new_reqs:
+                if PairOptions.of(request.sampling_params).record:
+                    self.records.admitted(side, request.req_id, request.num_computed_tokens)
+
+    def _record(self, plan: RowPlan, hidden_BH: torch.Tensor) -> None:
+        if not plan.recorded_ids:
+            return
+        rows = plan.recorded_rows
+        values = self.sampler.values_BR if rows is None else self.sampler.values_BR[rows]
+        hidden = None
+        if plan.hidden:
+            # A clone: the runner reuses this memory for the next step.
+            hidden = (hidden_BH if rows is None else hidden_BH[rows]).clone()
+        self.records.append(plan.recorded_ids, values, hidden)
+
+    def take_records(self) -> bytes | None:
+        """Every request's record since the last call (rank 0 only: the other ranks hold the same)."""
+        self.records.weights_version = self.weights_version
+        records = self.records.take()
+        return dump_records(records) if self.rank == 0 else None
+
+    # -- the student's weights --------------------------------------------------------------------------------------
+
+    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Replace every weight of the student's; returns the new version. Until one succeeds, nothing is sampled."""
+        self.weights_loaded = False
+        with self._as_student(), torch.no_grad():
+            load_all_weights(self.student_runner.get_model(), named_tensors)
+        self.weights_loaded = True
+        self.weights_version += 1
+        return self.weights_version
+
+    def _check_weights(self, step: PairStep) -> None:
+        if not self.weights_loaded:
+            raise RuntimeError("the last weight sync of the student failed half way; sync again before sampling")
+        if step.weights_version not in (None, self.weights_version):
+            raise RuntimeError(
+                f"a request was admitted for the student's weights version {step.weights_version}, and version "
+                f"{self.weights_version} is loaded: its KV cache would belong to other weights"
+            )
+
+
+@contextmanager
+def _only_rows(runner: Any, ready_mask: np.ndarray) -> Iterator[None]:
+    """Let a runner keep the samples of ``ready_mask``'s rows only, [B] bool.
+
+    The other rows' random generators are hidden meanwhile: a discarded draw must not advance a seeded request, and vLLM
+    would wind them back by a CUDA generator's offset.
+    """
+    runner.discard_request_mask.np[: len(ready_mask)] = ~ready_mask
+    generators = runner.input_batch.generators
+    hidden = {row: generators.pop(row) for row in list(generators) if not ready_mask[row]}
+    try:
+        yield
+    finally:
+        generators.update(hidden)
+
+
+def _block_bytes(specs: dict[str, Any]) -> int:
+    return sum(spec.page_size_bytes for spec in specs.values())

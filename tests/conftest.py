@@ -1,0 +1,24 @@
+"""Shared fixtures. Environment first: vLLM reads it when it is imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two random models of one vocabulary (teacher, student), different enough for α to move."""
+    root = tmp_path_factory.mktemp("tiny")
+    return tiny_model(root / "teacher", seed=1), tiny_model(root / "student", seed=2)

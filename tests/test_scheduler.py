@@ -1,0 +1,234 @@
+"""The rewind rule, simulated without a model: two real schedulers, random prompts, budgets and cache sizes.
+
+The simulation plays the workers: it "samples" a token for every row that the step says is ready, and checks, row by row,
+what a worker would have computed: both sides end this step's computation at the same output position.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.engine import FinishReason
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from osd.engine import scheduler as pair_scheduler
+from osd.engine.config import PairConfig
+from osd.engine.options import PairOptions
+from osd.engine.scheduler import PairScheduler, student_kv_cache_config
+from tests.tiny import tiny_engine_kwargs
+
+BLOCK = 4
+BLOCK_HASHER = None
+
+
+def make_scheduler(tiny_pair, *, blocks: int, budget: int, student_budget: int, max_num_seqs: int = 8) -> PairScheduler:
+    teacher, student = map(str, tiny_pair)
+    config = PairConfig(
+        teacher=teacher,
+        student=student,
+        engine_kwargs=tiny_engine_kwargs(block_size=BLOCK, max_num_seqs=max_num_seqs, max_model_len=128),
+        teacher_kwargs={"max_num_batched_tokens": budget},
+        student_kwargs={"max_num_batched_tokens": student_budget},
+    )
+    vllm_config = EngineArgs(**config.teacher_engine_args()).create_engine_config()
+    vllm_config.cache_config.num_gpu_blocks = blocks
+    with set_current_vllm_config(vllm_config):
+        return PairScheduler(
+            vllm_config, student_kv_cache_config(vllm_config, blocks), StructuredOutputManager(vllm_config), block_size=BLOCK
+        )
+
+
+def request(name: str, prompt: list[int], student_prompt: list[int], max_tokens: int, **options) -> Request:
+    hash_fn = get_hash_fn_by_name("sha256")
+    init_none_hash(hash_fn)
+    extra = PairOptions(student_prompt_token_ids=student_prompt, **options).to_extra_args()
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+    hasher = get_request_block_hasher(BLOCK, hash_fn)
+    return Request(name, prompt, params, None, block_hasher=hasher)
+
+
+class Workers:
+    """Plays both workers; keeps each request's output and counts what happened on either side."""
+
+    def __init__(self, scheduler: PairScheduler, vocabulary: int = 50) -> None:
+        self.scheduler = scheduler
+        self.outputs: dict[str, list[int]] = {}
+        self.finished: dict[str, object] = {}
+        self.seen = Counter()
+        self.rng = random.Random(0)
+        self.vocabulary = vocabulary
+
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        step = output.osd
+        self.check_positions(output, step)
+        ids = list(output.num_scheduled_tokens)
+        tokens = [[self.rng.randrange(self.vocabulary)] if i in step.ready else [] for i in ids]
+        runner_output = ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={i: n for n, i in enumerate(ids)},
+            sampled_token_ids=[list(t) for t in tokens],
+            prompt_logprobs_dict={},
+            pooler_output=[],
+        )
+        for i, token in zip(ids, tokens, strict=True):
+            self.outputs.setdefault(i, []).extend(token)
+        for client in self.scheduler.update_from_output(output, runner_output).values():
+            for done in client.outputs:
+                if done.finish_reason is not None:
+                    self.finished[done.request_id] = done
+
+    def check_positions(self, output, step) -> None:
+        teacher, student = self.scheduler, self.scheduler.student
+        for i in step.ready:
+            t, s = teacher.requests[i], student.requests.get(i)
+            assert t.num_computed_tokens == t.num_tokens, "a sampled row must end at its last known token"
+            if s is not None:
+                assert i in step.student_output.num_scheduled_tokens
+                assert s.num_computed_tokens == s.num_tokens
+                assert list(t.output_token_ids) == list(s.output_token_ids) == self.outputs.get(i, [])
+        for side, scheduled in ((teacher, output), (student, step.student_output)):
+            for i in set(scheduled.num_scheduled_tokens) - step.ready:
+                assert side.requests[i].num_computed_tokens < side.requests[i].num_tokens
+                self.seen["waited"] += 1
+        self.seen["preempted teacher"] += len(output.preempted_req_ids or ())
+        self.seen["preempted student"] += len(step.student_output.preempted_req_ids or ())
+        for side, scheduled in (("teacher", output), ("student", step.student_output)):
+            self.seen[f"hits {side}"] += sum(r.num_computed_tokens > 0 for r in scheduled.scheduled_new_reqs)
+
+    def run(self, limit: int = 5000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_requests():
+                return
+            self.step()
+        raise AssertionError(f"not finished after {limit} steps: {self.scheduler.requests}")
+
+
+def random_requests(rng: random.Random, count: int) -> list[Request]:
+    """Prompts of both sides from 1 to 40 tokens; half of them share a prefix on one side only."""
+    shared = [rng.randrange(50) for _ in range(24)]
+    requests = []
+    for n in range(count):
+        prompts = [[rng.randrange(50) for _ in range(rng.randint(1, 40))] for _ in range(2)]
+        if rng.random() < 0.5:
+            side = rng.randrange(2)
+            prompts[side] = shared + prompts[side][:8]
+        requests.append(request(f"r{n}", *prompts, max_tokens=rng.randint(1, 20)))
+    return requests
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_request_finishes_in_step_under_random_schedules(tiny_pair, seed):
+    rng = random.Random(seed)
+    # 17 blocks of 4 hold one longest sequence (32 + 8 + 20 tokens), so preemption on either side is the rule.
+    scheduler = make_scheduler(
+        tiny_pair, blocks=rng.choice([18, 24, 60]), budget=rng.choice([8, 9, 64]), student_budget=rng.choice([8, 11, 64])
+    )
+    workers = Workers(scheduler)
+    requests = random_requests(rng, 14)
+    wanted = {r.request_id: r.max_tokens for r in requests}
+    while requests:  # they arrive while others run
+        for _ in range(rng.randint(1, 4)):
+            if requests:
+                scheduler.add_request(requests.pop(0))
+        for _ in range(rng.randint(0, 6)):
+            if scheduler.has_requests():
+                workers.step()
+    workers.run()
+    assert {i: len(tokens) for i, tokens in workers.outputs.items()} == wanted
+    assert set(workers.finished) == set(wanted)
+    assert not scheduler.requests
+    assert not scheduler.student.requests
+    assert workers.seen["waited"] > 0
+
+
+def test_the_random_schedules_cover_what_the_rule_is_for(tiny_pair):
+    """Chunked prefill, preemption and prefix hits on one side only must all occur, or the test above proves nothing."""
+    seen = Counter()
+    for seed in range(6):
+        rng = random.Random(seed)
+        scheduler = make_scheduler(tiny_pair, blocks=18, budget=9, student_budget=11)
+        workers = Workers(scheduler)
+        for r in random_requests(rng, 14):
+            scheduler.add_request(r)
+        workers.run()
+        seen += workers.seen
+    assert min(seen[k] for k in ("waited", "preempted teacher", "preempted student", "hits teacher", "hits student")) > 0, seen
+
+
+def test_without_the_rewind_the_sides_part(tiny_pair, monkeypatch):
+    """The planted error: treating a row as sampled as soon as the teacher has logits for it."""
+
+    def no_rewind(self, output, student_output):
+        return pair_scheduler._with_logits(self, output)
+
+    monkeypatch.setattr(PairScheduler, "_rewind_the_side_ahead", no_rewind)
+    scheduler = make_scheduler(tiny_pair, blocks=24, budget=64, student_budget=8)
+    workers = Workers(scheduler)
+    for r in random_requests(random.Random(0), 6):
+        scheduler.add_request(r)
+    with pytest.raises(AssertionError):
+        workers.run()
+
+
+def test_aborting_in_mid_flight_frees_both_sides(tiny_pair):
+    scheduler = make_scheduler(tiny_pair, blocks=60, budget=16, student_budget=8)
+    workers = Workers(scheduler)
+    rng = random.Random(3)
+    requests = random_requests(rng, 10)
+    for r in requests:
+        scheduler.add_request(r)
+    while scheduler.requests:
+        workers.step()
+        if scheduler.requests and rng.random() < 0.3:
+            victim = rng.choice(list(scheduler.requests))
+            scheduler.finish_requests(victim, RequestStatus.FINISHED_ABORTED)
+            assert victim not in scheduler.student.requests
+    workers.run()
+    for side in (scheduler, scheduler.student):
+        assert not side.requests
+        assert not side.running
+        assert side.kv_cache_manager.usage == 0
+
+
+def test_one_bad_request_is_answered_and_the_others_go_on(tiny_pair):
+    scheduler = make_scheduler(tiny_pair, blocks=60, budget=64, student_budget=64)
+    workers = Workers(scheduler)
+    scheduler.add_request(request("good", [1, 2, 3], [4, 5], 5))
+    scheduler.add_request(request("long", [1, 2, 3], [4] * 120, 20))
+    scheduler.add_request(request("empty", [1, 2, 3], [], 5))
+    workers.run()
+    assert len(workers.outputs["good"]) == 5
+    assert workers.finished["long"].finish_reason == FinishReason.ERROR
+    assert "student's prompt (120 tokens)" in workers.finished["long"].stop_reason
+    assert "empty" in workers.finished["empty"].stop_reason
+
+
+def test_a_teacher_only_request_never_reaches_the_student(tiny_pair):
+    scheduler = make_scheduler(tiny_pair, blocks=60, budget=64, student_budget=64)
+    workers = Workers(scheduler)
+    scheduler.add_request(request("solo", [1, 2, 3], [4, 5], 5, teacher_only=True))
+    assert "solo" not in scheduler.student.requests
+    workers.run()
+    assert len(workers.outputs["solo"]) == 5
+
+
+def test_new_weights_reset_the_students_prefix_cache_and_only_its(tiny_pair):
+    scheduler = make_scheduler(tiny_pair, blocks=60, budget=64, student_budget=64)
+    prompt, student_prompt = list(range(20)), list(range(20, 40))
+    hits = []
+    for n, version in enumerate([0, 0, 1, 1]):
+        workers = Workers(scheduler)
+        scheduler.add_request(request(f"v{n}", prompt, student_prompt, 2, weights_version=version))
+        workers.run()
+        hits.append((workers.seen["hits teacher"], workers.seen["hits student"]))
+    assert hits == [(0, 0), (1, 1), (1, 0), (1, 1)]
