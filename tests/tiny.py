@@ -64,7 +64,7 @@ def tiny_engine_kwargs(**overrides: Any) -> dict[str, Any]:
         dtype="float32",
         enforce_eager=True,
         max_model_len=256,
-        block_size=16,
+        block_size=32,
         max_num_seqs=64,
         kv_cache_memory_bytes=64 << 20,
         seed=0,

@@ -35,9 +35,29 @@ def load_all_weights(model: nn.Module, named_tensors: Iterable[tuple[str, torch.
     """Load Hugging Face named tensors into a vLLM model, every parameter of it.
 
     Raises:
-        ValueError: parameters that the tensors did not cover: half a student is not a student.
+        ValueError: parameters, or parts of fused ones (q, k, v; gate, up), that the tensors did not cover: half a student
+            is not a student.
     """
-    loaded = model.load_weights(named_tensors)
-    missing = sorted({name for name, _ in model.named_parameters()} - set(loaded))
+    given: set[str] = set()
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in named_tensors:
+            given.add(name)
+            yield name, tensor
+
+    loaded = set(model.load_weights(watched()))
+    missing = {name for name, _ in model.named_parameters()} - loaded
+    missing |= {part for name in loaded for part in _parts(model, name)} - given
     if missing:
-        raise ValueError(f"the weight sync left {len(missing)} of the student's parameters as they were: {missing[:5]} ...")
+        raise ValueError(
+            f"the weight sync left {len(missing)} of the student's parameters as they were: {sorted(missing)[:5]} ...; "
+            "push every parameter under its Hugging Face name"
+        )
+
+
+def _parts(model: nn.Module, name: str) -> list[str]:
+    """The names that a fused vLLM parameter has in a checkpoint; empty for one that is not fused."""
+    for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
+        if f".{fused}." in name:
+            return [name.replace(f".{fused}.", f".{part}.") for part in parts]
+    return []

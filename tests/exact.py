@@ -1,0 +1,79 @@
+"""The reference that the engine's tests compare with: transformers' logits, float64, bisection. Shares no code with osd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from transformers import AutoModelForCausalLM
+
+# N tokens, V vocabulary, T tokens of one completion.
+
+
+def completion_logits(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+    """Logits that precede each completion token, float64 [T, V]."""
+    ids = torch.tensor([[*prompt, *completion]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    return logits.double()
+
+
+def reference(path: Path) -> torch.nn.Module:
+    """A transformers model in float32, whatever the checkpoint's dtype."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def mixture(logp_theta: torch.Tensor, logp_teacher: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """log q* of normalised float64 log-probabilities [N, V] and α [N, 1]."""
+    return ((1 - alpha) * logp_theta + alpha * logp_teacher).log_softmax(-1)
+
+
+def bisect(condition: Callable[[torch.Tensor], torch.Tensor], rows: int) -> torch.Tensor:
+    """The root of an increasing condition in [0, 1], clamped to it; α [rows, 1] float64."""
+    low, high = torch.zeros(rows, 1, dtype=torch.float64), torch.ones(rows, 1, dtype=torch.float64)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = condition(middle) < 0
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+def solve(method: str, ls: torch.Tensor, lt: torch.Tensor) -> torch.Tensor:
+    """α [N, 1] by the definition of each method, from log-probabilities [N, V]."""
+
+    def q(alpha: torch.Tensor) -> torch.Tensor:
+        return mixture(ls, lt, alpha)
+
+    def kl(p: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return (p.exp() * (p - r)).sum(-1, keepdim=True)
+
+    conditions = {
+        "kl_symmetry": lambda a: kl(q(a), ls) - kl(q(a), lt),
+        "ess_balance": lambda a: (2 * ls - q(a)).logsumexp(-1, True) - (2 * lt - q(a)).logsumexp(-1, True),
+        "reverse_kl_symmetry": lambda a: kl(ls, q(a)) - kl(lt, q(a)),
+    }
+    if method == "entropy":
+        h_theta, h_teacher = (-(p.exp() * p).sum(-1, keepdim=True) for p in (ls, lt))
+        return h_theta / (h_theta + h_teacher)
+    return bisect(conditions[method], len(ls))
+
+
+def pit_chi_square(
+    logq: torch.Tensor, tokens: Sequence[int], order_by: torch.Tensor, *, bins: int = 64, seed: int = 0
+) -> float:
+    """Chi-square of the randomised probability integral transform of draws under log q* [N, V]; ``bins - 1`` degrees.
+
+    Each draw y becomes F(y-) + U·q(y), with F cumulative over the ids in the order of ``order_by`` [N, V]; that is uniform
+    on [0, 1] exactly when y was drawn from q*, whatever the context. An error is seen best along an order that it shifts.
+    """
+    order = order_by.argsort(-1)
+    q = logq.exp().gather(-1, order)
+    before = q.cumsum(-1) - q
+    place = (order == torch.tensor(tokens)[:, None]).double().argmax(-1, keepdim=True)
+    uniform = torch.rand(len(q), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    u = (before.gather(-1, place) + uniform * q.gather(-1, place))[:, 0]
+    counts = np.histogram(u.clamp(0, 1 - 1e-12).numpy(), bins=bins, range=(0, 1))[0]
+    return float(stats.chisquare(counts).statistic)

@@ -1,0 +1,196 @@
+"""OSDConfig refuses what cannot work before a model loads; every shipped YAML parses; unknown keys are errors."""
+
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import DistillationConfig
+
+from osd.core import MixingConfig
+from trainers import OSDConfig
+from trainers._compat import check_trl
+from trainers.train_osd import DataArguments, load_data, parse
+
+CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
+CPU = ["--use_cpu", "true", "--bf16", "false"]
+
+
+def config(tmp_path, **given):
+    return OSDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **given)
+
+
+# -- the shipped files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_parses(path):
+    data, args, model = parse(["--config", str(path), *CPU])
+    written = yaml.safe_load(path.read_text())
+    holders = (data, args, model)
+    for key, value in written.items():
+        if key in ("bf16", "report_to"):  # overridden above; and transformers turns "none" into a list
+            continue
+        [got] = [getattr(holder, key) for holder in holders if hasattr(holder, key)]
+        assert getattr(got, "value", got) == value, key
+    assert args.mixing()
+    assert model.model_name_or_path
+    assert data.dataset_name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_key_of_a_shipped_config_is_commented(path):
+    previous = ""
+    for line in path.read_text().splitlines():
+        if ":" in line.split("#")[0]:
+            commented = "#" in line or previous.startswith("#") or "system_prompt" in line
+            assert commented, f"{path.name}: {line}"
+        previous = line
+
+
+def test_there_are_the_three_configs():
+    assert [path.name for path in CONFIGS] == ["base.yaml", "distillation.yaml", "math_qa.yaml"]
+
+
+def test_flags_win_over_the_file():
+    _, args, _ = parse(["--config", str(CONFIGS[0]), *CPU, "--max_completion_length", "7", "--alpha_max", "0.25"])
+    assert (args.max_completion_length, args.alpha_max) == (7, 0.25)
+
+
+def test_engine_arguments_as_a_flag():
+    _, args, _ = parse(["--config", str(CONFIGS[0]), *CPU, "--engine_kwargs", '{"dtype": "float32"}'])
+    assert args.pair_kwargs()["engine_kwargs"]["dtype"] == "float32"
+
+
+def test_an_unknown_key_in_the_file_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIGS[0].read_text() + "alpha_metod: fixed\n")
+    with pytest.raises(ValueError, match="alpha_metod"):
+        parse(["--config", str(path), *CPU])
+
+
+def test_an_unknown_flag_is_refused():
+    with pytest.raises(ValueError, match="--alpha_metod"):
+        parse(["--config", str(CONFIGS[0]), *CPU, "--alpha_metod", "fixed"])
+
+
+def test_the_model_and_the_data_must_be_named(tmp_path):
+    with pytest.raises(ValueError, match="dataset_name and model_name_or_path must be set"):
+        parse(["--output_dir", str(tmp_path), *CPU])
+
+
+# -- OSDConfig ----------------------------------------------------------------------------------------------------------
+
+
+def test_mixing_is_what_was_configured(tmp_path):
+    args = config(tmp_path, alpha_method="entropy", alpha_min=0.1, alpha_max=0.9)
+    assert args.mixing() == MixingConfig(alpha_method="entropy", alpha_min=0.1, alpha_max=0.9)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"alpha_method": "kl_simmetry"}, "alpha_method='kl_simmetry'"),
+        ({"alpha_min": 0.6, "alpha_max": 0.4}, "alpha_min"),
+        ({"alpha_max": 1.5}, "alpha_max"),
+        ({"fixed_alpha": -0.1, "alpha_method": "fixed"}, "fixed_alpha"),
+        ({"mixture": "harmonic"}, "mixture='harmonic'"),
+        ({"temperature": 0.0}, "temperature=0.0 divides the logits"),
+        ({"max_completion_length": 0}, "max_completion_length=0"),
+        ({"generation_kwargs": {"n": 2}}, r"generation_kwargs\['n'\]"),
+        ({"use_vllm": False}, "use_vllm=False"),
+        ({"vllm_mode": "server"}, "vllm_mode='server'"),
+        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2"),
+        ({"vllm_server_base_url": "http://x"}, "vllm_server_base_url='http://x' cannot be used"),
+        ({"vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True cannot be used"),
+        ({"teacher_model_init_kwargs": {"dtype": "auto"}}, "use teacher_engine_kwargs"),
+        ({"max_tool_calling_iterations": 3}, "tools are not supported"),
+        ({"privileged_template": "{}"}, "a literal brace is written twice"),
+        ({"beta": 2.0}, "beta must be in"),
+    ],
+)
+def test_bad_values_are_refused_by_name(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **given)
+
+
+def test_an_unknown_field_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="alpha_metod"):
+        config(tmp_path, alpha_metod="fixed")
+
+
+def test_a_weight_without_effect_warns(tmp_path):
+    with pytest.warns(UserWarning, match="no effect"):
+        config(tmp_path, fixed_alpha=0.3)
+
+
+def test_engine_arguments_win_over_trls_fields(tmp_path):
+    args = config(
+        tmp_path,
+        vllm_max_model_length=128,
+        teacher_model_revision="v1",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=8,
+        engine_kwargs={"max_model_len": 64},
+        teacher_engine_kwargs={"quantization": "fp8"},
+    )
+    kwargs = args.pair_kwargs()
+    assert kwargs["engine_kwargs"]["max_model_len"] == 64
+    assert kwargs["engine_kwargs"]["max_num_seqs"] == 16
+    assert kwargs["teacher_kwargs"] == {"revision": "v1", "quantization": "fp8"}
+    assert kwargs["student_kwargs"] == {}
+
+
+def test_every_field_has_a_help_text():
+    inherited = {field.name for field in fields(DistillationConfig)}
+    own = [field for field in fields(OSDConfig) if field.name not in inherited]
+    assert len(own) >= 12
+    for field in own:
+        assert field.metadata["help"], field.name
+
+
+# -- data files and versions --------------------------------------------------------------------------------------------
+
+
+def test_a_local_file_and_another_prompt_column(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"question": "w7", "answer": "w8"}\n')
+    train, test = load_data(DataArguments(dataset_name=str(path), prompt_column="question"), evaluate=False)
+    assert train[0] == {"prompt": "w7", "answer": "w8"}
+    assert test is None
+
+
+@pytest.mark.parametrize(
+    ("given", "evaluate", "message"),
+    [
+        ({"dataset_name": "absent.jsonl"}, False, "'absent.jsonl' does not exist"),
+        ({"prompt_column": "nothing"}, False, "prompt_column='nothing' cannot be renamed"),
+        ({}, True, r"no split \['test'\]"),
+    ],
+)
+def test_data_that_is_not_there_is_refused(tmp_path, given, evaluate, message):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"question": "w7"}\n')
+    with pytest.raises(ValueError, match=message):
+        load_data(DataArguments(**{"dataset_name": str(path), **given}), evaluate=evaluate)
+
+
+def test_the_installed_trl_is_supported():
+    assert check_trl().startswith("1.16.")
+
+
+@pytest.mark.parametrize("version", ["1.15.3", "1.17.0", "2.0.0"])
+def test_another_trl_is_refused_by_name(monkeypatch, version):
+    monkeypatch.setattr(metadata, "version", lambda _: version)
+    with pytest.raises(ImportError, match=rf"needs TRL 1.16.x, and TRL {version} is installed"):
+        check_trl()
+
+
+def test_no_trl_is_refused(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    with pytest.raises(ImportError, match="no TRL is installed"):
+        check_trl()

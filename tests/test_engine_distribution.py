@@ -1,0 +1,190 @@
+"""The engine's draws come from q*, computed independently; and the test sees the errors that we fear most.
+
+The statistic is the largest of three chi-squares with 63 degrees of freedom over 20,480 draws (tests/exact.py), along the
+orders in which the errors below move probability. Threshold 160: a correct engine passes it with probability 1 - 3e-10
+each; measured 50 to 85. Measured with the planted errors: see each test's bound, at least three times the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from osd.core import MixingConfig
+from osd.engine import sampler as engine_sampler
+from osd.engine.pair import PairCompletion, PairConfig, PairEngine, PairPrompt
+from osd.engine.rows import RowPlanner
+from tests.exact import completion_logits, mixture, pit_chi_square, reference, solve
+from tests.tiny import tiny_engine_kwargs
+
+THRESHOLD = 160.0
+SEEN = 3 * THRESHOLD
+COMPLETIONS, TOKENS = 128, 160
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair):
+    teacher, student = map(str, tiny_pair)
+    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def models(tiny_pair):
+    return tuple(map(reference, tiny_pair))
+
+
+def prompt_pairs(count: int) -> list[PairPrompt]:
+    """Prompts of 1 to 40 tokens, different on each side."""
+    rng = torch.Generator().manual_seed(5)
+
+    def ids() -> list[int]:
+        return torch.randint(7, 64, (int(torch.randint(1, 41, (1,), generator=rng)),), generator=rng).tolist()
+
+    return [PairPrompt(teacher_token_ids=ids(), student_token_ids=ids()) for _ in range(count)]
+
+
+def sample(engine: PairEngine, prompts: Sequence[PairPrompt], **sampling) -> list[PairCompletion]:
+    settings = dict(max_tokens=TOKENS, temperature=1.0, ignore_eos=True) | sampling
+    return engine.generate(prompts, sampling=settings)
+
+
+def log_probabilities(models, prompts, completions) -> tuple[torch.Tensor, torch.Tensor]:
+    """log π_θ and log π_t at every sampled position, float64 [N, V]."""
+    teacher, student = models
+    rows = [
+        (completion_logits(student, p.student_token_ids, c.token_ids), completion_logits(teacher, p.teacher_token_ids, c.token_ids))
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    return tuple(torch.cat(side).log_softmax(-1) for side in zip(*rows, strict=True))
+
+
+def worst_chi_square(ls: torch.Tensor, lt: torch.Tensor, completions: Sequence[PairCompletion]) -> float:
+    logq = mixture(ls, lt, solve("kl_symmetry", ls, lt))
+    tokens = [token for c in completions for token in c.token_ids]
+    assert len(tokens) == COMPLETIONS * TOKENS
+    return max(pit_chi_square(logq, tokens, order) for order in (lt - ls, ls, lt))
+
+
+def statistic(engine, models, prompts=None) -> float:
+    prompts = prompts or prompt_pairs(COMPLETIONS)
+    completions = sample(engine, prompts)
+    return worst_chi_square(*log_probabilities(models, prompts, completions), completions)
+
+
+def test_draws_follow_q_star(engine, models):
+    assert statistic(engine, models) < THRESHOLD
+
+
+def test_seeded_draws_follow_q_star(engine, models):
+    prompts = prompt_pairs(COMPLETIONS)
+    settings = [dict(max_tokens=TOKENS, temperature=1.0, ignore_eos=True, seed=i) for i in range(COMPLETIONS)]
+    completions = engine.generate(prompts, sampling=settings)
+    assert worst_chi_square(*log_probabilities(models, prompts, completions), completions) < THRESHOLD
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_swapped_prompt_is_seen(engine, models, side):
+    prompts = prompt_pairs(COMPLETIONS)
+    other = prompts[1:] + prompts[:1]
+    wrong = [
+        PairPrompt(
+            teacher_token_ids=(o if side == "teacher" else p).teacher_token_ids,
+            student_token_ids=(o if side == "student" else p).student_token_ids,
+        )
+        for p, o in zip(prompts, other, strict=True)
+    ]
+    completions = sample(engine, wrong)
+    assert worst_chi_square(*log_probabilities(models, prompts, completions), completions) > SEEN
+
+
+def test_a_truncated_student_is_seen(engine, models, monkeypatch):
+    """The earlier design cut the student to its 20 most likely tokens."""
+    exact_mix = engine_sampler.mix
+
+    def truncated(student, teacher, config, **kwargs):
+        least = student.topk(20, dim=-1).values[:, -1:]
+        return exact_mix(student.masked_fill(student < least, float("-inf")), teacher, config, **kwargs)
+
+    monkeypatch.setattr(engine_sampler, "mix", truncated)
+    assert statistic(engine, models) > SEEN
+
+
+def test_alpha_off_by_a_twentieth_is_seen(engine, models, monkeypatch):
+    exact_mix = engine_sampler.mix
+
+    def shifted(student, teacher, config, *, alpha_B=None, **kwargs):
+        alpha_B = (exact_mix(student, teacher, config, **kwargs).alpha_B + 0.05).clamp(0, 1)
+        return exact_mix(student, teacher, config, alpha_B=alpha_B, **kwargs)
+
+    monkeypatch.setattr(engine_sampler, "mix", shifted)
+    assert statistic(engine, models) > SEEN
+
+
+def test_a_stale_alignment_of_rows_is_seen(engine, models, monkeypatch):
+    """Rows still paired as they were before one batch was reordered: here, the student's moved on by one place."""
+    exact_plan = RowPlanner._build
+
+    def stale(self, teacher_ids, student_ids, ready, options):
+        plan = exact_plan(self, teacher_ids, student_ids, ready, options)
+        if len(ready) == len(teacher_ids) == len(student_ids):
+            rows = torch.arange(len(student_ids)) if plan.rows.student is None else plan.rows.student
+            plan.rows.student = rows.roll(1)
+        return plan
+
+    monkeypatch.setattr(RowPlanner, "_build", stale)
+    assert statistic(engine, models) > SEEN
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixingConfig(alpha_method="kl_symmetry"),
+        MixingConfig(alpha_method="ess_balance"),
+        MixingConfig(alpha_method="entropy"),
+        MixingConfig(alpha_method="reverse_kl_symmetry"),
+        MixingConfig(alpha_method="fixed", fixed_alpha=0.3),
+        MixingConfig(alpha_method="kl_symmetry", alpha_min=0.45, alpha_max=0.55),
+        MixingConfig(alpha_method="fixed", fixed_alpha=0.3, mixture="linear"),
+    ],
+    ids=lambda c: f"{c.alpha_method}-{c.mixture}-{c.alpha_min}",
+)
+def test_the_record_is_what_the_definitions_say(engine, models, monkeypatch, config):
+    """α, log q*, both policies' log-probabilities and both KLs of every token, for every method, against float64."""
+    monkeypatch.setattr(engine._worker().sampler, "mixing", config)
+    prompts = prompt_pairs(12)
+    completions = sample(engine, prompts, max_tokens=40)
+    ls, lt = log_probabilities(models, prompts, completions)
+    if config.alpha_method == "fixed":
+        alpha = torch.full((len(ls), 1), config.fixed_alpha, dtype=torch.float64)
+    else:
+        alpha = solve(config.alpha_method, ls, lt).clamp(config.alpha_min, config.alpha_max)
+    logq = mixture(ls, lt, alpha)
+    if config.mixture == "linear":
+        logq = torch.logaddexp(ls + (1 - alpha).log(), lt + alpha.log())
+    token = torch.tensor([t for c in completions for t in c.token_ids])[:, None]
+    expected = {
+        "alpha": alpha[:, 0],
+        "logq": logq.gather(-1, token)[:, 0],
+        "logp_theta": ls.gather(-1, token)[:, 0],
+        "logp_teacher": lt.gather(-1, token)[:, 0],
+        "kl_theta": (logq.exp() * (logq - ls)).sum(-1),
+        "kl_teacher": (logq.exp() * (logq - lt)).sum(-1),
+        "entropy_q": -(logq.exp() * logq).sum(-1),
+        "ess_theta": 1 / (2 * ls - logq).exp().sum(-1),
+        "ess_teacher": 1 / (2 * lt - logq).exp().sum(-1),
+        "logp_draw": logq.gather(-1, token)[:, 0],
+    }
+    for name, values in expected.items():
+        recorded = torch.cat([getattr(c.record, name) for c in completions]).double()
+        torch.testing.assert_close(recorded, values, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_record_proves_itself(engine):
+    """At an interior KL-symmetric α both KLs are the Chernoff information: the record carries its own check."""
+    completions = sample(engine, prompt_pairs(32))
+    gaps = torch.cat([c.record.chernoff_gap(engine.config.mixing) for c in completions])
+    assert len(gaps) > 4000
+    assert gaps.max() < 1e-3

@@ -1,0 +1,462 @@
+"""OSDTrainer on tiny models and the real engine: liveness, the loss, TRL's invariances, metrics, bad input."""
+
+import math
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM
+from trl import DistillationTrainer
+
+from tests.test_generation import disagreement
+from tests.tiny import tiny_engine_kwargs
+from trainers import OSDConfig, OSDTrainer
+from trainers.losses import head_of, recorded_divergence
+
+NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6
+ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "teacher_prompt": f"w50 w{i} w51"} for i in range(7, 23)]
+CHATS = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}], "privileged_context": f"w{i + 30}"} for i in range(7, 23)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair):
+    from osd.engine.pair import PairConfig, PairEngine
+
+    teacher, student = map(str, tiny_pair)
+    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
+        yield engine
+
+
+@pytest.fixture
+def make(engine, tiny_pair, tmp_path):
+    def make_trainer(rows=ROWS, *, trainer_class=OSDTrainer, eval_dataset=None, callbacks=None, **fields):
+        settings = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "learning_rate": 1e-2,
+            "max_steps": 3,
+            "max_completion_length": 8,
+            "per_device_train_batch_size": 4,
+            **fields,
+        }
+        data = Dataset.from_list(rows) if isinstance(rows, list) else rows
+        return trainer_class(
+            model=str(tiny_pair[1]),
+            args=OSDConfig(**settings),
+            train_dataset=data,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            engine=engine,
+        )
+
+    return make_trainer
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def watch(trainer, look):
+    """Call `look(student_prompts)` after every `generate`."""
+    generate = trainer.vllm_generation.generate
+
+    def watched(prompts, *args, **kwargs):
+        result = generate(prompts, *args, **kwargs)
+        look(prompts)
+        return result
+
+    trainer.vllm_generation.generate = watched
+
+
+# -- liveness -----------------------------------------------------------------------------------------------------------
+
+
+def gaps_over_training(trainer):
+    """At every step, how far the recorded log π_θ is from the live student's by transformers."""
+    gaps = []
+
+    def look(prompts):
+        completions = trainer.vllm_generation.last_batch.completions
+        trainer.model.eval()
+        gaps.append(disagreement(trainer.model, prompts, completions, "logp_theta"))
+        trainer.model.train()
+
+    watch(trainer, look)
+    trainer.train()
+    return gaps
+
+
+def test_every_step_samples_from_the_live_student(make, engine):
+    before = engine.weights_version
+    trainer = make()
+    gaps = gaps_over_training(trainer)
+    assert len(gaps) == 3
+    assert max(gaps) < NOISE
+    assert logged(trainer, "engine/weights_version") == [before + 1, before + 2, before + 3]
+
+
+def test_the_liveness_test_sees_a_missing_sync(make):
+    trainer = make()
+    sync, calls = trainer.vllm_generation.sync_weights, []
+
+    def only_once():
+        calls.append(None)
+        if len(calls) == 1:
+            sync()
+
+    trainer.vllm_generation.sync_weights = only_once
+    gaps = gaps_over_training(trainer)
+    assert len(calls) == 3
+    assert gaps[0] < NOISE
+    assert min(gaps[1:]) > 100 * NOISE
+
+
+def test_accumulation_samples_once_per_optimizer_step(make, engine):
+    before = engine.weights_version
+    trainer = make(per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=2)
+    sizes = []
+    watch(trainer, lambda prompts: sizes.append(len(prompts)))
+    trainer.train()
+    assert sizes == [4, 4]
+    assert engine.weights_version == before + 2
+
+
+def test_evaluation_syncs_even_if_the_step_did_not_change(make):
+    trainer = make(eval_dataset=Dataset.from_list(ROWS[:4]), per_device_eval_batch_size=2)
+    trainer.evaluate()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(0.9)
+    gaps = []
+    watch(
+        trainer,
+        lambda prompts: gaps.append(
+            disagreement(trainer.model, prompts, trainer.vllm_generation.last_batch.completions, "logp_theta")
+        ),
+    )
+    trainer.evaluate()
+    assert len(gaps) == 2
+    assert max(gaps) < NOISE
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def spy_on_engine(engine, monkeypatch):
+    """The prompts of the last `engine.generate` call."""
+    seen = SimpleNamespace(prompts=None)
+    generate = engine.generate
+
+    def spying(prompts, **kwargs):
+        seen.prompts = prompts
+        return generate(prompts, **kwargs)
+
+    monkeypatch.setattr(engine, "generate", spying)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields"),
+    [
+        (ROWS, {}),
+        (CHATS, {"student_system_prompt": "w60"}),
+        ([{"prompt": row["prompt"]} for row in ROWS], {"enable_chat_template": True}),
+    ],
+)
+def test_the_student_is_trained_on_exactly_the_ids_that_it_sampled_from(make, engine, monkeypatch, rows, fields):
+    seen = spy_on_engine(engine, monkeypatch)
+    trainer = make(rows, **fields)
+    trainer.model.train()
+    trainer._last_loaded_step = -1
+    output = trainer._generate_and_score_completions(rows[:4])
+    completions = trainer.vllm_generation.last_batch.completions
+    for i in range(4):
+        prompt = output["prompt_ids"][i][output["prompt_mask"][i].bool()].tolist()
+        completion = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
+        assert prompt == seen.prompts[i].student_token_ids
+        assert completion == completions[i].token_ids
+
+
+def test_the_teacher_reads_its_own_column(make, engine, monkeypatch):
+    seen = spy_on_engine(engine, monkeypatch)
+    make(ROWS)._generate_and_score_completions(ROWS[:2])
+    assert [p.teacher_token_ids for p in seen.prompts] == [[50, 7, 51], [50, 8, 51]]
+    assert [p.student_token_ids for p in seen.prompts] == [[7, 8, 9], [8, 9, 10]]
+
+
+def test_privileged_context_in_a_conversation(make, engine, monkeypatch):
+    seen = spy_on_engine(engine, monkeypatch)
+    trainer = make(CHATS, privileged_template="{prompt} w63 {privileged_context}", teacher_system_prompt="w61")
+    trainer._generate_and_score_completions(CHATS[:1])
+    [pair] = seen.prompts
+    assert pair.student_token_ids == [1, 5, 7, 8, 2, 1, 6]
+    assert pair.teacher_token_ids == [1, 4, 61, 2, 1, 5, 7, 8, 63, 37, 2, 1, 6]
+
+
+# -- the loss -----------------------------------------------------------------------------------------------------------
+
+
+def teacher_hidden_by_transformers(teacher, trainer, output):
+    """The teacher's hidden states on its own prompts, [B, T, H], by transformers."""
+    hidden = torch.zeros_like(output["teacher_hidden"])
+    prompts = [trainer._teacher_ids(row) for row in ROWS[: len(hidden)]]
+    for i, prompt in enumerate(prompts):
+        completion = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
+        with torch.no_grad():
+            states = teacher.model(torch.tensor([prompt + completion])).last_hidden_state[0]
+        hidden[i, : len(completion)] = states[len(prompt) - 1 : -1]
+    return hidden
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_recorded_loss_equals_the_loss_of_a_transformers_teacher(make, tiny_pair, beta, temperature):
+    """Each side conditioned on its own prompt. Measured: losses differ by 1e-6 relative, gradients by 1e-5."""
+    trainer = make(beta=beta, temperature=temperature)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions(ROWS[:8])
+    loss = trainer.compute_loss(trainer.model, output)
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    trainer.model.zero_grad()
+
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_pair[0]).eval()
+    student_hidden = trainer._get_last_hidden_state(
+        trainer.model,
+        torch.cat([output["prompt_ids"], output["completion_ids"]], 1),
+        torch.cat([output["prompt_mask"], output["completion_mask"]], 1),
+        output["completion_ids"].size(1),
+    )
+    reference, _, _ = recorded_divergence(
+        student_hidden,
+        teacher_hidden_by_transformers(teacher, trainer, output),
+        head_of(trainer.model.lm_head.weight, None, trainer.model.config),
+        head_of(teacher.lm_head.weight.detach(), None, teacher.config),
+        output["completion_mask"],
+        beta=beta,
+        temperature=temperature,
+    )
+    reference.backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    torch.testing.assert_close(loss, reference, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_recorded_loss_equals_trls_own_with_the_same_prompts(make, tiny_pair, tmp_path):
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+    trainer = make(rows)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions(rows[:8])
+    args = OSDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
+    args.use_vllm = False
+    trls = DistillationTrainer(
+        model=str(tiny_pair[1]), teacher_model=str(tiny_pair[0]), args=args, train_dataset=Dataset.from_list(rows)
+    )
+    trls.model.train()
+    ours, theirs = (t.compute_loss(t.model, output) for t in (trainer, trls))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def weights_after(trainer):
+    trainer.train()
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def test_batch_1_times_8_equals_8_times_1(make):
+    shapes = ((8, 1), (1, 8))
+    greedy = {"max_steps": 2, "generation_kwargs": {"temperature": 0.0}, "optim": "sgd"}
+    whole, pieces = (
+        weights_after(make(per_device_train_batch_size=b, gradient_accumulation_steps=a, **greedy)) for b, a in shapes
+    )
+    for name in whole:
+        torch.testing.assert_close(whole[name], pieces[name], rtol=1e-4, atol=1e-5)
+
+
+def test_training_brings_the_student_closer_to_the_teacher(make):
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+    trainer = make(
+        rows,
+        eval_dataset=Dataset.from_list(rows),
+        generation_kwargs={"temperature": 0.0},
+        max_steps=8,
+        per_device_train_batch_size=16,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    losses = logged(trainer, "loss")
+    assert after < 0.7 * before
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_completion_in_error_is_masked_out_and_counted(make, engine):
+    embedding = engine._worker().model_runner.get_model().model.embed_tokens.weight
+    kept = embedding[63].clone()
+    rows = [*ROWS[:3], {"prompt": "w7", "teacher_prompt": "w63"}]
+    trainer = make(rows, max_steps=1, shuffle_dataset=False, generation_kwargs={"logit_bias": {63: -100.0}})
+    try:
+        with torch.no_grad():
+            embedding[63] = float("nan")
+        trainer.train()
+    finally:
+        with torch.no_grad():
+            embedding[63] = kept
+    assert logged(trainer, "completions/failed") == [1]
+    assert math.isfinite(logged(trainer, "loss")[0])
+    assert math.isfinite(logged(trainer, "grad_norm")[0])
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+# -- evaluation, metrics, logs ------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_every_step(make):
+    trainer = make(CHATS)
+    trainer.train()
+    for key in (
+        "alpha/mean",
+        "alpha/std",
+        "alpha/min",
+        "alpha/max",
+        "q/kl_theta",
+        "q/kl_teacher",
+        "q/ess_ratio",
+        "q/entropy",
+        "completions/mean_length",
+        "completions/failed",
+        "engine/sync_seconds",
+        "engine/generate_seconds",
+        "engine/teacher_cache_hit",
+        "engine/student_cache_hit",
+        "engine/weights_version",
+    ):
+        values = logged(trainer, key)
+        assert len(values) == 3, key
+        assert all(math.isfinite(v) for v in values), key
+    entry = next(e for e in trainer.state.log_history if "alpha/mean" in e)
+    assert 0 <= entry["alpha/min"] <= entry["alpha/mean"] <= entry["alpha/max"] <= 1
+    # α balances both divergences, except where it was clamped.
+    assert entry["q/kl_theta"] == pytest.approx(entry["q/kl_teacher"], rel=0.05)
+    assert entry["engine/sync_seconds"] > 0
+    assert entry["engine/generate_seconds"] > 0
+
+
+def test_evaluation_samples_from_the_student_alone(make):
+    trainer = make(eval_dataset=Dataset.from_list(ROWS[:4]), eval_strategy="steps", eval_steps=1, max_steps=2)
+    trainer.train()
+    assert logged(trainer, "eval_alpha/max") == [0, 0]
+    assert logged(trainer, "eval_q/kl_theta") == pytest.approx([0, 0], abs=1e-5)
+    assert min(logged(trainer, "eval_loss")) > 0
+    assert min(logged(trainer, "alpha/max")) > 0
+
+
+def test_completions_are_logged_with_their_alpha(make, tmp_path, capsys):
+    trainer = make(log_completions=True, max_steps=2)
+    trainer.train()
+    tables = [pd.read_parquet(path) for path in sorted((tmp_path / "completions").glob("*.parquet"))]
+    assert len(tables) >= 2
+    for table in tables:
+        assert list(table.columns) == ["step", "prompt", "completion", "alpha_mean", "alpha", "token_ids"]
+        assert len(table) == 4
+        for row in table.itertuples():
+            assert len(row.alpha) == len(row.token_ids) > 0
+            assert row.alpha_mean == pytest.approx(sum(row.alpha) / len(row.alpha))
+    assert "alpha" in capsys.readouterr().out
+
+
+def test_unused_columns_do_not_include_what_the_teacher_reads(make):
+    rows = [{"prompt": "w7 w8", "hint": "w9", "other": 1} for _ in range(8)]
+    trainer = make(rows, remove_unused_columns=True, privileged_template="{prompt} {hint}", max_steps=1)
+    [batch, *_] = trainer.get_train_dataloader()
+    assert set(batch[0]) == {"prompt", "hint"}
+
+
+def test_a_stream_can_be_trained_on(make):
+    stream = IterableDataset.from_generator(lambda: iter(ROWS))
+    trainer = make(stream, max_steps=2)
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 2
+
+
+# -- bad input, before any model loads ----------------------------------------------------------------------------------
+
+
+def refused(tmp_path, match, rows=ROWS, *, model="absent-student", fields=None, eval_dataset=None, **kwargs):
+    settings = {"teacher_model_name_or_path": "absent-teacher", "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = OSDConfig(str(tmp_path), **{**settings, **(fields or {})})
+    with pytest.raises(ValueError, match=match):
+        OSDTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), eval_dataset=eval_dataset, **kwargs)
+
+
+def test_tools_are_refused(tmp_path):
+    def look_up(word: str) -> str:
+        """Look a word up."""
+        return word
+
+    refused(tmp_path, r"tools=\['look_up'\] are not supported", tools=[look_up])
+
+
+def test_a_teacher_in_memory_is_refused(tmp_path, tiny_pair):
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_pair[0])
+    refused(tmp_path, "teacher_model is a LlamaForCausalLM: the teacher runs in vLLM", teacher_model=teacher)
+
+
+def test_a_run_without_a_teacher_is_refused(tmp_path):
+    refused(tmp_path, "no teacher: set teacher_model_name_or_path", fields={"teacher_model_name_or_path": None})
+
+
+def test_a_quantized_student_is_refused(tmp_path):
+    refused(tmp_path, "quantization_config is not supported", quantization_config=object())
+
+
+def test_missing_models_are_refused(tmp_path, tiny_pair):
+    refused(tmp_path, "teacher model 'absent-teacher'")
+    refused(tmp_path, "student model 'absent-student'", fields={"teacher_model_name_or_path": str(tiny_pair[0])})
+
+
+def test_a_template_that_names_a_missing_column_is_refused(tmp_path):
+    rows = [{"prompt": "w7", "answer": "w8"}]
+    refused(tmp_path, "'solution', which the dataset does not have", rows, fields={"privileged_template": "{solution}"})
+
+
+def test_evaluation_data_are_checked_too(tmp_path):
+    rows = [{"prompt": "w7", "answer": "w8"}]
+    short = {"easy": Dataset.from_list(rows), "hard": Dataset.from_list([{"prompt": "w7"}])}
+    refused(
+        tmp_path,
+        "'answer', which the dataset does not have",
+        rows,
+        fields={"privileged_template": "{answer}"},
+        eval_dataset=short,
+    )
+
+
+def test_datasets_without_prompts_or_with_images_are_refused(tmp_path):
+    refused(tmp_path, "no 'prompt' column", [{"question": "w7"}])
+    refused(tmp_path, r"remove the dataset's columns \['image'\]", [{"prompt": "w7", "image": "x"}])
+
+
+def test_an_unknown_engine_argument_is_refused(tmp_path, tiny_pair):
+    fields = {"teacher_model_name_or_path": str(tiny_pair[0]), "engine_kwargs": {"max_modle_len": 8}}
+    refused(tmp_path, "max_modle_len", fields=fields, model=str(tiny_pair[1]))
+
+
+def test_a_running_engine_must_be_the_one_that_was_configured(make, tmp_path, engine, tiny_pair):
+    with pytest.raises(ValueError, match="the running engine mixes with"):
+        make(alpha_method="entropy")
+    with pytest.raises(ValueError, match="the running engine's teacher is"):
+        make(teacher_model_name_or_path="another")
+
+
+def test_a_prompt_too_long_for_the_engine_is_refused_before_sampling(make):
+    rows = [{"prompt": " ".join(["w7"] * 300)}] * 4
+    with pytest.raises(ValueError, match="student's prompt has 300 tokens"):
+        make([{**row, "teacher_prompt": "w7"} for row in rows]).train()

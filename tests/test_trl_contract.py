@@ -1,0 +1,233 @@
+"""Every name of TRL's that OSD relies on and TRL keeps private: an upgrade fails here first, in words.
+
+When one of these fails, the sentence says what OSD does with the name; change that place, then this test, then
+`trainers/_compat.py`.
+"""
+
+import inspect
+import re
+
+import pytest
+import torch
+from trl import DistillationConfig, DistillationTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import distillation_trainer
+from trl.trainer import utils as trl_utils
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def source(function):
+    """Source on one line, so that a pattern can span lines."""
+    return re.sub(r"\s+", " ", inspect.getsource(function))
+
+
+# -- trl.generation.vllm_generation: what OSDGeneration inherits and replaces --------------------------------------------
+
+
+def test_the_generators_constructor_takes_what_osd_gives_it():
+    assert set(parameters(VLLMGeneration.__init__)) >= {
+        "model",
+        "accelerator",
+        "processing_class",
+        "mode",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "max_completion_length",
+        "generation_kwargs",
+    }, "OSDGeneration.__init__ passes these on"
+
+
+def test_the_generator_starts_its_engine_in_one_overridable_method():
+    assert parameters(VLLMGeneration._init_vllm) == ["self"], "OSDGeneration overrides _init_vllm to start the pair"
+    init = source(VLLMGeneration.__init__)
+    assert init.count("self._init_vllm()") == 1, "the constructor is expected to call _init_vllm once"
+    assert "LLM(" not in init, "the constructor is expected to build no engine outside _init_vllm"
+
+
+def test_the_generators_contract():
+    assert parameters(VLLMGeneration.sync_weights) == ["self"]
+    assert parameters(VLLMGeneration.generate) == ["self", "prompts", "images", "num_generations", "profiler"]
+    returned = "return prompt_ids, completion_ids, logprobs, logprob_token_ids"
+    assert returned in source(VLLMGeneration.generate), "OSDGeneration.generate returns the same four"
+
+
+def test_the_walk_over_the_parameters_needs_only_what_osd_sets():
+    assert parameters(VLLMGeneration._iter_named_params) == ["self"]
+    walk = [
+        VLLMGeneration._iter_named_params,
+        VLLMGeneration._iter_fsdp_params,
+        VLLMGeneration._iter_fsdp1_params,
+        VLLMGeneration._iter_fsdp2_params,
+        VLLMGeneration._fix_param_name_to_vllm,
+    ]
+    used = {name for function in walk for name in re.findall(r"self\.(\w+)", source(function))}
+    assert {name for name in used if not name.startswith(("_iter", "_fix"))} == {"model", "accelerator", "_dist"}, (
+        "sync_weights() walks the parameters without an LLM"
+    )
+
+
+def test_the_walk_merges_adapters_before_and_unmerges_them_after():
+    walk = source(VLLMGeneration._iter_named_params)
+    assert walk.index("merge_adapter()") < walk.index("yield") < walk.index("unmerge_adapter()"), (
+        "OSDGeneration unmerges after a sync that failed in between"
+    )
+
+
+# -- trl.trainer.distillation_trainer: what OSDTrainer overrides ---------------------------------------------------------
+
+
+def test_the_overridden_methods_have_their_signatures():
+    assert parameters(DistillationTrainer._generate_and_score_completions) == ["self", "inputs"]
+    assert parameters(DistillationTrainer._compute_loss) == ["self", "unwrapped_student", "inputs", "num_items_in_batch"]
+    assert parameters(DistillationTrainer._set_signature_columns_if_needed) == ["self"]
+    assert parameters(DistillationTrainer.log) == ["self", "logs", "start_time"]
+    assert parameters(DistillationTrainer._get_last_hidden_state)[:5] == [
+        "self",
+        "unwrapped_model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+    ]
+
+
+def test_a_trainer_without_a_teacher_is_legal():
+    init = source(DistillationTrainer.__init__)
+    assert "else: self.teacher_model = None" in init, "OSDTrainer passes teacher_model=None: no second teacher is loaded"
+
+
+def test_the_generator_is_built_inline_when_use_vllm_is_set():
+    init = source(DistillationTrainer.__init__)
+    assert init.count("VLLMGeneration(") == 1
+    assert init.index("self.use_vllm = args.use_vllm") < init.index("if self.use_vllm:") < init.index("VLLMGeneration("), (
+        "OSDTrainer calls the constructor with args.use_vllm=False and puts its own generator in afterwards"
+    )
+    assert init.count("args.use_vllm") == 1, "nothing else in the constructor is expected to depend on use_vllm"
+
+
+def test_completions_come_from_sync_and_generate():
+    turn = source(DistillationTrainer._generate_single_turn)
+    assert "if self.state.global_step != self._last_loaded_step:" in turn, "OSDTrainer sets _last_loaded_step=-1 to sync"
+    assert turn.index("self.vllm_generation.sync_weights()") < turn.index("self._last_loaded_step = self.state.global_step"), (
+        "a sync that fails must be tried again"
+    )
+    assert "_, completion_ids, _, _ = self.vllm_generation.generate( prompts=prompt_ids, images=images," in turn, (
+        "the ids that TRL tokenized are the ids that the engine's student reads"
+    )
+    assert source(DistillationTrainer._generate).count("_generate_single_turn(") == 1, (
+        "teacher_reads() covers one generate() call"
+    )
+
+
+def test_prompts_are_tokenized_as_osd_tokenizes_the_teachers():
+    tokenize = source(DistillationTrainer._tokenize_prompts)
+    assert 'self.processing_class(text=prompts)["input_ids"]' in tokenize
+    assert "add_generation_prompt=True" in tokenize
+    assert "**self.chat_template_kwargs" in tokenize
+    assert "truncation" not in tokenize, "a truncated student prompt would not be the one of the dataset"
+
+
+def test_the_batch_has_the_keys_that_osd_reads_and_replaces():
+    output = source(DistillationTrainer._generate_and_score_completions)
+    for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch"):
+        assert f'"{key}": ' in output, f"OSDTrainer reads or replaces output[{key!r}]"
+    assert 'padding_side="right"' in output, "the recorded hidden states are padded on the right, like completion_ids"
+
+
+def test_losses_are_computed_from_these_returned_values():
+    assert "loss, entropy_sum, num_valid_tokens = self._forward_redirection(" in source(DistillationTrainer.compute_loss)
+    assert 'inputs["num_items_in_batch"]' in source(DistillationTrainer.compute_loss)
+    assert parameters(distillation_trainer._chunked_divergence_loss) == [
+        "student_hidden_states",
+        "teacher_hidden_states",
+        "student_lm_head_weight",
+        "teacher_lm_head_weight",
+        "completion_mask",
+        "beta",
+        "num_items_in_batch",
+        "student_lm_head_bias",
+        "teacher_lm_head_bias",
+        "student_logit_scale",
+        "teacher_logit_scale",
+        "student_final_logit_softcapping",
+        "teacher_final_logit_softcapping",
+        "temperature",
+    ], "trainers.losses.recorded_divergence calls it with these"
+
+
+def test_logit_scales_have_the_names_that_osd_looks_for():
+    names = set(re.findall(r'student_config, "(\w+)"', source(DistillationTrainer._compute_loss)))
+    assert names == {
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_scaling",
+        "final_logit_softcapping",
+    }, "trainers.losses.logit_scale knows the same names"
+
+
+@pytest.mark.parametrize("name", ["_tokenizer", "_is_vlm", "_metrics", "_logs", "temperature", "top_p", "top_k", "min_p"])
+def test_the_attributes_that_osd_reads_are_set(name):
+    assert f"self.{name}" in source(DistillationTrainer.__init__), f"OSDTrainer uses self.{name}"
+
+
+# -- buffering: extra tensors travel with the batch ----------------------------------------------------------------------
+
+
+def test_batch_first_tensors_are_shuffled_and_split_together():
+    rows = torch.arange(6)
+    batch = {"prompt_ids": rows[:, None], "teacher_hidden": rows[:, None, None].expand(6, 2, 3), "n": torch.tensor(6.0)}
+    chunks = trl_utils.split_tensor_dict(trl_utils.shuffle_sequence_dict(batch), 3)
+    assert len(chunks) == 3
+    for chunk in chunks:
+        assert (chunk["teacher_hidden"][:, 0, 0] == chunk["prompt_ids"][:, 0]).all()
+        assert chunk["n"] == 6
+
+
+def test_the_batch_is_generated_once_per_optimizer_step():
+    prepare = source(DistillationTrainer._prepare_inputs)
+    assert "generate_every = self.args.gradient_accumulation_steps" in prepare
+    assert "self._step % generate_every == 0" in prepare
+
+
+# -- logging -------------------------------------------------------------------------------------------------------------
+
+
+def test_completion_logging_can_be_taken_over():
+    log = source(DistillationTrainer.log)
+    assert "if self.accelerator.is_main_process and self.log_completions:" in log, "OSDTrainer.log turns it off around TRL's"
+    assert parameters(trl_utils.print_prompt_completions_sample)[:6] == [
+        "prompts",
+        "completions",
+        "rewards",
+        "advantages",
+        "step",
+        "num_samples",
+    ]
+
+
+def test_the_config_fields_that_osd_maps_or_refuses_exist():
+    fields = DistillationConfig.__dataclass_fields__
+    for name in (
+        "teacher_model_name_or_path",
+        "teacher_model_revision",
+        "teacher_model_init_kwargs",
+        "vllm_gpu_memory_utilization",
+        "vllm_max_model_length",
+        "vllm_model_impl",
+        "vllm_tensor_parallel_size",
+        "vllm_mode",
+        "vllm_enable_sleep_mode",
+        "vllm_structured_outputs_regex",
+        "vllm_server_base_url",
+        "cache_implementation",
+        "max_tool_calling_iterations",
+        "ds3_gather_for_generation",
+        "chat_template_kwargs",
+    ):
+        assert name in fields, f"OSDConfig uses DistillationConfig.{name}"
