@@ -293,8 +293,8 @@ def test_training_brings_the_student_closer_to_the_teacher(make):
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
     losses = logged(trainer, "loss")
-    assert after < 0.7 * before
-    assert losses[-1] < 0.7 * losses[0]
+    assert after < 0.8 * before
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_completion_in_error_is_masked_out_and_counted(make, engine):

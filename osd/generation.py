@@ -1,0 +1,305 @@
+"""OSDGeneration: TRL's generator contract, sampling from q* with a paired engine in the trainer's own process.
+
+TRL's trainers ask a generator for two things, `sync_weights()` and `generate(...)`. This one can stand wherever TRL puts
+its `VLLMGeneration`; no OSDTrainer is needed:
+
+    pair = PairConfig(teacher="...", student=trainer.model.name_or_path)
+    trainer.vllm_generation = OSDGeneration(trainer.model, trainer.accelerator, trainer.processing_class, pair=pair)
+    with trainer.vllm_generation.teacher_reads(teacher_prompts):      # optional: prompts that only the teacher sees
+        ...                                                          # TRL calls generate() in here
+    trainer.vllm_generation.last_batch.completions                   # per-token records of what it sampled
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+
+import torch
+from accelerate.utils import is_peft_model
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import ensure_master_addr_port
+
+from osd.prompts import Prompt, encode
+
+if TYPE_CHECKING:
+    from osd.engine.pair import PairCompletion, PairConfig, PairEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedBatch:
+    """What one `generate` call sampled, in the order of its prompts.
+
+    Attributes:
+        completions: token ids, finish reason, error and per-token record of each.
+        seconds: wall-clock time of the call.
+        sync_seconds: of the syncs since the call before it; 0 if there was none.
+        weights_version: syncs that the student's weights had received.
+    """
+
+    completions: list[PairCompletion]
+    seconds: float
+    sync_seconds: float
+    weights_version: int
+
+
+@dataclass
+class _TeacherSide:
+    """What `teacher_reads` set aside for the next `generate` call."""
+
+    prompts: list[list[int]] | None
+    alpha: float | None
+    used: bool = False
+
+
+class OSDGeneration(VLLMGeneration):
+    """Samples completions from q* and keeps the student's engine at the trainer's weights.
+
+    Subclasses TRL's generator for its walk over the parameters (FSDP, DeepSpeed ZeRO-3, PEFT merging); engine, sync and
+    generation are replaced. Every process of a distributed run owns a whole pair (tensor parallel size 1).
+
+    Args:
+        model, accelerator, processing_class: the trainer's.
+        pair: the two models and how they are mixed, to start an engine from; or a running engine, which the caller closes.
+        hidden: record the teacher's final hidden states (recorded supervision needs them).
+        on_error: what to do with a completion that ended in an error (NaN logits): "raise", or "keep" it for a caller
+            that masks it (it comes back as at least one token, and its `error` says what happened).
+        temperature, top_p, top_k, min_p, repetition_penalty, max_completion_length, generation_kwargs: as in TRL; they
+            shape draws from q*. `generation_kwargs` are further `vllm.SamplingParams` arguments and win over the others.
+
+    Raises:
+        ValueError: a pair that would not live in this process on one device; and what `PairEngine` raises.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        accelerator: Any,
+        processing_class: Any,
+        *,
+        pair: PairConfig | PairEngine,
+        hidden: bool = False,
+        on_error: str = "raise",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        max_completion_length: int = 16,
+        generation_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if on_error not in ("raise", "keep"):
+            raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
+        self.pair = pair
+        self.engine: PairEngine
+        self.hidden = hidden
+        self.on_error = on_error
+        self.sync_seconds = 0.0
+        self.last_batch: GeneratedBatch | None = None
+        self._synced = False
+        self._teacher_side: _TeacherSide | None = None
+        super().__init__(
+            model,
+            accelerator,
+            processing_class,
+            mode="colocate",
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,  # type: ignore[arg-type]  # TRL's own trainer passes None for "off"
+            repetition_penalty=repetition_penalty,
+            max_completion_length=max_completion_length,
+            generation_kwargs=dict(generation_kwargs or {}),
+        )
+
+    def _init_vllm(self) -> None:
+        """Start the pair; TRL's constructor calls this where it would build its `LLM`."""
+        from osd.engine.pair import PairConfig, PairEngine
+
+        if isinstance(self.pair, PairConfig):
+            _check_colocated(self.pair)
+            # The trainer hands tensors over by reference, so the engine must not be a process of its own.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            kwargs = self.pair.engine_kwargs | self._process_kwargs(self.pair.engine_kwargs.get("seed", 0))
+            self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
+        else:
+            self.engine = self.pair
+        self.accelerator.wait_for_everyone()
+
+    def _process_kwargs(self, seed: int) -> dict[str, Any]:
+        """Engine arguments that depend on this process's place among the others."""
+        rank = self.accelerator.process_index
+        kwargs = {"seed": seed + rank}  # with one seed every process would draw the same noise
+        if self.accelerator.num_processes > 1:
+            # As in TRL: vLLM must join the process group that accelerate made instead of making one.
+            kwargs["distributed_executor_backend"] = "external_launcher"
+            os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(self.accelerator.num_processes)
+            os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
+            ensure_master_addr_port()
+        return kwargs
+
+    def close(self) -> None:
+        """Shut the engine down, if this object started it."""
+        self._synced = False
+        if self.engine is not self.pair:
+            self.engine.close()
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def sync_weights(self) -> None:
+        """Push the live student into its engine, in one call; its prefix cache is reset, the teacher's is not.
+
+        The next batch says how long it took. If it fails, `generate` refuses to sample until a sync succeeds.
+        """
+        start = time.perf_counter()
+        self._synced = False
+        try:
+            # A generator, so that sharded parameters are gathered one at a time while vLLM copies them.
+            self.engine.load_student_weights(self._iter_named_params())
+        except BaseException:
+            self._unmerge_adapter()
+            raise
+        self._synced = True
+        self.sync_seconds += time.perf_counter() - start
+
+    def _unmerge_adapter(self) -> None:
+        # TRL's walk merges LoRA before it and unmerges after it; a failure in between would leave the trained model merged.
+        if is_peft_model(self.model):
+            self.model.unmerge_adapter()  # type: ignore[operator]
+
+    # -- completions --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def teacher_reads(self, prompts: Sequence[Prompt | list[int]] | None, *, alpha: float | None = None) -> Iterator[None]:
+        """In this block, the next `generate` call has the teacher read `prompts`, and fixes α if `alpha` is given.
+
+        Args:
+            prompts: one per student prompt, in the same order: text or messages (rendered with the teacher's tokenizer),
+                or token ids. None gives the teacher the student's prompts, which is also what happens without this block.
+            alpha: the teacher's weight; 0 samples from the student alone, as evaluation should. None: the mixing's own.
+
+        Raises:
+            ValueError: a prompt that is empty or cannot be rendered.
+        """
+        if self._teacher_side is not None:
+            raise RuntimeError("teacher_reads() is already in effect; it cannot be nested")
+        token_ids = None if prompts is None else [self._teacher_ids(prompt) for prompt in prompts]
+        self._teacher_side = _TeacherSide(token_ids, alpha)
+        try:
+            yield
+        finally:
+            self._teacher_side = None
+
+    def _teacher_ids(self, prompt: Prompt | list[int]) -> list[int]:
+        if _is_token_ids(prompt):
+            return prompt
+        return encode(self.engine.tokenizer, cast(Prompt, prompt))
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: list[list | None] | None,
+        num_generations: int,
+        profiler: Any = None,
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
+        """One completion per prompt, drawn from q*.
+
+        Args:
+            prompts: the student's prompts as token ids, repeated by the caller when it wants several completions of one.
+            images: must be None.
+            num_generations: ignored, as in TRL's colocate mode: the prompts are repeated already.
+            profiler: context manager around the sampling.
+
+        Returns:
+            the prompts; completion ids; exact log q of every token as it was drawn, `[B][T][1]`, in nats, after top-k and
+            the like (the behaviour policy's log-probabilities); and their ids, `[B][T][1]`.
+
+        Raises:
+            RuntimeError: no sync succeeded yet, or the last one failed; a completion in error with `on_error="raise"`.
+            ValueError: images; another number of teacher prompts; a prompt too long for either side.
+        """
+        if images is not None:
+            raise ValueError("OSD distils text models; remove the dataset's image columns")
+        if not self._synced:
+            raise RuntimeError("the student's engine does not have the trainer's weights; call sync_weights() first")
+        teacher_prompts, alpha = self._take_teacher_side(prompts)
+        start = time.perf_counter()
+        with profiler or nullcontext():
+            completions = self.engine.generate(
+                _pair_prompts(teacher_prompts, prompts), sampling=self._sampling(), alpha=alpha, hidden=self.hidden
+            )
+        self.last_batch = GeneratedBatch(
+            completions=completions,
+            seconds=time.perf_counter() - start,
+            sync_seconds=self.sync_seconds,
+            weights_version=self.engine.weights_version,
+        )
+        self.sync_seconds = 0.0
+        self._check_errors(completions)
+        token_ids = [c.token_ids or [self._end_token] for c in completions]
+        logprobs = [[[lp] for lp in _logp_draw(c, len(ids))] for c, ids in zip(completions, token_ids, strict=True)]
+        return prompts, token_ids, logprobs, [[[token] for token in ids] for ids in token_ids]
+
+    def _take_teacher_side(self, prompts: list[list[int]]) -> tuple[list[list[int]], float | None]:
+        side = self._teacher_side
+        if side is None:
+            return prompts, None
+        if side.used:
+            raise RuntimeError("teacher_reads() covers one generate() call, and this is the second one in its block")
+        side.used = True
+        if side.prompts is not None and len(side.prompts) != len(prompts):
+            raise ValueError(f"{len(side.prompts)} teacher prompts were given for {len(prompts)} student prompts")
+        return prompts if side.prompts is None else side.prompts, side.alpha
+
+    def _sampling(self) -> dict[str, Any]:
+        return {
+            "max_tokens": self.max_completion_length,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty,
+            **self.generation_kwargs,
+        }
+
+    @property
+    def _end_token(self) -> int:
+        # TRL reads the last token of every completion, so one that failed before its first token is given this one.
+        return self.engine.tokenizer.eos_token_id
+
+    def _check_errors(self, completions: list[PairCompletion]) -> None:
+        failed = {i: c.error for i, c in enumerate(completions) if c.error}
+        if failed and self.on_error == "raise":
+            first = next(iter(failed))
+            raise RuntimeError(f"{len(failed)} of {len(completions)} completions failed; number {first}: {failed[first]}")
+
+
+def _is_token_ids(prompt: Prompt | list[int]) -> TypeGuard[list[int]]:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+
+
+def _check_colocated(pair: PairConfig) -> None:
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if pair.engine_kwargs.get(name, 1) != 1:
+            raise ValueError(
+                f"engine_kwargs[{name!r}]={pair.engine_kwargs[name]!r}: in training every process owns a whole pair on its own "
+                "device; use 1, and more processes instead"
+            )
+
+
+def _pair_prompts(teacher: list[list[int]], student: list[list[int]]) -> list[Any]:
+    from osd.engine.pair import PairPrompt
+
+    return [PairPrompt(teacher_token_ids=list(t), student_token_ids=list(s)) for t, s in zip(teacher, student, strict=True)]
+
+
+def _logp_draw(completion: PairCompletion, length: int) -> list[float]:
+    """log q of the drawn tokens; zeros for a completion in error, whose caller has said that it masks it."""
+    if completion.error or completion.record is None:
+        return [0.0] * length
+    return torch.as_tensor(completion.record.logp_draw).tolist()

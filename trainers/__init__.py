@@ -1,0 +1,10 @@
+"""The trainer half of OSD: the only package that touches TRL's trainer internals."""
+
+from trainers._compat import check_trl
+
+check_trl()  # before anything of TRL's is imported, so that a wrong version is an error in words
+
+from trainers.config import OSDConfig  # noqa: E402
+from trainers.trainer import OSDTrainer  # noqa: E402
+
+__all__ = ["OSDConfig", "OSDTrainer"]

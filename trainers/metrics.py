@@ -1,0 +1,77 @@
+"""What one batch of completions says about sampling, reduced over its tokens and over all processes.
+
+`alpha/...`  the teacher's weight: mean, std, min and max over tokens
+`q/...`      of the mixture, means over tokens: KL(q*‖π_θ) and KL(q*‖π_t) in nats, entropy in nats, and
+             ess_ratio = ESS(π_θ)/ESS(π_t), which is 1 where both policies are equally well covered by q*
+`engine/...` seconds of sync and sampling, cached share of each side's prompt tokens, version of the student's weights
+`completions/failed`  completions that ended in an error; they are masked out of the loss and of the rest of these
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from osd.generation import GeneratedBatch, OSDGeneration
+
+_MEANS = ("kl_theta", "kl_teacher", "entropy_q", "ess_ratio")
+_CACHE = ("teacher_prompt_tokens", "teacher_cached_tokens", "student_prompt_tokens", "student_cached_tokens")
+
+
+def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, float]:
+    """Metrics of the last batch; a collective operation. NaN where no token was sampled without error."""
+    batch = generation.last_batch
+    assert batch is not None, "called after generate()"
+    totals = _totals(batch)
+    names = list(totals)
+    gathered_PK = accelerator.gather(torch.tensor([list(totals.values())], device=accelerator.device))
+    of = {name: gathered_PK[:, k] for k, name in enumerate(names)}
+    tokens = of["tokens"].sum().item()
+    mean = {name: _ratio(of[name].sum().item(), tokens) for name in ("alpha", "alpha_squared", *_MEANS)}
+    variance = mean["alpha_squared"] - mean["alpha"] ** 2
+    return {
+        "alpha/mean": mean["alpha"],
+        "alpha/std": max(variance, 0.0) ** 0.5 if tokens else float("nan"),
+        "alpha/min": of["alpha_min"].min().item() if tokens else float("nan"),
+        "alpha/max": of["alpha_max"].max().item() if tokens else float("nan"),
+        "q/kl_theta": mean["kl_theta"],
+        "q/kl_teacher": mean["kl_teacher"],
+        "q/entropy": mean["entropy_q"],
+        "q/ess_ratio": mean["ess_ratio"],
+        "engine/sync_seconds": of["sync_seconds"].max().item(),
+        "engine/generate_seconds": of["seconds"].max().item(),
+        "engine/teacher_cache_hit": _ratio(*(of[f"teacher_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
+        "engine/student_cache_hit": _ratio(*(of[f"student_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
+        "engine/weights_version": of["weights_version"].min().item(),
+        "completions/failed": of["failed"].sum().item(),
+    }
+
+
+def _totals(batch: GeneratedBatch) -> dict[str, float]:
+    """This process's sums, and its extremes of α; the keys are the same whatever the batch."""
+    good = [c.record for c in batch.completions if not c.error and c.record is not None]
+    # [N] over the tokens of all completions; float64, since these are sums of many.
+    token_N = {
+        name: torch.cat([getattr(r, name) for r in good]).double() if good else torch.empty(0, dtype=torch.float64)
+        for name in ("alpha", "kl_theta", "kl_teacher", "entropy_q", "ess_theta", "ess_teacher")
+    }
+    token_N["ess_ratio"] = token_N["ess_theta"] / token_N["ess_teacher"]
+    alpha_N = token_N["alpha"]
+    return {
+        "tokens": float(len(alpha_N)),
+        "alpha": alpha_N.sum().item(),
+        "alpha_squared": alpha_N.square().sum().item(),
+        "alpha_min": alpha_N.min().item() if len(alpha_N) else float("inf"),
+        "alpha_max": alpha_N.max().item() if len(alpha_N) else float("-inf"),
+        **{name: token_N[name].sum().item() for name in _MEANS},
+        **{name: float(sum(getattr(c, name) for c in batch.completions)) for name in _CACHE},
+        "failed": float(sum(c.error is not None for c in batch.completions)),
+        "sync_seconds": batch.sync_seconds,
+        "seconds": batch.seconds,
+        "weights_version": float(batch.weights_version),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
