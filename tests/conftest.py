@@ -24,3 +24,11 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two random models of one vocabulary (teacher, student), different enough for α to move."""
     root = tmp_path_factory.mktemp("tiny")
     return tiny_model(root / "teacher", seed=1), tiny_model(root / "student", seed=2)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in float32, converted once into the repository's ignored ``models`` folder."""
+    from examples.smollm2 import prepare_smollm2
+
+    return prepare_smollm2(Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct", dtype="float32")

