@@ -1,6 +1,6 @@
 """A training run in one page: the teacher reads a reference answer that the student never sees.
 
-    python examples/train.py --student PATH --teacher PATH --data train.jsonl --steps 3 --output outputs/example
+    python examples/train.py --student PATH [--teacher PATH] [--data train.jsonl] [--steps 3] [--cpu]
 
 Each line of the data is {"prompt": ..., "privileged_context": ...}; without --data, four lines are made up here.
 """
@@ -17,14 +17,16 @@ EXAMPLES = [
     {"prompt": "Which planet is the largest?", "privileged_context": "Jupiter"},
     {"prompt": "What is seven times six?", "privileged_context": "42"},
 ]
+GPU_ENGINE = {"dtype": "bfloat16", "max_model_len": 256}
+CPU_ENGINE = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
 
 
-def main(argv: list[str] | None = None) -> OSDTrainer:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True, help="path or model id")
     parser.add_argument("--teacher", help="path or model id; default: the student's own starting point")
     parser.add_argument("--data", help="a .jsonl file")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
     parser.add_argument("--output", default="outputs/example")
     parser.add_argument("--cpu", action="store_true", help="float32 on the CPU")
     flags = parser.parse_args(argv)
@@ -44,13 +46,12 @@ def main(argv: list[str] | None = None) -> OSDTrainer:
         report_to="none",
         use_cpu=flags.cpu,
         bf16=not flags.cpu,
-        engine_kwargs={"dtype": "float32" if flags.cpu else "bfloat16", "max_model_len": 256},
+        engine_kwargs=CPU_ENGINE if flags.cpu else GPU_ENGINE,
     )
     trainer = OSDTrainer(model=flags.student, args=args, train_dataset=data)
     trainer.train()
     trainer.save_model()
     trainer.close()
-    return trainer
 
 
 if __name__ == "__main__":
