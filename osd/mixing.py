@@ -1,0 +1,234 @@
+"""q, the mixture of student and teacher that tokens are drawn from, with what is recorded of it.
+
+geometric: q ∝ pi_theta^(1-alpha) pi_t^alpha on the tokens finite on both sides; linear: (1-alpha) pi_theta + alpha pi_t.
+This is the readable reference for every kernel. Shape suffixes: B rows, V vocabulary, R record columns. Logarithms are
+natural.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from osd.alpha import Pair, any_row, bad_side, dot, entropy, pair_up, solve_pair, workspace
+from osd.core import MixingConfig
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """q for each row, and its distance from both policies. All float32 but bad_side_B.
+
+    alpha_B: the teacher's weight. logq_BV: log q, normalised.
+    lse_theta_B, lse_teacher_B: log pi(y) = logits[y] / temperature - lse.
+    kl_theta_B, kl_teacher_B: KL(q||pi_theta), KL(q||pi_t); inf where q has mass that the policy lacks.
+    ess_theta_B, ess_teacher_B: 1 / sum_V(pi^2 / q), in [0, 1]: the share of effective samples left when samples of q
+        are reweighted to pi. 0 where q lacks a token with a finite logit in pi, or the sum exceeds float32.
+    entropy_q_B: H(q). entropy_theta_B, entropy_teacher_B: those of the policies, only when asked for.
+    bad_side_B: int8, see nonfinite_side. Such a row is NaN throughout; the others are not affected.
+    """
+
+    alpha_B: Tensor
+    logq_BV: Tensor
+    lse_theta_B: Tensor
+    lse_teacher_B: Tensor
+    kl_theta_B: Tensor
+    kl_teacher_B: Tensor
+    ess_theta_B: Tensor
+    ess_teacher_B: Tensor
+    entropy_q_B: Tensor
+    bad_side_B: Tensor
+    entropy_theta_B: Tensor | None = None
+    entropy_teacher_B: Tensor | None = None
+
+
+def nonfinite_side(logits_theta_BV: Tensor, logits_teacher_BV: Tensor) -> Tensor:
+    """int8 [B]: 0 fine, 1 the student's row is no distribution (NaN, +inf, or all -inf), 2 the teacher's, 3 both."""
+    return bad_side(logits_theta_BV.amax(-1), logits_teacher_BV.amax(-1))
+
+
+@torch.no_grad()
+def mix(
+    logits_theta_BV: Tensor,
+    logits_teacher_BV: Tensor,
+    config: MixingConfig,
+    *,
+    temperature_B: Tensor | float = 1.0,
+    alpha_B: Tensor | None = None,
+    entropies: bool = False,
+) -> Mixture:
+    """Temper both policies, choose alpha (see osd.alpha.solve_alpha), and mix.
+
+    logits: [B, V] logits or log-probabilities, any float dtype, not modified.
+    temperature_B: divides both; a row at 0 is mixed at 1 (its token is the argmax of q), and so are its diagnostics.
+    alpha_B: weights to use instead of config's, in [0, 1] and not clamped to its bounds; NaN leaves a row to config.
+    entropies: also compute those of the two policies, at the cost of four more passes over [B, V].
+
+    alpha = 0 gives exactly pi_theta and alpha = 1 exactly pi_t, each over its full support and with the argmax of its
+    logits. In between, where the supports share nothing, the geometric q is pi_theta: on-policy is the safe side.
+
+    Raises ValueError on shapes that differ, and on a negative or non-finite temperature given as a number.
+    """
+    divisor = _divisor(temperature_B)
+    pair = pair_up(_tempered("theta", logits_theta_BV, divisor), _tempered("teacher", logits_teacher_BV, divisor))
+    alpha_B = _choose(pair, config, alpha_B)
+    logq_BV, q_BV, kls = (_linear if config.mixture == "linear" else _geometric)(pair, alpha_B.double())
+    bad_B = pair.bad_side_B > 0
+
+    def finish(values_B: Tensor) -> Tensor:
+        return values_B.masked_fill(bad_B, torch.nan).float()
+
+    return Mixture(
+        alpha_B=alpha_B,
+        logq_BV=logq_BV,
+        lse_theta_B=finish(pair.lse_theta_B),
+        lse_teacher_B=finish(pair.lse_teacher_B),
+        kl_theta_B=finish(kls[0]),
+        kl_teacher_B=finish(kls[1]),
+        ess_theta_B=finish(_ess(pair.theta_BV, pair.lse_theta_B, logq_BV)),
+        ess_teacher_B=finish(_ess(pair.teacher_BV, pair.lse_teacher_B, logq_BV)),
+        entropy_q_B=finish(_entropy_q(q_BV, logq_BV)),
+        bad_side_B=pair.bad_side_B,
+        entropy_theta_B=finish(entropy(pair.theta_BV)) if entropies else None,
+        entropy_teacher_B=finish(entropy(pair.teacher_BV)) if entropies else None,
+    )
+
+
+def _divisor(temperature_B: Tensor | float) -> Tensor | float | None:
+    """What logits are divided by: 0 stands for 1; None when nothing is to be divided."""
+    if isinstance(temperature_B, Tensor):
+        divisor_B = torch.where(temperature_B == 0, 1.0, temperature_B.float())
+        nothing = not divisor_B.is_cuda and bool((divisor_B == 1).all())
+        return None if nothing else divisor_B[:, None]
+    if not 0 <= temperature_B < float("inf"):
+        raise ValueError(f"temperature_B={temperature_B!r}; use a finite temperature of at least 0")
+    return None if temperature_B in (0, 1) else temperature_B
+
+
+def _tempered(name: str, logits_BV: Tensor, divisor: Tensor | float | None) -> Tensor:
+    return logits_BV if divisor is None else torch.div(logits_BV.float(), divisor, out=workspace(name, logits_BV))
+
+
+def _choose(pair: Pair, config: MixingConfig, given_B: Tensor | None) -> Tensor:
+    if given_B is None:
+        return solve_pair(pair, config)
+    if given_B.shape != pair.bad_side_B.shape:
+        raise ValueError(f"alpha_B is {tuple(given_B.shape)}; use one weight per row, {tuple(pair.bad_side_B.shape)}")
+    given_B = given_B.float()
+    unset_B = given_B.isnan()
+    if any_row(unset_B):
+        given_B = torch.where(unset_B, solve_pair(pair, config), given_B)
+    return given_B.masked_fill(pair.bad_side_B > 0, torch.nan)
+
+
+def _geometric(pair: Pair, alpha_B: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """log q, q, and (KL(q||pi_theta), KL(q||pi_t)).
+
+    With f = E_q[log pi_t/pi_theta] the two are alpha f - log Z and (alpha - 1) f - log Z, where log Z is K(alpha - 1/2)
+    less the line through the policies' own normalisers at -1/2 and 1/2 (K: see osd.alpha).
+    """
+    logq_BV = torch.addcmul(pair.mid_BV, pair.gap_BV, (alpha_B - 0.5).float()[:, None])
+    top_B1 = logq_BV.amax(-1, keepdim=True)
+    q_BV = torch.exp(logq_BV.sub_(top_B1), out=pair.half_BV)  # alpha is known: half is no longer needed
+    total_B1 = q_BV.sum(-1, keepdim=True)
+    logq_BV.sub_(total_B1.log())
+    q_BV.div_(total_B1)
+    norm_theta_B, norm_teacher_B = pair.at_theta_B - pair.on_theta_B, pair.at_teacher_B - pair.on_teacher_B
+    f_B = dot(q_BV, pair.gap_BV, workspace("a", q_BV)) - (norm_teacher_B - norm_theta_B)
+    log_z_B = (top_B1 + total_B1.log()).squeeze(-1) - torch.lerp(norm_theta_B, norm_teacher_B, alpha_B)
+    kls = (alpha_B * f_B - log_z_B).clamp(min=0), ((alpha_B - 1) * f_B - log_z_B).clamp(min=0)
+    student_B = (alpha_B == 0) | (pair.empty_B & (alpha_B < 1))
+    return _pure_rows(pair, student_B, alpha_B == 1, logq_BV, q_BV, *kls)
+
+
+def _pure_rows(
+    pair: Pair,
+    student_B: Tensor,
+    teacher_B: Tensor,
+    logq_BV: Tensor,
+    q_BV: Tensor,
+    kl_theta_B: Tensor,
+    kl_teacher_B: Tensor,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The same with q replaced, in these rows, by the one policy itself, over its full support."""
+    if any_row(student_B | teacher_B):
+        for at_B, z_BV, lse_B in (
+            (student_B, pair.theta_BV, pair.lse_theta_B),
+            (teacher_B, pair.teacher_BV, pair.lse_teacher_B),
+        ):
+            if any_row(at_B):
+                logq_BV = torch.where(at_B[:, None], _normalised(z_BV, lse_B), logq_BV)
+        q_BV = torch.exp(logq_BV)
+        kl_theta_B = torch.where(teacher_B & pair.lost_teacher_B, torch.inf, kl_theta_B).masked_fill(student_B, 0.0)
+        kl_teacher_B = torch.where(student_B & pair.lost_theta_B, torch.inf, kl_teacher_B).masked_fill(teacher_B, 0.0)
+    return logq_BV, q_BV, (kl_theta_B, kl_teacher_B)
+
+
+def _normalised(z_BV: Tensor, lse_B: Tensor) -> Tensor:
+    """z - lse, with the argmax of z: where rounding makes it tie with an earlier token, greedy would differ."""
+    logp_BV = z_BV - lse_B.float()[:, None]
+    top_B1 = z_BV.argmax(-1, keepdim=True)
+    peak_B1 = logp_BV.gather(-1, top_B1)
+    return logp_BV.scatter_(-1, top_B1, torch.nextafter(peak_B1, torch.full_like(peak_B1, torch.inf)).clamp_(max=0))
+
+
+def _linear(pair: Pair, alpha_B: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """As _geometric, for q = (1 - alpha) pi_theta + alpha pi_t."""
+    weight_B1 = alpha_B.float()[:, None]
+    logp_theta_BV = pair.theta_BV - pair.lse_theta_B.float()[:, None]
+    logp_teacher_BV = pair.teacher_BV - pair.lse_teacher_B.float()[:, None]
+    logq_BV = torch.logaddexp(logp_theta_BV + torch.log1p(-weight_B1), logp_teacher_BV + weight_B1.log())
+    q_BV = torch.exp(logq_BV)
+
+    def kl(logp_BV: Tensor) -> Tensor:
+        terms_BV = torch.sub(logq_BV, logp_BV, out=logp_BV).mul_(q_BV)
+        return terms_BV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1).double().clamp(min=0)
+
+    return _pure_rows(pair, alpha_B == 0, alpha_B == 1, logq_BV, q_BV, kl(logp_theta_BV), kl(logp_teacher_BV))
+
+
+def _ess(z_BV: Tensor, lse_B: Tensor, logq_BV: Tensor) -> Tensor:
+    """1 / sum(pi^2 / q) with pi = exp(z - lse); a token that neither has counts 0."""
+    terms_BV = torch.lerp(logq_BV, z_BV, 2.0, out=workspace("a", logq_BV)).sub_(2 * lse_B.float()[:, None])
+    terms_BV.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return 1 / terms_BV.exp_().sum(-1).clamp(min=1)
+
+
+def _entropy_q(q_BV: Tensor, logq_BV: Tensor) -> Tensor:
+    scratch_BV = workspace("a", logq_BV)
+    # 0 * -inf must be 0; exp(-1e4) already is.
+    return -dot(q_BV, torch.clamp(logq_BV, min=-1e4, out=scratch_BV), scratch_BV)
+
+
+def record_rows(
+    mixture: Mixture,
+    logits_theta_BV: Tensor,
+    logits_teacher_BV: Tensor,
+    temperature_B: Tensor | float,
+    token_B: Tensor,
+    logp_draw_B: Tensor,
+) -> Tensor:
+    """[B, R] float32, columns in RECORD_FIELDS order, for the drawn tokens [B].
+
+    Takes the logits and temperatures that were given to `mix`; logp_draw_B is the log-probability each token was drawn
+    with once top-k, top-p and penalties had acted on q.
+    """
+    divisor = _divisor(temperature_B)
+    index_B1 = token_B.long()[:, None]
+
+    def logp(z_BV: Tensor, lse_B: Tensor) -> Tensor:
+        z_B1 = z_BV.gather(-1, index_B1).float()
+        return (z_B1 if divisor is None else z_B1 / divisor).squeeze(-1) - lse_B
+
+    columns = (
+        mixture.alpha_B,
+        mixture.logq_BV.gather(-1, index_B1).squeeze(-1),
+        logp(logits_theta_BV, mixture.lse_theta_B),
+        logp(logits_teacher_BV, mixture.lse_teacher_B),
+        mixture.kl_theta_B,
+        mixture.kl_teacher_B,
+        mixture.entropy_q_B,
+        mixture.ess_theta_B,
+        mixture.ess_teacher_B,
+        logp_draw_B.float(),
+    )
+    return torch.stack(columns, dim=-1)
