@@ -28,7 +28,7 @@ _MAX_GAP = 1e6
 _FLAT = 0.04
 # _FlatCurve forms masses relative to q at 1/2 as 1 + sum, which cancels when the Chernoff information is above this.
 _FAR = 1.0
-_WIDE = 50.0  # beyond it e^(3/2 gap) may overflow
+_WIDE = 50.0  # beyond it e^(3/2 gap) may overflow, though the weight that it multiplies makes the product small
 # Below this the third-order expansion about 1/2 is the solution, to 2e-5.
 _SETTLED = 0.25
 _MAX_STEPS = 50
@@ -273,7 +273,7 @@ class _FlatCurve(_Curve):
         log_top_B1 = self.half_BV.amax(-1, keepdim=True).log()
         direct_BV = (self.mid_BV + log_top_B1).add_(y_BV).exp_().sub_(self.half_BV)
         tilt_BV = torch.expm1(y_BV).mul_(self.half_BV)
-        return torch.where(y_BV.abs() < 1, tilt_BV, direct_BV, out=y_BV)
+        return torch.where(y_BV.abs() < _WIDE, tilt_BV, direct_BV, out=y_BV)
 
     def slope(self, delta_B: Tensor) -> tuple[Tensor, Tensor]:
         tilt_BV = self._tilt(delta_B, "a")
@@ -367,6 +367,7 @@ def _root(condition: Condition, curve: _Curve, guess_B: Tensor, config: MixingCo
     # Bounds are "not yet tried" while the bracket ends outside them.
     left_B, right_B = torch.full_like(guess_B, low - 1), torch.full_like(guess_B, high + 1)
     alpha_B, last_B = guess_B.clamp(low, high), torch.full_like(guess_B, torch.inf)
+    done_B = torch.zeros_like(guess_B, dtype=torch.bool)
     for _ in range(steps):
         value_B, slope_B = condition(curve, alpha_B)
         left_B = torch.where(value_B <= 0, alpha_B, left_B)
@@ -376,12 +377,13 @@ def _root(condition: Condition, curve: _Curve, guess_B: Tensor, config: MixingCo
         trial_B = ((newton_B <= low) & (left_B < low)) | ((newton_B >= high) & (right_B > high))
         inside_B = (newton_B >= left_B) & (newton_B <= right_B) & (step_B <= last_B / 2)
         next_B = torch.where(inside_B | trial_B, newton_B, (left_B.clamp(min=low) + right_B.clamp(max=high)) / 2)
-        next_B = next_B.clamp(low, high)
+        # A row that is done stays: at the root, rounding would make its steps look like ones to be bisected.
+        next_B = torch.where(done_B, alpha_B, next_B.clamp(low, high))
         last_B = (next_B - alpha_B).abs()
         # After a Newton step of h the error is about h * (h * spread) / 2 as long as h * spread is small.
-        newton_done_B = inside_B & (step_B**2 * curve.spread_B < 1e-5) & (step_B * curve.spread_B < 0.1)
+        done_B |= inside_B & (step_B**2 * curve.spread_B < 1e-5) & (step_B * curve.spread_B < 0.1)
+        done_B |= (last_B < 5e-6) | (left_B >= high) | (right_B <= low)
         alpha_B = next_B
-        done_B = newton_done_B | (last_B < 5e-6) | (left_B >= high) | (right_B <= low)
         if not blind(done_B) and bool(done_B.all()):
             break
     return alpha_B
