@@ -25,12 +25,11 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-import torch  # noqa: E402
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt  # noqa: E402  (first: it chooses vLLM's model runner)
-
-from vllm import LLM, SamplingParams  # noqa: E402, I001
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 
 
 def parse_args() -> argparse.Namespace:
@@ -84,7 +83,6 @@ def single(model: str, args: argparse.Namespace) -> dict[int, float]:
 
     times = measure(generate, args, llm.llm_engine.model_config.get_vocab_size())
     llm.llm_engine.engine_core.shutdown()
-    del llm, generate
     cleanup_dist_env_and_memory()
     return times
 

@@ -1,6 +1,6 @@
 """Sample from the optimal mixture of two models that read the same prompts.
 
-    python examples/basic_sampling.py --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct
+python examples/basic_sampling.py --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     assert output.alpha_stats is not None
     for prompt, text, stats in zip(prompts, output.generated_texts, output.alpha_stats, strict=True):
         print(f"\n{prompt}\n  {text.strip()}")
-        print(f"  {stats['count']} tokens, α {stats['mean']:.2f} ± {stats['std']:.2f}, from {stats['min']:.2f} to {stats['max']:.2f}")
+        print("  α from {min:.2f} to {max:.2f}, mean {mean:.2f}, over {count} tokens".format(**stats))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         assert output.records is not None
         for problem, text, record in zip(theta_prompts, output.generated_texts, output.records, strict=True):
             print(f"\n[{name}] {problem}\n  {text.strip()}")
-            print(f"  mean α {record.alpha.mean():.2f}, mean log π_θ {record.logp_theta.mean():.2f}, log π_t {record.logp_teacher.mean():.2f}")
+            means = [record.alpha.mean(), record.logp_theta.mean(), record.logp_teacher.mean()]
+            print("  mean α {:.2f}, mean log π_θ {:.2f}, mean log π_t {:.2f}".format(*means))
 
 
 if __name__ == "__main__":

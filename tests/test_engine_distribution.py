@@ -16,7 +16,7 @@ from osd.core import MixingConfig
 from osd.engine import sampler as engine_sampler
 from osd.engine.pair import PairCompletion, PairConfig, PairEngine, PairPrompt
 from osd.engine.rows import RowPlanner
-from tests.exact import completion_logits, mixture, pit_chi_square, reference, solve
+from tests.exact import NOISE, completion_logits, mixture, pit_chi_square, reference, solve
 from tests.tiny import tiny_engine_kwargs
 
 THRESHOLD = 160.0
@@ -55,7 +55,10 @@ def log_probabilities(models, prompts, completions) -> tuple[torch.Tensor, torch
     """log π_θ and log π_t at every sampled position, float64 [N, V]."""
     teacher, student = models
     rows = [
-        (completion_logits(student, p.student_token_ids, c.token_ids), completion_logits(teacher, p.teacher_token_ids, c.token_ids))
+        (
+            completion_logits(student, p.student_token_ids, c.token_ids),
+            completion_logits(teacher, p.teacher_token_ids, c.token_ids),
+        )
         for p, c in zip(prompts, completions, strict=True)
     ]
     return tuple(torch.cat(side).log_softmax(-1) for side in zip(*rows, strict=True))
@@ -179,12 +182,14 @@ def test_the_record_is_what_the_definitions_say(engine, models, monkeypatch, con
     }
     for name, values in expected.items():
         recorded = torch.cat([getattr(c.record, name) for c in completions]).double()
-        torch.testing.assert_close(recorded, values, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(recorded, values, atol=2e-4 * NOISE, rtol=1e-3 * NOISE, msg=f"{name} differs")
 
 
 def test_the_record_proves_itself(engine):
     """At an interior KL-symmetric α both KLs are the Chernoff information: the record carries its own check."""
     completions = sample(engine, prompt_pairs(32))
     gaps = torch.cat([c.record.chernoff_gap(engine.config.mixing) for c in completions])
+    kl = torch.cat([c.record.kl_theta for c in completions])
     assert len(gaps) > 4000
-    assert gaps.max() < 1e-3
+    # An α known to 1e-5 leaves a gap of 1e-5 times the variance of log π_t/π_θ, which grows with the divergence.
+    assert gaps.max() < 1e-3 * max(1.0, kl.max().item())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from osd.engine.options import PairOptions
 from osd.engine.pair import PairConfig, PairEngine, PairPrompt
-from tests.exact import completion_logits, mixture, reference, solve
+from tests.exact import NOISE, completion_logits, mixture, reference, solve
 from tests.tiny import tiny_engine_kwargs
 
 # N sampled tokens, V vocabulary.
@@ -44,16 +45,19 @@ def q_star(models, prompt, completion, temperature=1.0, solve_at=None) -> torch.
     return mixture(ls, lt, solve("kl_symmetry", ls, lt))
 
 
-def check_draws(models, completions, transform, prompts=PROMPTS, temperature=1.0):
-    """Every recorded draw has the log-probability that ``transform(log q*, completion)`` [N, V] gives it."""
+def check_draws(models, completions, transform, prompts=PROMPTS, temperature=1.0, cut=False):
+    """Every recorded draw has the log-probability that ``transform(log q*, completion)`` [N, V] gives it.
+
+    ``cut``: the transform cuts q* off somewhere, and with a GPU's noise a token at the edge may fall on the other side.
+    """
     for prompt, completion in zip(prompts, completions, strict=True):
         logq = q_star(models, prompt, completion, temperature)
         expected = transform(logq, completion).log_softmax(-1)
         token = torch.tensor(completion.token_ids)[:, None]
-        drawn = completion.record.logp_draw.double()
-        torch.testing.assert_close(drawn, expected.gather(-1, token)[:, 0], atol=5e-4, rtol=1e-3)
+        error = (completion.record.logp_draw.double() - expected.gather(-1, token)[:, 0]).abs()
+        assert error.quantile(0.75 if cut and NOISE > 1 else 1.0) < 5e-4 * NOISE
         recorded = completion.record.logq.double()
-        torch.testing.assert_close(recorded, logq.gather(-1, token)[:, 0], atol=5e-4, rtol=1e-3)
+        torch.testing.assert_close(recorded, logq.gather(-1, token)[:, 0], atol=5e-4 * NOISE, rtol=1e-3 * NOISE)
 
 
 def test_temperature_tempers_both_policies_before_they_are_mixed(engine, models):
@@ -64,7 +68,7 @@ def test_top_k_keeps_the_k_most_likely_of_q(engine, models):
     def top_3(logq, completion):
         return logq.masked_fill(logq < logq.topk(3, dim=-1).values[:, -1:], float("-inf"))
 
-    check_draws(models, sample(engine, top_k=3), top_3)
+    check_draws(models, sample(engine, top_k=3), top_3, cut=True)
 
 
 def test_top_p_keeps_the_nucleus_of_q(engine, models):
@@ -73,14 +77,14 @@ def test_top_p_keeps_the_nucleus_of_q(engine, models):
         outside = ordered.exp().cumsum(-1) - ordered.exp() >= 0.8
         return torch.empty_like(logq).scatter_(-1, index, ordered.masked_fill(outside, float("-inf")))
 
-    check_draws(models, sample(engine, top_p=0.8), nucleus)
+    check_draws(models, sample(engine, top_p=0.8), nucleus, cut=True)
 
 
 def test_min_p_is_relative_to_the_peak_of_q(engine, models):
     def above(logq, completion):
         return logq.masked_fill(logq.exp() < 0.2 * logq.exp().amax(-1, keepdim=True), float("-inf"))
 
-    check_draws(models, sample(engine, min_p=0.2), above)
+    check_draws(models, sample(engine, min_p=0.2), above, cut=True)
 
 
 def test_logit_bias_acts_on_q(engine, models):
@@ -155,7 +159,7 @@ def test_logprobs_are_of_q(engine, models):
     logq = q_star(models, prompt, output)
     for row, (token, logprobs) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
         assert set(logq[row].topk(3).indices.tolist()) <= set(logprobs)
-        assert logprobs[token].logprob == pytest.approx(logq[row, token].item(), abs=5e-4)
+        assert logprobs[token].logprob == pytest.approx(logq[row, token].item(), abs=5e-4 * NOISE)
 
 
 def test_n_completions_of_one_request(engine, models):
@@ -168,7 +172,7 @@ def test_n_completions_of_one_request(engine, models):
         token = torch.tensor(output.token_ids)[:, None]
         expected = q_star(models, prompt, output).gather(-1, token)[:, 0]
         given = torch.tensor([row[t].logprob for t, row in zip(output.token_ids, output.logprobs, strict=True)])
-        torch.testing.assert_close(given.double(), expected, atol=5e-4, rtol=1e-3)
+        torch.testing.assert_close(given.double(), expected, atol=5e-4 * NOISE, rtol=1e-3 * NOISE)
 
 
 def test_aborting_one_request_leaves_the_others_as_they_were(engine):
@@ -196,9 +200,10 @@ def test_an_interrupted_run_leaves_nothing_behind(engine, monkeypatch):
             raise KeyboardInterrupt
         return step()
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(engine._engine, "step", interrupted)
-        sample(engine)
+        with pytest.raises(KeyboardInterrupt):
+            sample(engine)
     assert not engine._engine.has_unfinished_requests()
     assert engine._worker().records.take() == {}
     assert [len(c.token_ids) for c in sample(engine)] == [24] * 8
@@ -213,13 +218,14 @@ def test_a_request_can_fix_alpha(engine, models, alpha):
             for m, ids in zip(models, (prompt.teacher_token_ids, prompt.student_token_ids), strict=True)
         )
         expected = mixture(ls, lt, torch.tensor(alpha)).gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
-        torch.testing.assert_close(c.record.logq.double(), expected, atol=5e-4, rtol=1e-3)
+        torch.testing.assert_close(c.record.logq.double(), expected, atol=5e-4 * NOISE, rtol=1e-3 * NOISE)
         assert (c.record.alpha == alpha).all()
 
 
 def test_teacher_only_requests_run_beside_paired_ones(engine, models):
     options = [PairOptions(teacher_only=i % 2 == 0, record=True) for i in range(8)]
-    params = [engine._sampling_params([p], dict(max_tokens=12, ignore_eos=True), o)[0] for p, o in zip(PROMPTS, options, strict=True)]
+    sampling = dict(max_tokens=12, ignore_eos=True)
+    params = [engine._sampling_params([p], sampling, o)[0] for p, o in zip(PROMPTS, options, strict=True)]
     names = engine._submit(PROMPTS, params)
     outputs, records = engine._run(8, progress=False), engine._take_records()
     for prompt, option, (name, internal) in zip(PROMPTS, options, names.items(), strict=True):
@@ -228,13 +234,11 @@ def test_teacher_only_requests_run_beside_paired_ones(engine, models):
         token = torch.tensor(completion.token_ids)[:, None]
         lt = completion_logits(models[0], prompt.teacher_token_ids, completion.token_ids).log_softmax(-1)
         expected = lt if option.teacher_only else q_star(models, prompt, completion)
-        torch.testing.assert_close(record.logq.double(), expected.gather(-1, token)[:, 0], atol=5e-4, rtol=1e-3)
+        torch.testing.assert_close(record.logq.double(), expected.gather(-1, token)[:, 0], atol=5e-4 * NOISE, rtol=1e-3 * NOISE)
         assert record.logp_theta.isnan().all() == option.teacher_only
 
 
 def test_structured_output_masks_q_and_not_the_teacher(engine, models):
-    from vllm.sampling_params import StructuredOutputsParams
-
     prompt = PROMPTS[0]
     options = PairOptions(student_prompt_token_ids=prompt.student_token_ids, alpha=0.0)
     structured = StructuredOutputsParams(choice=["w20", "w21"])

@@ -33,7 +33,8 @@ def main():
             greedy = engine.generate(prompts, sampling=dict(max_tokens=20, temperature=0.0, ignore_eos=True), hidden=True)
             seeded = engine.generate(prompts, sampling=dict(max_tokens=20, seed=4, ignore_eos=True, stop=["w20"]))
             runs += [greedy, seeded]
-        torch.save([[(c.token_ids, c.record.values_TR, c.record.teacher_hidden_TH, c.weights_version) for c in r] for r in runs], out)
+        rows = [[(c.token_ids, c.record.values_TR, c.record.teacher_hidden_TH, c.weights_version) for c in r] for r in runs]
+        torch.save(rows, out)
 
 if __name__ == "__main__":
     main()
@@ -58,12 +59,13 @@ def in_process(tmp_path_factory, tiny_pair):
 
 
 @pytest.mark.parametrize(
-    ("multiprocessing", "tensor_parallel"), [(1, 1), (0, 2), (1, 2)], ids=["own process", "two ranks", "own process and two ranks"]
+    ("multiprocessing", "tensor_parallel"), [(1, 1), (0, 2), (1, 2)], ids=["own process", "two ranks", "both"]
 )
 def test_every_shape_of_the_engine_samples_the_same(tmp_path, tiny_pair, in_process, multiprocessing, tensor_parallel):
     runs = run(tmp_path, tiny_pair, "other", multiprocessing=multiprocessing, tensor_parallel=tensor_parallel)
     for expected, got in zip(in_process, runs, strict=True):
-        for (ids, values, hidden, version), (other_ids, other_values, other_hidden, other_version) in zip(expected, got, strict=True):
+        for row, other in zip(expected, got, strict=True):
+            (ids, values, hidden, version), (other_ids, other_values, other_hidden, other_version) = row, other
             assert (other_ids, other_version) == (ids, version)
             torch.testing.assert_close(other_values, values, atol=1e-4, rtol=1e-4)
             assert (hidden is None) == (other_hidden is None)

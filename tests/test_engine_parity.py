@@ -51,16 +51,16 @@ def prompt_pairs(tokenizer) -> list[PairPrompt]:
     for question in QUESTIONS:
         privileged = [{"role": "system", "content": "You are a careful expert. " * 12}, {"role": "user", "content": question}]
         plain = [{"role": "user", "content": question}]
-        pairs.append(
-            PairPrompt(teacher_token_ids=encode(tokenizer, privileged), student_token_ids=encode(tokenizer, plain))
-        )
+        pairs.append(PairPrompt(teacher_token_ids=encode(tokenizer, privileged), student_token_ids=encode(tokenizer, plain)))
     return pairs
 
 
 def test_both_policies_log_probabilities_agree_with_transformers(engine, smollm2):
     pairs = prompt_pairs(engine.tokenizer)
     scheduler = engine._engine.engine_core.engine_core.scheduler
-    params = engine._sampling_params(pairs, dict(max_tokens=60, temperature=1.0, seed=0, ignore_eos=True), PairOptions(record=True))
+    params = engine._sampling_params(
+        pairs, dict(max_tokens=60, temperature=1.0, seed=0, ignore_eos=True), PairOptions(record=True)
+    )
     names, outputs, preempted = {}, {}, 0
     pending = list(zip(pairs, params, strict=True))
     while pending or engine._engine.has_unfinished_requests():

@@ -27,7 +27,8 @@ from osd.engine.scheduler import PairScheduler, student_kv_cache_config
 from tests.tiny import tiny_engine_kwargs
 
 BLOCK = 4
-BLOCK_HASHER = None
+HASH_FN = get_hash_fn_by_name("sha256")
+init_none_hash(HASH_FN)  # once: it may be random, and prefixes match only under the same one
 
 
 def make_scheduler(tiny_pair, *, blocks: int, budget: int, student_budget: int, max_num_seqs: int = 8) -> PairScheduler:
@@ -48,11 +49,9 @@ def make_scheduler(tiny_pair, *, blocks: int, budget: int, student_budget: int, 
 
 
 def request(name: str, prompt: list[int], student_prompt: list[int], max_tokens: int, **options) -> Request:
-    hash_fn = get_hash_fn_by_name("sha256")
-    init_none_hash(hash_fn)
     extra = PairOptions(student_prompt_token_ids=student_prompt, **options).to_extra_args()
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
-    hasher = get_request_block_hasher(BLOCK, hash_fn)
+    hasher = get_request_block_hasher(BLOCK, HASH_FN)
     return Request(name, prompt, params, None, block_hasher=hasher)
 
 

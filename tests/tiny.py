@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,10 @@ def tiny_model(
 
 
 def tiny_engine_kwargs(**overrides: Any) -> dict[str, Any]:
-    """Engine arguments that start a tiny pair on a CPU in seconds."""
+    """Engine arguments that start a tiny pair in seconds; OSD_TEST_CUDA_GRAPHS=1 compiles and captures graphs on a GPU."""
     settings = dict(
         dtype="float32",
-        enforce_eager=True,
+        enforce_eager=os.environ.get("OSD_TEST_CUDA_GRAPHS") != "1",
         max_model_len=256,
         block_size=32,
         max_num_seqs=64,

@@ -20,13 +20,16 @@ check_vllm()
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
 import torch  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
+from vllm import LLM, SamplingParams, envs  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 
 from osd.engine.config import PairConfig, student_vllm_config  # noqa: E402
 from osd.engine.models import check_models  # noqa: E402
 from osd.engine.options import PairOptions  # noqa: E402
 from osd.engine.record import RequestRecord, load_records  # noqa: E402
+from osd.engine.weights import dump_weights  # noqa: E402
 
 __all__ = ["PairCompletion", "PairConfig", "PairEngine", "PairPrompt"]
 
@@ -87,6 +90,7 @@ class PairEngine:
         self._check_alone()
         check_models(config)
         self.config = config
+        _keep_torch_threads()
         self.llm = LLM(**config.teacher_engine_args())
         self._engine = self.llm.llm_engine
         self._student_config = student_vllm_config(self._engine.vllm_config)
@@ -166,7 +170,7 @@ class PairEngine:
             extra = {**vars(options), "weights_version": self.weights_version}
             extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
             extra_args = {**kwargs.get("extra_args", {}), **PairOptions(**extra).to_extra_args()}
-            params.append(SamplingParams(**{**kwargs, "extra_args": extra_args}))
+            params.append(_checked_params({**kwargs, "extra_args": extra_args}))
             self._check_request(index, prompt, params[-1])
         return params
 
@@ -198,7 +202,7 @@ class PairEngine:
 
     def _run(self, total: int, progress: bool) -> dict[str, Any]:
         outputs: dict[str, Any] = {}
-        with tqdm(total=total, desc="sampling", unit="completion", disable=not progress) as bar:
+        with tqdm(total=total, desc="sampling", unit="completion", delay=2, disable=not progress) as bar:
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     if output.finished:
@@ -264,9 +268,9 @@ class PairEngine:
         self.weights_version, self._stale = versions[0], None
         return self.weights_version
 
-    def _sendable(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+    def _sendable(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]] | bytes:
         """One worker in this process takes the tensors as they come; others need them all in one message."""
-        return named_tensors if self._worker() is not None else [(name, tensor.cpu()) for name, tensor in named_tensors]
+        return named_tensors if self._worker() is not None else dump_weights(named_tensors)
 
     def _worker(self) -> Any | None:
         """The worker, where it lives in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0`` and one rank), else None."""
@@ -311,3 +315,21 @@ class PairEngine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _checked_params(kwargs: dict[str, Any]) -> SamplingParams:
+    """vLLM's sampling parameters; its complaints, of several types, as a ValueError."""
+    try:
+        return SamplingParams(**kwargs)
+    except (TypeError, ValueError, VLLMValidationError) as error:
+        raise ValueError(f"sampling: {error}") from error
+
+
+def _keep_torch_threads() -> None:
+    """Keep vLLM on a CPU from leaving this process's torch, and a trainer in it, with one thread.
+
+    Its worker sets torch to one thread for serving unless OMP_NUM_THREADS says otherwise, and then makes
+    ``torch.set_num_threads`` do nothing.
+    """
+    if current_platform.is_cpu() and not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))

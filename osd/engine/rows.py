@@ -43,7 +43,7 @@ class RowPlanner:
         """Align the rows of both runners' persistent batches for the requests in ``ready``."""
         teacher_ids, student_ids = list(teacher.input_batch.req_ids), list(student.input_batch.req_ids)
         key = (teacher_ids, student_ids, ready)
-        if key != self._key:
+        if self._plan is None or key != self._key:
             options = {i: PairOptions.of(teacher.requests[i].sampling_params) for i in teacher_ids}
             self._plan = self._build(teacher_ids, student_ids, ready, options)
             self._key = key

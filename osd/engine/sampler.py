@@ -7,6 +7,7 @@ act on log q* as vLLM defines them on logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +45,9 @@ class PairRows:
 class PairSampler(Sampler):
     """vLLM's sampler over log q* instead of one model's logits.
 
-    The worker sets ``rows`` and ``student_logits_BV`` before each step; afterwards ``token_B`` holds the drawn ids and
-    ``values_BR`` the record of every row (NaN in rows that were not sampled). Without ``rows`` (vLLM's warm-up) it is vLLM's sampler.
+    The worker sets ``rows``, ``student_logits_BV`` and ``constrain`` before each step; then ``token_B`` holds the drawn
+    ids and ``values_BR`` the record of every row (NaN in rows that were not sampled). Without ``rows`` (vLLM's warm-up) it
+    is vLLM's sampler.
     """
 
     def __init__(self, mixing: MixingConfig, vocab_size: int, **kwargs: Any) -> None:
@@ -54,7 +56,7 @@ class PairSampler(Sampler):
         self.vocab_size = vocab_size
         self.rows: PairRows | None = None
         self.student_logits_BV: torch.Tensor | None = None
-        self.constrain = None
+        self.constrain: Callable[[torch.Tensor], None] | None = None
         self.values_BR: torch.Tensor | None = None
         self.token_B: torch.Tensor | None = None
         self._logp_draw_B: torch.Tensor | None = None
@@ -78,6 +80,7 @@ class PairSampler(Sampler):
 
     def _mix_parts(self, logits: torch.Tensor, metadata: SamplingMetadata) -> list[_Part]:
         rows = self.rows
+        assert rows is not None
         temperature_B = metadata.temperature
         if temperature_B is None:  # every request is greedy
             temperature_B = logits.new_zeros(logits.shape[0], dtype=torch.float32)
@@ -89,14 +92,24 @@ class PairSampler(Sampler):
             parts.append(self._part(logits, temperature_B, rows.solo, None, None, solo=True))
         return parts
 
-    def _part(self, logits, temperature_B, rows, student_rows, alpha, *, solo: bool = False) -> _Part:
+    def _part(
+        self,
+        logits: torch.Tensor,
+        temperature_B: torch.Tensor,
+        rows: torch.Tensor | None,
+        student_rows: torch.Tensor | None,
+        alpha: torch.Tensor | None,
+        *,
+        solo: bool = False,
+    ) -> _Part:
         teacher = _take(logits, rows)[:, : self.vocab_size]
         temperature = _take(temperature_B, rows)
         if solo:
-            student, config, alpha = teacher, self.mixing, torch.ones_like(temperature)
+            student, alpha = teacher, torch.ones_like(temperature)
         else:
-            student, config = _take(self.student_logits_BV, student_rows)[:, : self.vocab_size], self.mixing
-        mixture = mix(student, teacher, config, temperature_B=temperature, alpha_B=alpha)
+            assert self.student_logits_BV is not None
+            student = _take(self.student_logits_BV, student_rows)[:, : self.vocab_size]
+        mixture = mix(student, teacher, self.mixing, temperature_B=temperature, alpha_B=alpha)
         return _Part(rows, student, teacher, temperature, mixture, solo)
 
     def _scatter(self, logits: torch.Tensor, parts: list[_Part]) -> torch.Tensor:
@@ -112,6 +125,7 @@ class PairSampler(Sampler):
         return out
 
     def _record(self, parts: list[_Part], token_B: torch.Tensor) -> torch.Tensor:
+        assert self._logp_draw_B is not None
         values = torch.full((len(token_B), len(RECORD_FIELDS)), float("nan"), device=token_B.device)
         for part in parts:
             token, logp_draw = _take(token_B, part.rows), _take(self._logp_draw_B, part.rows)
@@ -132,17 +146,16 @@ class PairSampler(Sampler):
         if self.rows is None:
             return super().sample(logits, sampling_metadata, logprobs_mode_override)
         mode = logprobs_mode_override or self.logprobs_mode
-        greedy = None if sampling_metadata.all_random else logits.argmax(dim=-1)
         if sampling_metadata.all_greedy:
             self._logp_draw_B = logits.new_zeros(len(logits))
-            return greedy, _processed(logits, mode)
+            return logits.argmax(dim=-1), _processed(logits, mode)
         for processor in sampling_metadata.logitsprocs.argmax_invariant:
             logits = processor.apply(logits)
         logits = apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
         token, self._logp_draw_B = draw(logits, sampling_metadata.generators)
-        if greedy is not None:
+        if not sampling_metadata.all_random:
             is_greedy = sampling_metadata.temperature < _GREEDY_BELOW
-            token = torch.where(is_greedy, greedy, token)
+            token = torch.where(is_greedy, logits.argmax(dim=-1), token)  # truncation keeps the peak
             self._logp_draw_B = torch.where(is_greedy, 0.0, self._logp_draw_B)
         return token, _processed(logits, mode)
 

@@ -78,7 +78,8 @@ class PairScheduler(Scheduler):
 
     def _refuse_unsupported(self) -> None:
         assert not self.scheduler_config.async_scheduling, "PairConfig turns async scheduling off"
-        assert self.connector is None and self.num_spec_tokens == 0 and not self.use_pp, "PairConfig refuses these"
+        unsupported = (self.connector, self.num_spec_tokens, self.use_pp, self.lora_config)
+        assert not any(unsupported), "PairConfig refuses these"
 
     # -- one step ---------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,14 +26,14 @@ def keep_weights_live() -> Iterator[None]:
         yield
         return
 
-    def plain_linear(layer: nn.Module, remove_weight: bool) -> None:
+    def plain_linear(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = nn.functional.linear
 
     with mock.patch("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain_linear):
         yield
 
 
-def load_all_weights(model: nn.Module, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def load_all_weights(model: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load Hugging Face named tensors into a vLLM model, every parameter of it.
 
     Raises:
@@ -61,3 +63,15 @@ def _parts(model: nn.Module, name: str) -> list[str]:
         if f".{fused}." in name:
             return [name.replace(f".{fused}.", f".{part}.") for part in parts]
     return []
+
+
+def dump_weights(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
+    """Named tensors as bytes: vLLM's messages between processes would turn tensors into lists."""
+    buffer = io.BytesIO()
+    torch.save({name: tensor.detach().cpu() for name, tensor in named_tensors}, buffer)
+    return buffer.getvalue()
+
+
+def load_weights(data: bytes) -> Iterable[tuple[str, torch.Tensor]]:
+    """The inverse of :func:`dump_weights`."""
+    return torch.load(io.BytesIO(data), weights_only=True).items()

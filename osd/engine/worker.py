@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -25,7 +25,7 @@ from osd.engine.record import RecordLog, dump_records
 from osd.engine.rows import RowPlan, RowPlanner
 from osd.engine.sampler import FedSampler, PairSampler, as_index
 from osd.engine.scheduler import PairStep, student_kv_cache_config
-from osd.engine.weights import keep_weights_live, load_all_weights
+from osd.engine.weights import keep_weights_live, load_all_weights, load_weights
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -42,6 +42,9 @@ _CONFIG_ATTRIBUTES = ("model_config", "cache_config", "load_config", "scheduler_
 
 class PairWorker(Worker):
     """vLLM's worker of this platform, for two models."""
+
+    vllm_config: VllmConfig
+    model_runner: Any
 
     # -- building both sides ----------------------------------------------------------------------------------------
 
@@ -185,9 +188,7 @@ class PairWorker(Worker):
         self.sampler.constrain = None
         if grammar_output is not None:
             batch = self.model_runner.input_batch
-            self.sampler.constrain = lambda logits: apply_grammar_bitmask(
-                state.scheduler_output, grammar_output, batch, logits
-            )
+            self.sampler.constrain = lambda logits: apply_grammar_bitmask(state.scheduler_output, grammar_output, batch, logits)
 
     def _finish_student(self, plan: RowPlan | None) -> None:
         """Hand the student the tokens drawn for its rows (none without a plan), and let vLLM do its bookkeeping."""
@@ -197,7 +198,8 @@ class PairWorker(Worker):
         num_rows = runner.input_batch.num_reqs
         mask = np.zeros(num_rows, dtype=bool) if plan is None else plan.student_ready_mask
         tokens = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
-        if mask.any():
+        if plan is not None and mask.any():
+            assert self.sampler.token_B is not None
             tokens[as_index(plan.rows.student)] = self.sampler.token_B[as_index(plan.rows.paired)]
         self.student_sampler.tokens_B = tokens
         with _only_rows(runner, mask):
@@ -214,25 +216,25 @@ class PairWorker(Worker):
     def _record(self, plan: RowPlan, hidden_BH: torch.Tensor) -> None:
         if not plan.recorded_ids:
             return
-        rows = plan.recorded_rows
-        values = self.sampler.values_BR if rows is None else self.sampler.values_BR[rows]
-        hidden = None
-        if plan.hidden:
-            # A clone: the runner reuses this memory for the next step.
-            hidden = (hidden_BH if rows is None else hidden_BH[rows]).clone()
-        self.records.append(plan.recorded_ids, values, hidden)
+        assert self.sampler.values_BR is not None
+        rows = as_index(plan.recorded_rows)
+        # A clone: the runner reuses this memory for the next step.
+        hidden = hidden_BH[rows].clone() if plan.hidden else None
+        self.records.append(plan.recorded_ids, self.sampler.values_BR[rows], hidden)
 
     def take_records(self) -> bytes | None:
-        """Every request's record since the last call (rank 0 only: the other ranks hold the same)."""
+        """Every request's record since the last call; None from ranks whose driver holds the same."""
         self.records.weights_version = self.weights_version
         records = self.records.take()
-        return dump_records(records) if self.rank == 0 else None
+        return dump_records(records) if self.is_driver_worker else None
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
-    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes) -> int:
         """Replace every weight of the student's; returns the new version. Until one succeeds, nothing is sampled."""
         self.weights_loaded = False
+        if isinstance(named_tensors, bytes):
+            named_tensors = load_weights(named_tensors)
         with self._as_student(), torch.no_grad():
             load_all_weights(self.student_runner.get_model(), named_tensors)
         self.weights_loaded = True

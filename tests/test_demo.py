@@ -1,0 +1,230 @@
+"""The demo: its task and its data, its page, and the whole of it on a few steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from datetime import date, datetime
+from pathlib import Path
+
+import pytest
+
+from examples import bookings, report
+
+ROOT = Path(__file__).parent.parent
+ANSWER = '{"guest": "Kate Murphy", "city": "London", "date": "2026-08-03"}'
+WRITTEN_DATE = re.compile(
+    r"(the )?\d{1,2}(st|nd|rd|th)? (of )?[A-Z][a-z]+ \d{4}|[A-Z][a-z]+ \d{1,2}(st|nd|rd|th)?, \d{4}", re.I
+)
+
+# -- the task -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        ANSWER,
+        ANSWER.replace(" ", "").replace("KateMurphy", "Kate Murphy"),
+        f"\n{ANSWER}\n",
+        json.dumps(json.loads(ANSWER), indent=2),
+    ],
+)
+def test_right_completions(completion):
+    assert bookings.score(completion, ANSWER)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        ANSWER[:-1],
+        ANSWER.replace("2026-08-03", "2026-08-30"),
+        ANSWER.replace("2026-08-03", "3 August 2026"),
+        ANSWER.replace("Kate Murphy", "kate murphy"),
+        ANSWER.replace('"guest"', '"name"'),
+        ANSWER.replace("}", ', "nights": "2"}'),
+        f"Here it is: {ANSWER}",
+        f"```json\n{ANSWER}\n```",
+        f"[{ANSWER}]",
+        '{"guest": ["Kate Murphy"], "city": "London", "date": "2026-08-03"}',
+        "null",
+    ],
+)
+def test_wrong_completions(completion):
+    assert not bookings.score(completion, ANSWER)
+
+
+def test_measure_counts_form_and_values_apart():
+    rows = [{"message": "", "answer": ANSWER}] * 3
+    counts = bookings.measure([ANSWER, ANSWER.replace("03", "30"), f"It is {ANSWER}."], rows)
+    assert counts == {"correct": 1, "valid_json": 2, "values_anywhere": 2, "total": 3}
+
+
+def test_only_the_teacher_reads_the_answer():
+    for row in bookings.load("train") + bookings.load("held_out"):
+        student, teacher = (json.dumps(prompt(row)) for prompt in (bookings.student_prompt, bookings.teacher_prompt))
+        when = json.loads(row["answer"])["date"]
+        assert when not in student
+        assert when in teacher
+
+
+def fields(name, key):
+    return {json.loads(row["answer"])[key] for row in bookings.load(name)}
+
+
+def sentence(row):
+    """A message without its guest, city and date."""
+    answer = json.loads(row["answer"])
+    text = row["message"].replace(answer["guest"], "GUEST").replace(answer["city"], "CITY")
+    return WRITTEN_DATE.sub("DATE", text).lower()
+
+
+@pytest.mark.parametrize("key", ["guest", "city", "date"])
+def test_held_out_values_are_never_trained_on(key):
+    assert not fields("train", key) & fields("held_out", key)
+
+
+def test_held_out_sentences_are_never_trained_on():
+    train, held_out = ({sentence(row) for row in bookings.load(name)} for name in ("train", "held_out"))
+    assert (len(train), len(held_out)) == (20, 8)
+    assert not train & held_out
+
+
+def read_date(message):
+    text = WRITTEN_DATE.search(message)[0]
+    day, month, year = re.search(r"\d{1,2}", text)[0], re.search(r"[A-Z][a-z]{2,}", re.sub("(?i)the ", "", text))[0], text[-4:]
+    return datetime.strptime(f"{day} {month} {year}", "%d %B %Y").date()
+
+
+def test_every_message_states_its_answer():
+    for row in bookings.load("train") + bookings.load("held_out"):
+        answer = json.loads(row["answer"])
+        assert answer["guest"] in row["message"]
+        assert answer["city"] in row["message"]
+        assert read_date(row["message"]) == date.fromisoformat(answer["date"])
+
+
+# -- the page -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def metrics():
+    token = {"alpha": 0.25, "logq": -0.5, "logp_theta": -1.25, "logp_teacher": -0.125}
+    tokens = [{**token, "token": text} for text in ('{"', "gu", "\n", "<|im_end|>")]
+    step = {"loss": 0.5, "alpha/mean": 0.4, "alpha/std": 0.1, "alpha/min": 0.2, "alpha/max": 0.7}
+    counts = {"valid_json": 63, "values_anywhere": 51, "total": 64}
+    return {
+        "before": 3 / 64,
+        "after": 47 / 64,
+        "metric": "exact",
+        "counts": {"before": {**counts, "correct": 3}, "after": {**counts, "correct": 47}},
+        "steps": 2,
+        "seconds": 321.5,
+        "seed": 0,
+        "timing": {"train": 300.0},
+        "setup": {"model": "a-model", "per_device_train_batch_size": 8, "max_completion_length": 40},
+        "versions": {"torch": "9.8.7"},
+        "history": [{**step, "step": n, "q/kl_theta": 0.1 / n, "q/kl_teacher": math.nan} for n in (1, 2)],
+        "probes": [{"step": 0, "message": "a message", "tokens": tokens}],
+        "examples": [{"message": "<b>M&M</b>", "answer": ANSWER, "before": "no", "after": ANSWER, "correct": True}],
+    }
+
+
+def test_the_page_shows_the_numbers(metrics):
+    page = report.render(metrics)
+    for text in ("5%", "73%", "3 of 64", "47 of 64", "after 2 steps", "322 s", "a-model", "torch 9.8.7", ">63<", ">51<"):
+        assert text in page, text
+    assert page.count("<svg") == 1
+    assert page.count('<span class="tok') == 4
+    for line in ("α       0.250", "log q*  -0.500", "log π_θ -1.250", "log π_t -0.125"):
+        assert page.count(line) == 4, line
+
+
+def test_the_page_is_self_contained_and_escaped(metrics):
+    page = report.render(metrics)
+    assert not re.search(r"<script|<link|<img|\ssrc=|url\(http|@import", page)
+    assert "<b>M" not in page
+    assert "&lt;b&gt;M&amp;M" in page
+    assert "&lt;|im_end|&gt;" in page
+
+
+def test_tokens_are_coloured_by_alpha():
+    student, teacher = re.compile("59 125 216"), re.compile("217 118 43")
+    assert student.search(report.shade(0.1))
+    assert teacher.search(report.shade(0.9))
+    assert report.shade(0.5).endswith("/ 0.000)")
+    assert len({report.shade(alpha / 20) for alpha in range(21)}) == 21
+
+
+def test_files_are_written_whole_and_as_json(metrics, tmp_path):
+    report.write(metrics, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "index.html"}
+    read = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert read["after"] == metrics["after"]
+    assert read["history"][0]["q/kl_teacher"] is None
+
+
+def test_a_page_that_fails_leaves_no_metrics(metrics, tmp_path):
+    del metrics["probes"]
+    with pytest.raises(Exception, match="probes"):
+        report.write(metrics, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_terminal_shows_the_numbers(metrics, tmp_path, capsys):
+    report.show(metrics, tmp_path, report.Console(width=120))
+    out = capsys.readouterr().out
+    for text in ("3/64", "47/64", "73%", "2 steps, 322 seconds", "<b>M&M</b>"):
+        assert text in out, text
+
+
+# -- the whole run ------------------------------------------------------------------------------------------------------
+
+
+def run_demo(*flags):
+    # `python examples/demo.py`, as make does it, but on this checkout.
+    command = [sys.executable, "examples/demo.py", *map(str, flags)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+
+
+@pytest.mark.slow
+def test_the_demo_from_end_to_end(smollm2, tmp_path):
+    (tmp_path / "metrics.json").write_text("an earlier run's")
+    done = run_demo("--steps", 2, "--limit", 3, "--model", smollm2, "--output", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "index.html"}
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    assert metrics["before"] == 0
+    assert metrics["after"] * 3 in (0, 1, 2, 3)
+    assert metrics["counts"]["after"]["total"] == 3
+    assert metrics["seconds"] == pytest.approx(sum(metrics["timing"].values()), abs=1)
+    assert {"torch", "trl", "transformers"} <= set(metrics["versions"])
+    assert len(metrics["history"]) == len(metrics["step_seconds"]) == 2
+    for entry in metrics["history"]:
+        assert math.isfinite(entry["loss"])
+        assert 0 < entry["alpha/mean"] < 1
+        assert entry["q/kl_theta"] == pytest.approx(entry["q/kl_teacher"], rel=0.05)
+    assert [probe["step"] for probe in metrics["probes"]] == [0, 1, 2]
+    # What the page shows of a token is consistent: log q* is the normalised mixture, so it is above the weighted mean.
+    for token in metrics["probes"][0]["tokens"]:
+        mean = (1 - token["alpha"]) * token["logp_theta"] + token["alpha"] * token["logp_teacher"]
+        assert token["logq"] >= mean - 1e-3
+    assert "2 steps" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_leaves_no_metrics(tmp_path):
+    output, model = tmp_path / "output", tmp_path / "not-a-model"
+    output.mkdir()
+    model.mkdir()
+    (output / "metrics.json").write_text("an earlier run's")
+    done = run_demo("--model", model, "--output", output)
+    assert done.returncode != 0
+    assert "is not the SmolLM2 checkpoint" in done.stderr
+    assert not list(output.iterdir())

@@ -1,0 +1,55 @@
+"""Dependencies point one way, and importing osd is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each may import what stands before it, and itself.
+LAYERS = ["osd.core", "osd.alpha", "osd.mixing", "osd.prompts", "osd.engine", "osd.generation", "osd.sampler", "trainers"]
+SOURCES = [p for folder in ("osd", "trainers") for p in sorted((ROOT / folder).rglob("*.py")) if p != ROOT / "osd/__init__.py"]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer(module: str) -> int | None:
+    found = [i for i, name in enumerate(LAYERS) if module == name or module.startswith(name + ".")]
+    return found[0] if found else None
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere, also inside functions and under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return named | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_dependencies_point_one_way(path):
+    own = layer(module_name(path))
+    assert own is not None, f"{path} belongs to no layer"
+    for module in imports(path):
+        other = layer(module)
+        assert other is None or other <= own, f"{module_name(path)} imports {module}"
+        top = module.split(".")[0]
+        assert top != "vllm" or LAYERS[own] == "osd.engine", f"{path} imports vLLM"
+        assert top != "trl" or LAYERS[own] in ("osd.generation", "trainers"), f"{path} imports TRL"
+
+
+def test_importing_osd_imports_neither_vllm_nor_trl():
+    code = "import sys, osd; sys.exit(bool({'vllm', 'trl', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_both_import_paths_give_the_same_class():
+    from optimal_sampling import OptimalSamplingV1 as older
+    from osd import OptimalSamplingV1
+
+    assert older is OptimalSamplingV1

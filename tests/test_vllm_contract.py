@@ -1,0 +1,110 @@
+"""Every name of vLLM's internals that the pair relies on: an upgrade fails here first, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from importlib import metadata
+
+import pytest
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from osd.engine import compat
+
+
+def parameters(function) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def attributes(cls) -> set[str]:
+    """Names that a class defines or assigns on ``self`` in a constructor, its own or inherited."""
+    constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if inspect.isfunction(vars(base).get("__init__"))]
+    assigned = {name for init in constructors for name in re.findall(r"self\.(\w+)\s*[:=]", inspect.getsource(init))}
+    return set(dir(cls)) | assigned
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (Scheduler, "requests running finished_req_ids kv_cache_manager max_model_len connector num_spec_tokens use_pp"),
+        (Scheduler, "schedule update_from_output add_request finish_requests reset_prefix_cache has_requests"),
+        (Scheduler, "_free_request _preempt_request has_finished_requests set_pause_state shutdown lora_config"),
+        (Request, "num_computed_tokens is_prefill_chunk num_tokens _block_hasher sampling_params max_tokens stop_reason"),
+        (Request, "mm_features prompt_embeds resumable cache_salt priority client_index arrival_time num_preemptions"),
+        (KVCacheManager, "get_blocks evict_blocks"),
+        (Worker, "init_device load_model determine_available_memory initialize_from_config compile_or_warm_up_model"),
+        (Worker, "execute_model sample_tokens vllm_config model_config cache_config scheduler_config compilation_config"),
+        (GPUModelRunner, "sampler input_batch requests execute_model_state discard_request_mask profile_run"),
+        (GPUModelRunner, "execute_model sample_tokens get_kv_cache_spec get_model _init_kv_zero_meta _zero_block_ids"),
+        (InputBatch, "req_ids num_reqs generators sampling_metadata"),
+        (Sampler, "forward sample apply_temperature logprobs_mode"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else value[:20],
+)
+def test_classes_have_what_the_pair_uses(cls, names):
+    missing = set(names.split()) - attributes(cls)
+    assert not missing, f"vLLM's {cls.__name__} no longer has {sorted(missing)}"
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (SchedulerOutput, "num_scheduled_tokens scheduled_new_reqs new_block_ids_to_zero preempted_req_ids"),
+        (NewRequestData, "req_id sampling_params num_computed_tokens"),
+        (ModelRunnerOutput, "req_ids req_id_to_index sampled_token_ids logprobs prompt_logprobs_dict pooler_output"),
+        (SamplingMetadata, "temperature all_greedy all_random top_k top_p generators logitsprocs"),
+        (FullAttentionSpec, "block_size num_kv_heads head_size dtype sliding_window"),
+    ],
+)
+def test_dataclasses_have_the_fields_the_pair_uses(cls, names):
+    missing = set(names.split()) - {field.name for field in dataclasses.fields(cls)}
+    assert not missing, f"vLLM's {cls.__name__} no longer has {sorted(missing)}"
+
+
+def test_a_step_still_splits_into_forward_and_sampling():
+    assert {"logits", "sample_hidden_states", "scheduler_output"} <= set(ExecuteModelState._fields)
+    source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    assert "discard_request_mask.np" in source, "a discarded row is no longer named by discard_request_mask"
+    assert "stop_reason" in EngineCoreOutput.__struct_fields__
+
+
+def test_a_scheduler_output_carries_our_plan_to_other_processes():
+    assert "__slots__" not in vars(SchedulerOutput), "SchedulerOutput can no longer carry the pair's step as an attribute"
+
+
+def test_schedulers_are_built_as_the_pair_builds_its_second_one():
+    assert {"vllm_config", "kv_cache_config"} <= parameters(Scheduler.__init__)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.32.0", "1.0.0"])
+def test_other_versions_are_refused_naming_what_works(monkeypatch, version):
+    monkeypatch.setattr(compat, "installed_vllm", lambda: ("vllm", version))
+    with pytest.raises(ImportError, match=rf"0\.26 to 0\.31, and vllm {re.escape(version)} is installed"):
+        compat.check_vllm()
+
+
+def test_no_vllm_at_all_is_said_so(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(compat.metadata, "version", missing)
+    with pytest.raises(ImportError, match="none is installed"):
+        compat.check_vllm()
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.28.3", "0.31.0+cpu"])
+def test_supported_versions_pass(monkeypatch, version):
+    monkeypatch.setattr(compat, "installed_vllm", lambda: ("vllm", version))
+    assert compat.check_vllm() == version
