@@ -107,6 +107,7 @@ class Pair:
     rest_B: the larger of the two policies' off-peak masses. spread_B: a bound of |gap| on S.
     lost_theta_B, lost_teacher_B: this policy reaches tokens outside S. empty_B: S is empty.
     bad_side_B: int8, 1 where the student's row is not a distribution (NaN, +inf, all -inf), 2 the teacher's, 3 both.
+    finite: every logit is known to be finite.
     """
 
     theta_BV: Tensor
@@ -126,6 +127,7 @@ class Pair:
     lost_teacher_B: Tensor
     empty_B: Tensor
     bad_side_B: Tensor
+    finite: bool
 
 
 def bad_side(top_theta_B: Tensor, top_teacher_B: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def pair_up(logits_theta_BV: Tensor, logits_teacher_BV: Tensor) -> Pair:
     top_B1 = mid_BV.amax(-1, keepdim=True)
     torch.softmax(mid_BV.sub_(top_B1), -1, out=half_BV)
     torch.sub(teacher_BV, theta_BV, out=gap_BV)
-    low_B, high_B, lost_theta_B, lost_teacher_B = _tame(gap_BV)
+    low_B, high_B, lost_theta_B, lost_teacher_B, finite = _tame(gap_BV)
     m_B = torch.zeros_like(low_B, dtype=torch.float64)
     for _ in range(2):  # once leaves a mean of 1e-7 of m, which may be more than the gap's own size
         shift_B = dot(half_BV, gap_BV, a_BV).float()
@@ -174,7 +176,7 @@ def pair_up(logits_theta_BV: Tensor, logits_teacher_BV: Tensor) -> Pair:
     spread_B = torch.maximum(high_B - m_B, m_B - low_B)
     return Pair(
         theta_BV, teacher_BV, mid_BV, gap_BV, half_BV, at_theta_B, at_teacher_B, on_theta_B, on_teacher_B,
-        lse_theta_B, lse_teacher_B, rest_B, spread_B, lost_theta_B, lost_teacher_B, empty_B, bad_side_B,
+        lse_theta_B, lse_teacher_B, rest_B, spread_B, lost_theta_B, lost_teacher_B, empty_B, bad_side_B, finite,
     )  # fmt: skip
 
 
@@ -183,19 +185,20 @@ def as_float(name: str, z_BV: Tensor) -> Tensor:
     return z_BV if z_BV.dtype == torch.float32 else workspace(name, z_BV).copy_(z_BV)
 
 
-def _tame(gap_BV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Make z_t - z_theta finite, in place; its row minima and maxima, and whether it had -inf and +inf.
+def _tame(gap_BV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """Make z_t - z_theta finite, in place; its row minima and maxima, whether they were -inf and +inf, whether it was.
 
     Outside S the gap multiplies weights of 0, so that any finite number will do.
     """
     low_B, high_B = gap_BV.amin(-1), gap_BV.amax(-1)
     lost_theta_B = lost_teacher_B = torch.zeros_like(low_B, dtype=torch.bool)
-    if any_row(~((low_B >= -_MAX_GAP) & (high_B <= _MAX_GAP))):
+    finite = not any_row(~((low_B >= -_MAX_GAP) & (high_B <= _MAX_GAP)))
+    if not finite:
         gap_BV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         lost_theta_B, lost_teacher_B = gap_BV.amin(-1) == -torch.inf, gap_BV.amax(-1) == torch.inf
         gap_BV.nan_to_num_(0.0, 0.0, 0.0).clamp_(-_MAX_GAP, _MAX_GAP)
         low_B, high_B = gap_BV.amin(-1), gap_BV.amax(-1)
-    return low_B, high_B, lost_theta_B, lost_teacher_B
+    return low_B, high_B, lost_theta_B, lost_teacher_B, finite
 
 
 def _full_support(z_BV: Tensor, other_BV: Tensor, lse_shared_B: Tensor, empty_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,9 +84,9 @@ def mix(
         lse_teacher_B=finish(pair.lse_teacher_B),
         kl_theta_B=finish(kls[0]),
         kl_teacher_B=finish(kls[1]),
-        ess_theta_B=finish(_ess(pair.theta_BV, pair.lse_theta_B, logq_BV)),
-        ess_teacher_B=finish(_ess(pair.teacher_BV, pair.lse_teacher_B, logq_BV)),
-        entropy_q_B=finish(_entropy_q(q_BV, logq_BV)),
+        ess_theta_B=finish(_ess(pair.theta_BV, pair.lse_theta_B, logq_BV, pair.finite)),
+        ess_teacher_B=finish(_ess(pair.teacher_BV, pair.lse_teacher_B, logq_BV, pair.finite)),
+        entropy_q_B=finish(_entropy_q(q_BV, logq_BV, pair.finite)),
         bad_side_B=pair.bad_side_B,
         entropy_theta_B=finish(entropy(pair.theta_BV)) if entropies else None,
         entropy_teacher_B=finish(entropy(pair.teacher_BV)) if entropies else None,
@@ -186,17 +186,18 @@ def _linear(pair: Pair, alpha_B: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, 
     return _pure_rows(pair, alpha_B == 0, alpha_B == 1, logq_BV, q_BV, kl(logp_theta_BV), kl(logp_teacher_BV))
 
 
-def _ess(z_BV: Tensor, lse_B: Tensor, logq_BV: Tensor) -> Tensor:
+def _ess(z_BV: Tensor, lse_B: Tensor, logq_BV: Tensor, finite: bool) -> Tensor:
     """1 / sum(pi^2 / q) with pi = exp(z - lse); a token that neither has counts 0."""
     terms_BV = torch.lerp(logq_BV, z_BV, 2.0, out=workspace("a", logq_BV)).sub_(2 * lse_B.float()[:, None])
-    terms_BV.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if not finite:
+        terms_BV.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     return 1 / terms_BV.exp_().sum(-1).clamp(min=1)
 
 
-def _entropy_q(q_BV: Tensor, logq_BV: Tensor) -> Tensor:
+def _entropy_q(q_BV: Tensor, logq_BV: Tensor, finite: bool) -> Tensor:
     scratch_BV = workspace("a", logq_BV)
     # 0 * -inf must be 0; exp(-1e4) already is.
-    return -dot(q_BV, torch.clamp(logq_BV, min=-1e4, out=scratch_BV), scratch_BV)
+    return -dot(q_BV, logq_BV if finite else torch.clamp(logq_BV, min=-1e4, out=scratch_BV), scratch_BV)
 
 
 def record_rows(
