@@ -214,19 +214,19 @@ class _Curve:
     """K over some rows of a pair. Lengths [B] below are of those rows."""
 
     def __init__(self, pair: Pair, rows_B: Tensor | None) -> None:
-        def take(values: Tensor) -> Tensor:
-            return values if rows_B is None else values[rows_B]
+        def take(values_B: Tensor) -> Tensor:
+            return values_B if rows_B is None else values_B[rows_B]
 
-        def take_wide(name: str, values_BV: Tensor) -> Tensor:
-            if rows_B is None:
-                return values_BV
-            return torch.index_select(values_BV, 0, rows_B, out=workspace(name + " rows", values_BV, len(rows_B)))
-
-        self.mid_BV, self.gap_BV = take_wide("mid", pair.mid_BV), take_wide("gap", pair.gap_BV)
-        self.half_BV = take_wide("half", pair.half_BV)
+        self.mid_BV, self.gap_BV = self._take("mid", pair.mid_BV, rows_B), self._take("gap", pair.gap_BV, rows_B)
         self.ends_B = take(pair.at_teacher_B - pair.at_theta_B)
         self.lost_B, self.spread_B = take(pair.on_theta_B - pair.on_teacher_B), take(pair.spread_B)
         self.a_BV, self.b_BV = self._buffer("a"), self._buffer("b")
+
+    @staticmethod
+    def _take(name: str, values_BV: Tensor, rows_B: Tensor | None) -> Tensor:
+        if rows_B is None:
+            return values_BV
+        return torch.index_select(values_BV, 0, rows_B, out=workspace(name + " rows", values_BV, len(rows_B)))
 
     def _buffer(self, name: str) -> Tensor:
         return workspace(name, self.gap_BV)
@@ -265,8 +265,9 @@ class _FlatCurve(_Curve):
 
     def __init__(self, pair: Pair, rows_B: Tensor | None) -> None:
         super().__init__(pair, rows_B)
+        self.half_BV = self._take("half", pair.half_BV, rows_B)
         self.wide = any_row(self.spread_B > _WIDE)
-        self.ends_B = self.rise(0.5, None)[0]
+        self.ends_B = self._rise(0.5, None)[0]
 
     def _tilt(self, delta_B: Tensor, name: str) -> Tensor:
         """w (e^(delta x) - 1), in the buffer of that name."""
@@ -285,7 +286,20 @@ class _FlatCurve(_Curve):
         square_B = dot(tilt_BV.add_(self.half_BV).mul_(self.gap_BV), self.gap_BV, self.b_BV) / total_B
         return mean_B, square_B - mean_B**2
 
-    def rise(self, half: float, shift_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def rise(self, half: float, shift_B: Tensor) -> tuple[Tensor, Tensor]:
+        rise_B, high_BV, low_BV = self._rise(half, shift_B)
+        total_high_B, total_low_B = 1 + high_BV.sum(-1).double(), 1 + low_BV.sum(-1).double()
+        slope_high_B = dot(high_BV, self.gap_BV, self.a_BV) / total_high_B
+        slope_low_B = dot(low_BV, self.gap_BV, self.a_BV) / total_low_B
+        slope_B = slope_high_B - slope_low_B
+        over_B = ~(total_high_B + total_low_B).isfinite()
+        if self.wide and any_row(over_B):
+            log_rise_B, log_slope_B = super().rise(half, shift_B)
+            rise_B, slope_B = torch.where(over_B, log_rise_B, rise_B), torch.where(over_B, log_slope_B, slope_B)
+        return rise_B, slope_B
+
+    def _rise(self, half: float, shift_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """K(half - shift) - K(-half - shift), and w (e^(delta x) - 1) at the two; no shift is 0."""
         # The sum of w (e^((half-shift) x) - e^((-half-shift) x) - 2 half x), its last term being the zero that is left
         # out. Where x is small the three nearly cancel: there it is 2w (sinh y - y + sinh y (e^(-shift x) - 1)).
         y_BV = torch.mul(self.gap_BV, half, out=self._buffer("y"))
@@ -301,16 +315,9 @@ class _FlatCurve(_Curve):
         near_BV = torch.abs(self.gap_BV, out=self.b_BV) < 1
         difference_B = torch.where(near_BV, small_BV, self.a_BV, out=y_BV).sum(-1).double()
         total_high_B, total_low_B = 1 + high_BV.sum(-1).double(), 1 + low_BV.sum(-1).double()
-        slope_high_B = dot(high_BV, self.gap_BV, self.a_BV) / total_high_B
-        slope_low_B = dot(low_BV, self.gap_BV, self.a_BV) / total_low_B
         ratio_B = difference_B / total_low_B
         rise_B = torch.where(ratio_B > -0.5, torch.log1p(ratio_B), (total_high_B / total_low_B).log())
-        slope_B = slope_high_B - slope_low_B
-        over_B = ~(total_high_B + total_low_B).isfinite()
-        if self.wide and any_row(over_B):
-            log_rise_B, log_slope_B = super().rise(half, shift_B)
-            rise_B, slope_B = torch.where(over_B, log_rise_B, rise_B), torch.where(over_B, log_slope_B, slope_B)
-        return rise_B, slope_B
+        return rise_B, high_BV, low_BV
 
 
 def _sinh_excess(y_BV: Tensor, out_BV: Tensor, scratch_BV: Tensor) -> Tensor:
