@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="auto" if torch.cuda.is_available() else "float32")
     parser.add_argument("--load-format", default="auto", help='"dummy" for random weights: speed needs no trained ones')
+    parser.add_argument("--skip-tokenizer", action="store_true", help="for a folder with nothing but a config.json")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
@@ -51,6 +52,7 @@ def engine_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     kwargs: dict[str, Any] = dict(
         dtype=args.dtype,
         load_format=args.load_format,
+        skip_tokenizer_init=args.skip_tokenizer,
         max_model_len=args.prompt_tokens + args.new_tokens,
         max_num_seqs=max(args.batch_sizes),
         seed=0,

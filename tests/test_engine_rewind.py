@@ -129,4 +129,6 @@ def test_records_are_exact_under_a_hard_schedule(cramped, tiny_pair):
         assert len(record) == len(output.token_ids)
         for name, ids in (("logp_teacher", prompts()[i].teacher_token_ids), ("logp_theta", prompts()[i].student_token_ids)):
             expected = completion_logits(models[name], ids, output.token_ids).log_softmax(-1).gather(-1, token)[:, 0]
-            torch.testing.assert_close(getattr(record, name).double(), expected, atol=1e-3 * NOISE, rtol=0)
+            torch.testing.assert_close(
+                getattr(record, name).double(), expected, atol=4e-3 * NOISE if NOISE > 1 else 1e-3, rtol=0
+            )

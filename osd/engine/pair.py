@@ -95,7 +95,8 @@ class PairEngine:
         self._engine = self.llm.llm_engine
         self._student_config = student_vllm_config(self._engine.vllm_config)
         self._check_active()
-        self.tokenizer = self.llm.get_tokenizer()
+        skipped = self._engine.vllm_config.model_config.skip_tokenizer_init
+        self.tokenizer: Any = None if skipped else self.llm.get_tokenizer()
         self.weights_version = 0
         self._request_number = itertools.count()
         self._stale: str | None = None
