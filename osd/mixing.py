@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osd.alpha import Pair, any_row, bad_side, dot, entropy, pair_up, solve_pair, workspace
+from osd.alpha import entropy, solve_pair
 from osd.core import MixingConfig
+from osd.curve import Pair, any_row, bad_side, dot, pair_up, workspace
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each may import what stands before it, and itself.
-LAYERS = ["osd.core", "osd.alpha", "osd.mixing", "osd.prompts", "osd.engine", "osd.generation", "osd.sampler", "trainers"]
+LAYERS = [
+    "osd.core",
+    "osd.curve",
+    "osd.alpha",
+    "osd.mixing",
+    "osd.prompts",
+    "osd.engine",
+    "osd.generation",
+    "osd.sampler",
+    "trainers",
+]
 SOURCES = [p for folder in ("osd", "trainers") for p in sorted((ROOT / folder).rglob("*.py")) if p != ROOT / "osd/__init__.py"]
 
 
