@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -24,6 +25,9 @@ from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+if shutil.which("nvidia-smi") is None:
+    # vLLM's CPU worker leaves torch with one thread unless told otherwise; all three engines get all cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 import torch
 from vllm import LLM, SamplingParams
