@@ -96,8 +96,8 @@ class OptimalSamplingV1:
             teacher=str(model_teacher),
             student=str(model_theta),
             mixing=mixing,
-            teacher_kwargs=kwargs.pop("teacher_kwargs", {}),
-            student_kwargs=kwargs.pop("theta_kwargs", {}),
+            teacher_kwargs=kwargs.pop("teacher_kwargs", None) or {},
+            student_kwargs=kwargs.pop("theta_kwargs", None) or {},
             engine_kwargs={"gpu_memory_utilization": gpu_memory_utilization, **kwargs},
         )
         self.teacher_system_prompt = teacher_system_prompt
@@ -126,7 +126,9 @@ class OptimalSamplingV1:
             temperature: divides both models' logits before they are mixed; 0 takes the most likely token of q*.
             top_p, top_k: truncate q* (1.0 and -1: not at all).
             use_optimal_sampling: False samples from the teacher alone.
-            **sampling: further ``vllm.SamplingParams`` arguments: ``seed``, ``stop``, ``min_p``, ``logit_bias``, ...
+            **sampling: further ``vllm.SamplingParams`` arguments: ``seed``, ``stop``, ``min_p``, ``logit_bias``, ... They
+                act on q*; a ``repetition_penalty`` also counts the teacher's prompt (not the student's). For several
+                completions of a prompt, repeat it.
 
         Raises:
             ValueError: ``theta_prompts`` of another length, an empty prompt, or a prompt that with ``max_tokens`` is longer
@@ -167,7 +169,8 @@ class OptimalSamplingV1:
         errors = [completion.error for completion in completions]
         if any(errors):
             warnings.warn(f"{len(errors) - errors.count(None)} completions ended in an error; see output.errors", stacklevel=3)
-        records = [c.record for c in completions if c.record is not None] if self.track_alpha_stats else None
+        tracked = [c.record for c in completions if c.record is not None]  # of every completion, or of none
+        records = tracked if self.track_alpha_stats else None
         history = None if records is None else [record.alpha.tolist() for record in records]
         return OptimalSamplingOutput(
             generated_texts=[completion.text for completion in completions],
@@ -221,6 +224,9 @@ def save_alpha_history(output: OptimalSamplingOutput, path: str | os.PathLike[st
     ]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump({"completions": rows}, file, ensure_ascii=False)
-    os.replace(file.name, path)
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder; name a file")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(json.dumps({"completions": rows}, ensure_ascii=False), encoding="utf-8")
+        os.replace(whole, path)

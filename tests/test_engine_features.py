@@ -270,3 +270,60 @@ def test_an_unknown_option_ends_only_its_own_request(engine):
     assert outputs[0].outputs[0].finish_reason == "error"
     assert "alhpa" in outputs[0].outputs[0].stop_reason
     assert len(outputs[1].outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_forward_pass_that_fails_leaves_no_uncomputed_block_in_a_cache(engine, monkeypatch, side):
+    """vLLM caches blocks when it schedules them: after a failed step they must not be hit, and the engine must go on."""
+    prompts = [
+        PairPrompt(teacher_token_ids=[7 + i % 40 for i in range(100)], student_token_ids=[50 - i % 40 for i in range(100)])
+    ]
+    expected = sample(engine, prompts, temperature=0.0)[0].token_ids
+    engine.reset_prefix_cache()
+    worker = engine._worker()
+    runner = worker.model_runner if side == "teacher" else worker.student_runner
+
+    def out_of_memory(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_model_forward", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample(engine, prompts, temperature=0.0)
+    again = sample(engine, prompts, temperature=0.0)[0]
+    assert again.token_ids == expected
+    assert (again.teacher_cached_tokens, again.student_cached_tokens) == (0, 0)
+
+
+def test_a_token_id_outside_the_vocabulary_is_refused(engine):
+    for pair in (
+        PairPrompt(teacher_token_ids=[9999], student_token_ids=[7]),
+        PairPrompt(teacher_token_ids=[7], student_token_ids=[9999]),
+    ):
+        with pytest.raises(ValueError, match="token id 9999 is not one of"):
+            sample(engine, [PROMPTS[0], pair])
+    assert not engine._engine.has_unfinished_requests()
+
+
+def test_a_sync_resets_the_students_cache_for_every_front_end(engine, models):
+    """Also for requests of plain vLLM, which carry no weights version."""
+    prompt = {"prompt_token_ids": [7 + i % 40 for i in range(100)]}
+    params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=0, ignore_eos=True)
+    first = engine.llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+    teacher, student = models
+    engine.load_student_weights(teacher.state_dict().items())
+    synced = engine.llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+    logp = completion_logits(teacher, prompt["prompt_token_ids"], synced.token_ids).log_softmax(-1)
+    expected = logp.gather(-1, torch.tensor(synced.token_ids)[:, None])[:, 0]  # student = teacher, so q* is both
+    given = torch.tensor([row[t].logprob for t, row in zip(synced.token_ids, synced.logprobs, strict=True)])
+    assert (given.double() - expected).abs().max() < 5e-4 * NOISE
+    engine.load_student_weights(student.state_dict().items())
+    assert engine.llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids == first.token_ids
+
+
+def test_a_closed_engine_says_so(tiny_pair):
+    engine = PairEngine.__new__(PairEngine)
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate([], sampling={})

@@ -147,7 +147,7 @@ class OSDTrainer(DistillationTrainer):
 
     def close(self) -> None:
         """Shut the paired engine down, if this trainer started it, and give its memory back."""
-        del self._teacher_head  # it refers to the engine's memory
+        self.__dict__.pop("_teacher_head", None)  # it refers to the engine's memory
         self.vllm_generation.close()
 
     # -- completions and their supervision ----------------------------------------------------------------------------

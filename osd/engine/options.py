@@ -34,6 +34,10 @@ class PairOptions:
         """The ``SamplingParams.extra_args`` entry that carries these options."""
         return {EXTRA_ARGS_KEY: asdict(self)}
 
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha={self.alpha} is outside [0, 1]; 0 samples from the student, 1 from the teacher")
+
     @classmethod
     def of(cls, sampling_params: Any) -> PairOptions:
         """The options of a request.
@@ -48,10 +52,7 @@ class PairOptions:
         if unknown:
             known = ", ".join(f.name for f in fields(cls))
             raise ValueError(f'extra_args["{EXTRA_ARGS_KEY}"] has unknown keys {unknown}; the options are {known}')
-        options = cls(**given)
-        if options.alpha is not None and not 0.0 <= options.alpha <= 1.0:
-            raise ValueError(f"alpha={options.alpha} is outside [0, 1]")
-        return options
+        return cls(**given)
 
 
 _DEFAULT = PairOptions()

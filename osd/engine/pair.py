@@ -144,19 +144,23 @@ class PairEngine:
             ValueError: an empty prompt, or one too long for either model; nothing has been sampled then.
             RuntimeError: the last weight sync failed, so the student's weights are not to be sampled from.
         """
+        self._check_open()
         if self._stale is not None:
             raise RuntimeError(f"the student's weights are incomplete since a failed sync ({self._stale}); sync again first")
         options = PairOptions(alpha=alpha, teacher_only=teacher_only, record=record, hidden=hidden)
         params = self._sampling_params(prompts, sampling, options)
-        ids = self._submit(prompts, params)
+        ids: dict[str, str] = {}
         try:
+            self._submit(prompts, params, ids)
             outputs = self._run(len(ids), progress)
         except BaseException:
             self._abandon(ids)
             raise
         records = self._take_records() if record else {}
+        # A request that was refused was never scheduled, and has no record of its own.
+        empty = self._no_record() if record else None
         return [
-            self._completion(prompt, outputs[name], records.get(internal))
+            self._completion(prompt, outputs[name], records.get(internal, empty))
             for prompt, (name, internal) in zip(prompts, ids.items(), strict=True)
         ]
 
@@ -170,32 +174,41 @@ class PairEngine:
         for index, (prompt, kwargs) in enumerate(zip(prompts, per_prompt, strict=True)):
             extra = {**vars(options), "weights_version": self.weights_version}
             extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
-            extra_args = {**kwargs.get("extra_args", {}), **PairOptions(**extra).to_extra_args()}
+            extra_args = {**(kwargs.get("extra_args") or {}), **PairOptions(**extra).to_extra_args()}
             params.append(_checked_params({**kwargs, "extra_args": extra_args}))
-            self._check_request(index, prompt, params[-1])
+            self._check_request(index, prompt, params[-1], options.teacher_only)
         return params
 
-    def _check_request(self, index: int, prompt: PairPrompt, params: SamplingParams) -> None:
+    def _check_request(self, index: int, prompt: PairPrompt, params: SamplingParams, teacher_only: bool) -> None:
         if params.n != 1:
             raise ValueError(f"sampling n={params.n}: give each prompt {params.n} times instead")
         if params.max_tokens is None:
             raise ValueError("sampling max_tokens is None; give the longest completion you want, in tokens")
-        for side, ids, config in (
+        if params.prompt_logprobs is not None:
+            raise ValueError("sampling prompt_logprobs is not supported by the paired engine; remove it")
+        sides = [
             ("teacher", prompt.teacher_token_ids, self._engine.vllm_config),
             ("student", prompt.student_token_ids, self._student_config),
-        ):
+        ]
+        for side, ids, config in sides[:1] if teacher_only else sides:
+            vocab_size = config.model_config.get_vocab_size()
             limit = config.model_config.max_model_len
             if not ids:
                 raise ValueError(f"prompt {index}: the {side}'s prompt is empty; give it at least one token")
+            if not 0 <= min(ids) <= max(ids) < vocab_size:
+                wrong = next(i for i in ids if not 0 <= i < vocab_size)
+                raise ValueError(f"prompt {index}: token id {wrong} is not one of the {side}'s {vocab_size} ids")
             if len(ids) + params.max_tokens > limit:
                 raise ValueError(
                     f"prompt {index}: the {side}'s prompt has {len(ids)} tokens, and with max_tokens={params.max_tokens} that "
                     f"is over its max_model_len={limit}; shorten one of them or raise max_model_len"
                 )
 
-    def _submit(self, prompts: Sequence[PairPrompt], params: Sequence[SamplingParams]) -> dict[str, str]:
-        """Queue the requests; returns vLLM's internal id of each (the records' key) by the id its outputs carry."""
-        ids = {}
+    def _submit(
+        self, prompts: Sequence[PairPrompt], params: Sequence[SamplingParams], ids: dict[str, str] | None = None
+    ) -> dict[str, str]:
+        """Queue the requests; puts vLLM's internal id of each (the records' key) into ``ids`` by the id its outputs carry."""
+        ids = {} if ids is None else ids
         for prompt, param in zip(prompts, params, strict=True):
             name = f"osd-{next(self._request_number)}"
             ids[name] = self._engine.add_request(name, {"prompt_token_ids": list(prompt.teacher_token_ids)}, param)
@@ -230,6 +243,9 @@ class PairEngine:
             student_cached_tokens=0 if record is None else record.student_cached_tokens,
         )
 
+    def _no_record(self) -> RequestRecord:
+        return RequestRecord(values_TR=torch.empty(0), hidden_TH=None, weights_version=self.weights_version)
+
     def _token_record(self, record: RequestRecord, length: int) -> TokenRecord:
         # A request that ended by a stop string, or in an error, may have one more row than it has tokens.
         hidden = None if record.hidden_TH is None else record.hidden_TH[:length]
@@ -241,9 +257,13 @@ class PairEngine:
         return load_records(data)
 
     def _abandon(self, ids: dict[str, str]) -> None:
-        """After an exception in mid-run: leave no request behind, and no record of one."""
+        """After an exception in mid-run: leave no request behind, no record of one, and no cached block that was not computed.
+
+        vLLM puts a block into the prefix cache when it schedules it, and a step that failed never filled it.
+        """
         self._engine.abort_request(list(ids.values()), internal=True)
         self._take_records()
+        self.reset_prefix_cache()
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
@@ -253,12 +273,13 @@ class PairEngine:
         Args:
             named_tensors: every parameter of the student under its Hugging Face name.
 
-        The student's prefix cache is reset with the next request (the teacher's survives). If this raises, the engine
-        refuses to sample until a sync succeeds.
+        The student's prefix cache is reset (the teacher's survives): at once, or with the next request of ``generate`` where
+        the engine core is another process. If this raises, the engine refuses to sample until a sync succeeds.
 
         Raises:
             ValueError: parameters missing from ``named_tensors``.
         """
+        self._check_open()
         self._stale = "it did not finish"
         try:
             versions = self.llm.collective_rpc("load_student_weights", args=(self._sendable(named_tensors),))
@@ -267,7 +288,13 @@ class PairEngine:
             raise
         assert len(set(versions)) == 1, f"workers disagree on the student's weights version: {versions}"
         self.weights_version, self._stale = versions[0], None
+        if (scheduler := self._scheduler()) is not None:
+            scheduler._adopt_weights_version(self.weights_version)  # elsewhere it learns it from the next request
         return self.weights_version
+
+    def _scheduler(self) -> Any | None:
+        """The scheduler, where it lives in this process, else None."""
+        return getattr(getattr(self._engine.engine_core, "engine_core", None), "scheduler", None)
 
     def _sendable(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]] | bytes:
         """One worker in this process takes the tensors as they come; others need them all in one message."""
@@ -301,6 +328,10 @@ class PairEngine:
     def reset_prefix_cache(self) -> None:
         """Forget both sides' prefix caches."""
         self.llm.reset_prefix_cache()
+
+    def _check_open(self) -> None:
+        if not hasattr(self, "llm"):
+            raise RuntimeError("this engine is closed; start another PairEngine")
 
     def close(self) -> None:
         """Shut the engine down and give its memory back. Idempotent."""

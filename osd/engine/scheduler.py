@@ -36,12 +36,12 @@ class PairStep:
     Attributes:
         student_output: the student scheduler's own output for this step.
         ready: ids of the requests that are sampled in this step: both sides compute logits for the same position.
-        weights_version: the student weights that these KV blocks belong to; None if nobody said.
+        weights_version: the student weights that these KV blocks belong to.
     """
 
     student_output: SchedulerOutput
     ready: set[str] = field(default_factory=set)
-    weights_version: int | None = None
+    weights_version: int = 0
 
 
 def student_kv_cache_config(student_config: VllmConfig, num_blocks: int) -> KVCacheConfig:
@@ -72,7 +72,7 @@ class PairScheduler(Scheduler):
         with set_current_vllm_config(student_config):
             self.student = Scheduler(student_config, student_kv, *args, **kwargs)
         self.student_eos_ids = _eos_ids(student_config)
-        self.weights_version: int | None = None
+        self.weights_version = 0
         self._refused: list[tuple[Request, str]] = []
         self._to_zero: dict[Scheduler, set[int]] = {self: set(), self.student: set()}
 
@@ -172,6 +172,9 @@ class PairScheduler(Scheduler):
         if options.teacher_only:
             return
         prompt = options.student_prompt_token_ids or request.prompt_token_ids
+        vocab_size = self.student.vllm_config.model_config.get_vocab_size()
+        if max(prompt) >= vocab_size:
+            raise ValueError(f"the student's prompt has token id {max(prompt)}, and its vocabulary ends at {vocab_size - 1}")
         longest, limit = len(prompt) + request.max_tokens, self.student.max_model_len
         if longest > limit:
             raise ValueError(
@@ -209,11 +212,10 @@ class PairScheduler(Scheduler):
         params.all_stop_token_ids.update(extra)
 
     def _adopt_weights_version(self, version: int | None) -> None:
-        if version is None or version == self.weights_version:
-            return
-        if self.weights_version is not None:
+        """The student's weights are now those of ``version`` (None: as they were): its KV blocks are of others."""
+        if version is not None and version != self.weights_version:
             self._reset_student_cache()
-        self.weights_version = version
+            self.weights_version = version
 
     def _reset_student_cache(self) -> None:
         """Forget every KV block of the student's, and only its: its weights are about to be others."""

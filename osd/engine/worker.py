@@ -159,12 +159,22 @@ class PairWorker(Worker):
         self._check_weights(step)
         self._note_admissions(scheduler_output, step)
         self.step = step
-        self.student_runner.execute_model(step.student_output)
-        output = super().execute_model(scheduler_output)
-        if output is not None:
-            # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
-            self._finish_student(None)
+        with self._dropping_the_step_on_error():
+            self.student_runner.execute_model(step.student_output)
+            output = super().execute_model(scheduler_output)
+            if output is not None:
+                # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
+                self._finish_student(None)
         return output
+
+    @contextmanager
+    def _dropping_the_step_on_error(self) -> Iterator[None]:
+        """After an exception (an interrupt, out of memory) neither runner may hold a forward pass that nobody samples."""
+        try:
+            yield
+        except BaseException:
+            self.model_runner.execute_model_state = self.student_runner.execute_model_state = None
+            raise
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
@@ -173,9 +183,10 @@ class PairWorker(Worker):
         plan = self.planner.plan(teacher, student, self.step.ready)
         self._set_up_sampler(plan, student_state)
         self._constrain(state, grammar_output)
-        with _only_rows(teacher, plan.ready_mask):
-            output = teacher.sample_tokens(None)
-        self._finish_student(plan)
+        with self._dropping_the_step_on_error():
+            with _only_rows(teacher, plan.ready_mask):
+                output = teacher.sample_tokens(None)
+            self._finish_student(plan)
         self._record(plan, state.sample_hidden_states)
         return output
 
@@ -244,7 +255,7 @@ class PairWorker(Worker):
     def _check_weights(self, step: PairStep) -> None:
         if not self.weights_loaded:
             raise RuntimeError("the last weight sync of the student failed half way; sync again before sampling")
-        if step.weights_version not in (None, self.weights_version):
+        if step.weights_version != self.weights_version:
             raise RuntimeError(
                 f"a request was admitted for the student's weights version {step.weights_version}, and version "
                 f"{self.weights_version} is loaded: its KV cache would belong to other weights"
