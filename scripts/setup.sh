@@ -9,7 +9,8 @@ python=${PYTHON:-python3}
   exit 1
 }
 "$python" -m venv "$venv"
-export VIRTUAL_ENV=$PWD/$venv
+# uv brings certificates of its own; the machine's are the ones that its package index answers to (both names of the option).
+export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1
 "$venv/bin/pip" install --quiet --disable-pip-version-check uv
 uv() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
 
