@@ -13,6 +13,10 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml requirements/cpu-overrides.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
 
+# Training on a CPU frees and maps the same large buffers at every step; keeping them saves a tenth of its time.
+demo: export MALLOC_MMAP_MAX_ = 0
+demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+demo: export MALLOC_TOP_PAD_ = 268435456
 demo: setup  ## train SmolLM2 to do what a teacher with the answers does; writes outputs/demo/
 	$(BIN)/python examples/demo.py
 
