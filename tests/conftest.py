@@ -15,8 +15,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.async_cpu import allow_async_scheduling
 from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def async_scheduling_everywhere() -> None:
+    if not torch.cuda.is_available():
+        allow_async_scheduling()
 
 
 @pytest.fixture(scope="session")

@@ -130,9 +130,9 @@ def test_a_stale_alignment_of_rows_is_seen(engine, models, monkeypatch):
     """Rows still paired as they were before one batch was reordered: here, the student's moved on by one place."""
     exact_plan = RowPlanner._build
 
-    def stale(self, teacher_ids, student_ids, ready, options):
-        plan = exact_plan(self, teacher_ids, student_ids, ready, options)
-        if len(ready) == len(teacher_ids) == len(student_ids):
+    def stale(self, teacher_ids, student_ids, step, options):
+        plan = exact_plan(self, teacher_ids, student_ids, step, options)
+        if len(step.ready) == len(teacher_ids) == len(student_ids):
             rows = torch.arange(len(student_ids)) if plan.rows.student is None else plan.rows.student
             plan.rows.student = rows.roll(1)
         return plan

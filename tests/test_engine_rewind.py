@@ -32,9 +32,10 @@ def prompts(count: int = 24) -> list[PairPrompt]:
 
 @pytest.fixture(scope="module")
 def unconstrained(tiny_pair) -> list[list[int]]:
-    """Greedy completions of an engine with room for everything (closed before the next one starts)."""
+    """Greedy completions of an engine with room for everything, one step at a time (closed before the next one starts)."""
+    kwargs = tiny_engine_kwargs(async_scheduling=False)
     teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
+    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=kwargs)) as engine:
         completions = engine.generate(prompts(), sampling=dict(max_tokens=MAX_TOKENS, temperature=0.0))
     return [c.token_ids for c in completions]
 
@@ -88,17 +89,21 @@ def watch(engine: PairEngine, monkeypatch) -> Counter:
             return preempt(*args, **kwargs)
 
         monkeypatch.setattr(side, "_preempt_request", counted)
-    rewind = scheduler._rewind_the_side_ahead
+    schedule = scheduler.schedule
 
-    def rewound(output, student_output):
-        ready = rewind(output, student_output)
-        seen["teacher waited"] += len(set(output.num_scheduled_tokens) - ready)
-        seen["student waited"] += len(set(student_output.num_scheduled_tokens) - ready)
-        for side, out in (("teacher", output), ("student", student_output)):
-            seen[f"{side} hits"] += sum(r.num_computed_tokens > 0 for r in out.scheduled_new_reqs)
-        return ready
+    def scheduled(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        step = output.osd
+        for name, side, out, ahead in (
+            ("teacher", scheduler, output, step.teacher_ahead),
+            ("student", scheduler.student, step.student_output, step.student_ahead),
+        ):
+            seen[f"{name} ahead in prefill"] += sum(not side.requests[i].num_output_tokens for i in ahead)
+            seen[f"{name} ahead in decoding"] += sum(side.requests[i].num_output_tokens > 0 for i in ahead)
+            seen[f"{name} hits"] += sum(r.num_computed_tokens > 0 for r in out.scheduled_new_reqs)
+        return output
 
-    monkeypatch.setattr(scheduler, "_rewind_the_side_ahead", rewound)
+    monkeypatch.setattr(scheduler, "schedule", scheduled)
     return seen
 
 
@@ -108,8 +113,9 @@ def test_greedy_results_do_not_depend_on_the_schedule(cramped, unconstrained, mo
         results = run_with_random_arrivals(cramped, schedule, temperature=0.0)
         assert {i: list(output.token_ids) for i, (output, _) in results.items()} == dict(enumerate(unconstrained))
     # The schedules must have been hard, or the comparison proves nothing.
-    for event in ("teacher preempted", "student preempted", "teacher waited", "student waited", "teacher hits", "student hits"):
-        assert seen[event] > 0, seen
+    for side in ("teacher", "student"):
+        for event in ("preempted", "ahead in prefill", "ahead in decoding", "hits"):
+            assert seen[f"{side} {event}"] > 0, seen
 
 
 def test_seeded_results_do_not_depend_on_the_schedule(cramped):

@@ -60,7 +60,10 @@ def tiny_model(
 
 
 def tiny_engine_kwargs(**overrides: Any) -> dict[str, Any]:
-    """Engine arguments that start a tiny pair in seconds; OSD_TEST_CUDA_GRAPHS=1 compiles and captures graphs on a GPU."""
+    """Engine arguments that start a tiny pair in seconds; OSD_TEST_CUDA_GRAPHS=1 compiles and captures graphs on a GPU.
+
+    Scheduling is async, as on GPUs, on a CPU too (see tests/async_cpu.py).
+    """
     settings = dict(
         dtype="float32",
         enforce_eager=os.environ.get("OSD_TEST_CUDA_GRAPHS") != "1",
@@ -68,6 +71,7 @@ def tiny_engine_kwargs(**overrides: Any) -> dict[str, Any]:
         block_size=32,
         max_num_seqs=64,
         kv_cache_memory_bytes=64 << 20,
+        async_scheduling=True,
         seed=0,
     )
     return {**settings, **overrides}

@@ -15,13 +15,14 @@ WORKER_CLS = "osd.engine.worker.PairWorker"
 SCHEDULER_CLS = "osd.engine.scheduler.PairScheduler"
 
 # The pair owns these: a user's value would silently take the pair apart.
-RESERVED_KWARGS = ("worker_cls", "scheduler_cls", "async_scheduling", "model")
+RESERVED_KWARGS = ("worker_cls", "scheduler_cls", "model")
 # The two sides run as one: what these set must be the same for both.
 SHARED_KWARGS = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
     "distributed_executor_backend",
+    "async_scheduling",
     "block_size",
     "max_num_seqs",
     "gpu_memory_utilization",
@@ -81,13 +82,11 @@ class PairConfig:
             "model": self.teacher,
             "worker_cls": WORKER_CLS,
             "scheduler_cls": SCHEDULER_CLS,
-            # The student's rows need this step's tokens on the host before the next step is scheduled.
-            "async_scheduling": False,
             "additional_config": additional,
         }
 
     def _additional_config(self) -> dict[str, Any]:
-        student = {**self.engine_kwargs, **self.student_kwargs, "model": self.student, "async_scheduling": False}
+        student = {**self.engine_kwargs, **self.student_kwargs, "model": self.student}
         return {"student": student, "mixing": self.mixing.to_dict()}
 
 
@@ -104,6 +103,7 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     config = EngineArgs(**_pair_section(teacher_config)["student"]).create_engine_config()
     config.parallel_config = teacher_config.parallel_config
     config.device_config = teacher_config.device_config
+    config.scheduler_config.async_scheduling = teacher_config.scheduler_config.async_scheduling
     share_block_size(teacher_config, config)
     return config
 

@@ -102,13 +102,13 @@ class PairSampler(Sampler):
         *,
         solo: bool = False,
     ) -> _Part:
-        teacher = _take(logits, rows)[:, : self.vocab_size]
-        temperature = _take(temperature_B, rows)
+        teacher = take(logits, rows)[:, : self.vocab_size]
+        temperature = take(temperature_B, rows)
         if solo:
             student, alpha = teacher, torch.ones_like(temperature)
         else:
             assert self.student_logits_BV is not None
-            student = _take(self.student_logits_BV, student_rows)[:, : self.vocab_size]
+            student = take(self.student_logits_BV, student_rows)[:, : self.vocab_size]
         mixture = mix(student, teacher, self.mixing, temperature_B=temperature, alpha_B=alpha)
         return _Part(rows, student, teacher, temperature, mixture, solo)
 
@@ -128,7 +128,7 @@ class PairSampler(Sampler):
         assert self._logp_draw_B is not None
         values = torch.full((len(token_B), len(RECORD_FIELDS)), float("nan"), device=token_B.device)
         for part in parts:
-            token, logp_draw = _take(token_B, part.rows), _take(self._logp_draw_B, part.rows)
+            token, logp_draw = take(token_B, part.rows), take(self._logp_draw_B, part.rows)
             rows = record_rows(part.mixture, part.student, part.teacher, part.temperature, token, logp_draw)
             if part.solo:
                 rows[:, _STUDENT_COLUMNS] = float("nan")
@@ -223,7 +223,7 @@ def _bad_rows(logits: torch.Tensor, parts: list[_Part]) -> torch.Tensor:
     return bad_B
 
 
-def _take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+def take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     return tensor if rows is None else tensor[rows]
 
 

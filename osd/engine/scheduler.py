@@ -5,6 +5,9 @@ sides computed logits for the same output position. Where one side got there fir
 a preemption on the other side), its sample is discarded and its ``num_computed_tokens`` goes back by one, so that its own
 stock scheduler recomputes just that token next step. Nothing waits, so nothing deadlocks: both schedulers serve requests
 in arrival order, and the oldest request always progresses on both sides.
+
+Whether a request is sampled in a step is known when the step is scheduled, before any token arrives, so the rule also
+holds with vLLM's async scheduling, where a step is scheduled while the one before it runs. Both sides are async, or neither.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from osd.engine.config import student_vllm_config
 from osd.engine.options import PairOptions
+from osd.engine.steady import SteadyScheduler
 
 # A row whose logits are not numbers is "sampled" as one of these ids; no vocabulary has negative ids.
 FAILED_TOKEN = {-2: "student", -3: "teacher", -4: "student and teacher"}
@@ -36,11 +40,14 @@ class PairStep:
     Attributes:
         student_output: the student scheduler's own output for this step.
         ready: ids of the requests that are sampled in this step: both sides compute logits for the same position.
+        teacher_ahead, student_ahead: ids whose logits this side computed too early; it computes the same token again.
         weights_version: the student weights that these KV blocks belong to.
     """
 
     student_output: SchedulerOutput
     ready: set[str] = field(default_factory=set)
+    teacher_ahead: set[str] = field(default_factory=set)
+    student_ahead: set[str] = field(default_factory=set)
     weights_version: int = 0
 
 
@@ -61,7 +68,15 @@ def student_kv_cache_config(student_config: VllmConfig, num_blocks: int) -> KVCa
 
 
 class PairScheduler(Scheduler):
-    """vLLM's scheduler for the teacher, holding another one for the student (``self.student``)."""
+    """vLLM's scheduler for the teacher, holding another one for the student (``self.student``).
+
+    Built for a config with async scheduling, it is an :class:`AsyncPairScheduler`.
+    """
+
+    _student_class: type[Scheduler] = Scheduler
+
+    def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> PairScheduler:
+        return object.__new__(AsyncPairScheduler if vllm_config.scheduler_config.async_scheduling else cls)
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
@@ -70,14 +85,13 @@ class PairScheduler(Scheduler):
         student_config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
         student_kv = student_kv_cache_config(student_config, kv_cache_config.num_blocks)
         with set_current_vllm_config(student_config):
-            self.student = Scheduler(student_config, student_kv, *args, **kwargs)
+            self.student = self._student_class(student_config, student_kv, *args, **kwargs)
         self.student_eos_ids = _eos_ids(student_config)
         self.weights_version = 0
         self._refused: list[tuple[Request, str]] = []
         self._to_zero: dict[Scheduler, set[int]] = {self: set(), self.student: set()}
 
     def _refuse_unsupported(self) -> None:
-        assert not self.scheduler_config.async_scheduling, "PairConfig turns async scheduling off"
         unsupported = (self.connector, self.num_spec_tokens, self.use_pp, self.lora_config)
         assert not any(unsupported), "PairConfig refuses these"
 
@@ -86,22 +100,24 @@ class PairScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
         step = PairStep(self.student.schedule(), weights_version=self.weights_version)
-        step.ready = self._rewind_the_side_ahead(output, step.student_output)
+        self._apply_rewind_rule(output, step)
         self._zero_scrubbed_blocks(output, step.student_output)
         output.osd = step  # type: ignore[attr-defined]
         return output
 
-    def _rewind_the_side_ahead(self, output: SchedulerOutput, student_output: SchedulerOutput) -> set[str]:
-        """Apply the rewind rule to a scheduled step; return the ids of the requests that are sampled in it."""
+    def _apply_rewind_rule(self, output: SchedulerOutput, step: PairStep) -> None:
+        """Find out which of a scheduled step's requests are sampled in it, and take the others back by one token."""
         teacher_ready = _with_logits(self, output)
-        student_ready = _with_logits(self.student, student_output)
+        student_ready = _with_logits(self.student, step.student_output)
         paired = self.student.requests.keys()
-        ready = {i for i in teacher_ready if i in student_ready or i not in paired}
-        for request_id in teacher_ready - ready:
-            self.requests[request_id].num_computed_tokens -= 1
-        for request_id in student_ready - ready:
-            self.student.requests[request_id].num_computed_tokens -= 1
-        return ready
+        step.ready = {i for i in teacher_ready if i in student_ready or i not in paired}
+        for request_id in step.ready & paired:
+            # Logits of two positions must never meet: that would be a wrong distribution, and nothing would show it.
+            assert _position(self, request_id) == _position(self.student, request_id), f"{request_id}: out of step"
+        step.teacher_ahead, step.student_ahead = teacher_ready - step.ready, student_ready - step.ready
+        for side, ahead in ((self, step.teacher_ahead), (self.student, step.student_ahead)):
+            for request_id in ahead:
+                _take_back(side.requests[request_id])
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -112,7 +128,7 @@ class PairScheduler(Scheduler):
         # The stock update trims and owns these lists; the student needs its own.
         student_tokens = {i: list(sampled.get(i, ())) for i in step.student_output.num_scheduled_tokens}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self.student.update_from_output(step.student_output, _student_runner_output(student_tokens))
+        self._update_student(step.student_output, student_tokens)
         for request_id, side in failed.items():
             self._scrub(request_id)
             self._end_in_error(outputs, request_id, f"NaN in the {side}'s logits")
@@ -120,6 +136,9 @@ class PairScheduler(Scheduler):
             _append(outputs, request, reason)
         self._refused.clear()
         return outputs
+
+    def _update_student(self, output: SchedulerOutput, tokens: dict[str, list[int]]) -> None:
+        self.student.update_from_output(output, _student_runner_output(tokens))
 
     def _scrub(self, request_id: str) -> None:
         """Take a failed request's own KV blocks out of the prefix caches and have them zeroed before they are reused.
@@ -152,11 +171,11 @@ class PairScheduler(Scheduler):
         try:
             options = PairOptions.of(request.sampling_params)
             self._check(request, options)
+            self._adopt_weights_version(options.weights_version)
         except ValueError as error:
             # Raising here would take the whole engine down with one bad request: answer it with an error instead.
             self._refused.append((request, str(error)))
             return
-        self._adopt_weights_version(options.weights_version)
         self._add_student_eos(request.sampling_params)
         super().add_request(request)
         if not options.teacher_only:
@@ -219,6 +238,7 @@ class PairScheduler(Scheduler):
 
     def _reset_student_cache(self) -> None:
         """Forget every KV block of the student's, and only its: its weights are about to be others."""
+        self._refuse_in_flight("the student's weights can change")
         if not self.student.reset_prefix_cache(reset_running_requests=bool(self.student.running)):
             raise RuntimeError("the student's prefix cache could not be reset after a weight sync: blocks are still in use")
 
@@ -233,9 +253,16 @@ class PairScheduler(Scheduler):
         # A step must run to answer refused requests, and to tell the worker which of the student's requests ended.
         return super().has_requests() or self.student.has_finished_requests() or bool(self._refused)
 
-    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        teacher_reset = super().reset_prefix_cache(*args, **kwargs)
-        return self.student.reset_prefix_cache(*args, **kwargs) and teacher_reset
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        if reset_running_requests:
+            self._refuse_in_flight("running requests can be reset")
+        teacher_reset = super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
+        return self.student.reset_prefix_cache(reset_running_requests, *args, **kwargs) and teacher_reset
+
+    def _refuse_in_flight(self, what: str) -> None:
+        """vLLM drops the token of a step in flight when it resets a request; the record already has it."""
+        if any(request.num_in_flight_tokens for side in (self, self.student) for request in side.requests.values()):
+            raise ValueError(f"{what} only while no step is in flight; wait for the running requests to finish first")
 
     def set_pause_state(self, pause_state: Any) -> None:
         super().set_pause_state(pause_state)
@@ -244,6 +271,42 @@ class PairScheduler(Scheduler):
     def shutdown(self) -> None:
         super().shutdown()
         self.student.shutdown()
+
+
+class AsyncPairScheduler(PairScheduler, SteadyScheduler):
+    """The pair with async scheduling, which derives the steps of steady decoding (see :mod:`osd.engine.steady`)."""
+
+    _student_class = SteadyScheduler
+    student: SteadyScheduler
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._last_ready: set[str] = set()
+
+    def _apply_rewind_rule(self, output: SchedulerOutput, step: PairStep) -> None:
+        if self.derived and self.student.derived and len(self._last_ready) == output.total_num_scheduled_tokens:
+            step.ready = self._last_ready  # both sides moved on by one token from a step in which all rows were ready
+        else:
+            super()._apply_rewind_rule(output, step)
+        self._last_ready = step.ready
+
+    def _update_student(self, output: SchedulerOutput, tokens: dict[str, list[int]]) -> None:
+        if not self.student.append_tokens(output, tokens):
+            super()._update_student(output, tokens)
+
+
+def _position(scheduler: Scheduler, request_id: str) -> int:
+    """How many tokens of its completion a request has computed, with those of the step being scheduled."""
+    request = scheduler.requests[request_id]
+    return request.num_computed_tokens - request.num_prompt_tokens
+
+
+def _take_back(request: Request) -> None:
+    """Undo the last token of a request's share in the step that was just scheduled; it is computed again in the next."""
+    request.num_computed_tokens -= 1
+    request.is_prefill_chunk = True  # nothing is sampled for it, as for an unfinished prefill
+    if request.num_output_placeholders:
+        request.num_output_placeholders -= 1  # async scheduling had made room for the sample
 
 
 def _with_logits(scheduler: Scheduler, output: SchedulerOutput) -> set[str]:

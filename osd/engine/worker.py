@@ -23,8 +23,9 @@ from osd.engine.config import mixing_config, share_block_size, student_vllm_conf
 from osd.engine.options import PairOptions
 from osd.engine.record import RecordLog, dump_records
 from osd.engine.rows import RowPlan, RowPlanner
-from osd.engine.sampler import FedSampler, PairSampler, as_index
+from osd.engine.sampler import FedSampler, PairSampler, as_index, take
 from osd.engine.scheduler import PairStep, student_kv_cache_config
+from osd.engine.steady import SteadyInputs
 from osd.engine.weights import keep_weights_live, load_all_weights, load_weights
 
 if current_platform.is_cpu():
@@ -34,7 +35,7 @@ else:
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 # What vLLM's Worker reads of itself when it builds, profiles or warms up its model runner.
 _CONFIG_ATTRIBUTES = ("model_config", "cache_config", "load_config", "scheduler_config", "compilation_config")
@@ -137,6 +138,7 @@ class PairWorker(Worker):
         self._install_samplers()
         for runner in (self.model_runner, self.student_runner):
             runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes after a NaN
+            runner._prepare_inputs = SteadyInputs(runner)
         return times
 
     def _install_samplers(self) -> None:
@@ -164,7 +166,7 @@ class PairWorker(Worker):
             output = super().execute_model(scheduler_output)
             if output is not None:
                 # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
-                self._finish_student(None)
+                self._finish_student(self.planner.plan(self.model_runner, self.student_runner, step))
         return output
 
     @contextmanager
@@ -177,15 +179,18 @@ class PairWorker(Worker):
             raise
 
     @torch.inference_mode()
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         teacher, student = self.model_runner, self.student_runner
         state, student_state = teacher.execute_model_state, student.execute_model_state
-        plan = self.planner.plan(teacher, student, self.step.ready)
+        plan = self.planner.plan(teacher, student, self.step)
         self._set_up_sampler(plan, student_state)
         self._constrain(state, grammar_output)
         with self._dropping_the_step_on_error():
             with _only_rows(teacher, plan.ready_mask):
                 output = teacher.sample_tokens(None)
+            if teacher.use_async_scheduling:
+                assert self.sampler.token_B is not None
+                _feed(teacher, self.sampler.token_B, plan.fed, plan.again)
             self._finish_student(plan)
         self._record(plan, state.sample_hidden_states)
         return output
@@ -201,20 +206,24 @@ class PairWorker(Worker):
             batch = self.model_runner.input_batch
             self.sampler.constrain = lambda logits: apply_grammar_bitmask(state.scheduler_output, grammar_output, batch, logits)
 
-    def _finish_student(self, plan: RowPlan | None) -> None:
-        """Hand the student the tokens drawn for its rows (none without a plan), and let vLLM do its bookkeeping."""
+    def _finish_student(self, plan: RowPlan) -> None:
+        """Hand the student the tokens drawn for its rows, and keep its books as vLLM does after sampling."""
         runner = self.student_runner
         if runner.execute_model_state is None:
             return  # it had nothing to compute either
-        num_rows = runner.input_batch.num_reqs
-        mask = np.zeros(num_rows, dtype=bool) if plan is None else plan.student_ready_mask
-        tokens = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
-        if plan is not None and mask.any():
+        if plan.student_ready_mask.any():
             assert self.sampler.token_B is not None
-            tokens[as_index(plan.rows.student)] = self.sampler.token_B[as_index(plan.rows.paired)]
-        self.student_sampler.tokens_B = tokens
-        with _only_rows(runner, mask):
-            runner.sample_tokens(None)
+            tokens = take(self.sampler.token_B, plan.student_source)
+        else:
+            tokens = torch.zeros(len(plan.student_ready_mask), dtype=torch.int32, device=self.device)
+        if runner.use_async_scheduling:
+            runner.execute_model_state = None
+            _note_samples(runner, plan.student_ready_mask)
+            _feed(runner, tokens, plan.student_fed, plan.student_again)
+        else:
+            self.student_sampler.tokens_B = tokens
+            with _only_rows(runner, plan.student_ready_mask):
+                runner.sample_tokens(None)
 
     # -- the record -------------------------------------------------------------------------------------------------
 
@@ -276,6 +285,33 @@ def _only_rows(runner: Any, ready_mask: np.ndarray) -> Iterator[None]:
         yield
     finally:
         generators.update(hidden)
+
+
+def _note_samples(runner: Any, ready_mask: np.ndarray) -> None:
+    """vLLM's bookkeeping of one sampled token for each of ``ready_mask``'s rows [B], whose ids only the device knows yet."""
+    batch = runner.input_batch
+    rows = np.flatnonzero(ready_mask)
+    ends = batch.num_tokens_no_spec[rows]
+    batch.token_ids_cpu[rows, ends] = -1
+    batch.is_token_ids[rows, ends] = True
+    batch.num_tokens_no_spec[rows] = ends + 1
+    for row in rows.tolist():
+        runner.requests[batch.req_ids[row]].output_token_ids.append(-1)
+
+
+def _feed(runner: Any, token_B: torch.Tensor, fed: dict[str, int], again: torch.Tensor | None) -> None:
+    """Leave the next step's input tokens on the device, where async scheduling looks for them.
+
+    Args:
+        token_B: what each row of the runner's batch sampled, int32 [B].
+        fed: the rows that have such a token, by request id.
+        again: rows that were ahead, int64, or None: they are fed what they were fed in this step, once more.
+    """
+    if again is not None:
+        last_input = runner.query_start_loc.gpu[again + 1].long() - 1
+        token_B = token_B.index_copy(0, again, runner.input_ids.gpu[last_input])
+    runner.input_batch.prev_sampled_token_ids = token_B.unsqueeze(-1)
+    runner.input_batch.prev_req_id_to_index = dict(fed)
 
 
 def _block_bytes(specs: dict[str, Any]) -> int:
