@@ -7,7 +7,7 @@ what a worker would have computed: both sides end this step's computation at the
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 from vllm.config import set_current_vllm_config
@@ -15,6 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -31,12 +32,20 @@ HASH_FN = get_hash_fn_by_name("sha256")
 init_none_hash(HASH_FN)  # once: it may be random, and prefixes match only under the same one
 
 
-def make_scheduler(tiny_pair, *, blocks: int, budget: int, student_budget: int, max_num_seqs: int = 8) -> PairScheduler:
-    teacher, student = map(str, tiny_pair)
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def pair(tiny_pair, request) -> tuple[str, str, bool]:
+    """Teacher, student, and whether scheduling is async."""
+    return (*map(str, tiny_pair), request.param)
+
+
+def make_scheduler(pair, *, blocks: int, budget: int, student_budget: int, max_num_seqs: int = 8) -> PairScheduler:
+    teacher, student, asynchronous = pair
     config = PairConfig(
         teacher=teacher,
         student=student,
-        engine_kwargs=tiny_engine_kwargs(block_size=BLOCK, max_num_seqs=max_num_seqs, max_model_len=128),
+        engine_kwargs=tiny_engine_kwargs(
+            block_size=BLOCK, max_num_seqs=max_num_seqs, max_model_len=128, async_scheduling=asynchronous
+        ),
         teacher_kwargs={"max_num_batched_tokens": budget},
         student_kwargs={"max_num_batched_tokens": student_budget},
     )
@@ -56,10 +65,15 @@ def request(name: str, prompt: list[int], student_prompt: list[int], max_tokens:
 
 
 class Workers:
-    """Plays both workers; keeps each request's output and counts what happened on either side."""
+    """Plays both workers; keeps each request's output and counts what happened on either side.
+
+    With async scheduling a step is scheduled before the tokens of the one before it are known, as vLLM's engine core does.
+    """
 
     def __init__(self, scheduler: PairScheduler, vocabulary: int = 50) -> None:
         self.scheduler = scheduler
+        self.depth = 2 if scheduler.scheduler_config.async_scheduling else 1
+        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, object] = {}
         self.seen = Counter()
@@ -67,20 +81,27 @@ class Workers:
         self.vocabulary = vocabulary
 
     def step(self) -> None:
-        output = self.scheduler.schedule()
-        step = output.osd
-        self.check_positions(output, step)
+        if self.scheduler.has_requests():
+            self.in_flight.appendleft(self.execute(self.scheduler.schedule()))
+        if len(self.in_flight) == self.depth or not self.scheduler.has_requests():
+            self.deliver(*self.in_flight.pop())
+
+    def execute(self, output: SchedulerOutput) -> tuple[SchedulerOutput, ModelRunnerOutput]:
+        self.check_positions(output, output.osd)
         ids = list(output.num_scheduled_tokens)
-        tokens = [[self.rng.randrange(self.vocabulary)] if i in step.ready else [] for i in ids]
         runner_output = ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={i: n for n, i in enumerate(ids)},
-            sampled_token_ids=[list(t) for t in tokens],
+            sampled_token_ids=[[self.rng.randrange(self.vocabulary)] if i in output.osd.ready else [] for i in ids],
             prompt_logprobs_dict={},
             pooler_output=[],
         )
-        for i, token in zip(ids, tokens, strict=True):
-            self.outputs.setdefault(i, []).extend(token)
+        return output, runner_output
+
+    def deliver(self, output: SchedulerOutput, runner_output: ModelRunnerOutput) -> None:
+        for i, tokens in zip(runner_output.req_ids, runner_output.sampled_token_ids, strict=True):
+            if i in self.scheduler.requests:  # else it ended while this step was in flight
+                self.outputs.setdefault(i, []).extend(tokens)
         for client in self.scheduler.update_from_output(output, runner_output).values():
             for done in client.outputs:
                 if done.finish_reason is not None:
@@ -90,14 +111,16 @@ class Workers:
         teacher, student = self.scheduler, self.scheduler.student
         for i in step.ready:
             t, s = teacher.requests[i], student.requests.get(i)
-            assert t.num_computed_tokens == t.num_tokens, "a sampled row must end at its last known token"
+            assert t.num_computed_tokens == known_tokens(t), "a sampled row must end at its last known token"
             if s is not None:
                 assert i in step.student_output.num_scheduled_tokens
-                assert s.num_computed_tokens == s.num_tokens
+                assert s.num_computed_tokens == known_tokens(s)
+                assert t.num_computed_tokens - t.num_prompt_tokens == s.num_computed_tokens - s.num_prompt_tokens
                 assert list(t.output_token_ids) == list(s.output_token_ids) == self.outputs.get(i, [])
         for side, scheduled in ((teacher, output), (student, step.student_output)):
             for i in set(scheduled.num_scheduled_tokens) - step.ready:
-                assert side.requests[i].num_computed_tokens < side.requests[i].num_tokens
+                request = side.requests[i]
+                assert request.num_computed_tokens < request.num_tokens + request.num_output_placeholders
                 self.seen["waited"] += 1
         self.seen["preempted teacher"] += len(output.preempted_req_ids or ())
         self.seen["preempted student"] += len(step.student_output.preempted_req_ids or ())
@@ -106,10 +129,15 @@ class Workers:
 
     def run(self, limit: int = 5000) -> None:
         for _ in range(limit):
-            if not self.scheduler.has_requests():
+            if not self.scheduler.has_requests() and not self.in_flight:
                 return
             self.step()
         raise AssertionError(f"not finished after {limit} steps: {self.scheduler.requests}")
+
+
+def known_tokens(request: Request) -> int:
+    """Tokens of a scheduled request that the device knows: not the one that this step samples."""
+    return request.num_tokens + max(request.num_output_placeholders - 1, 0)
 
 
 def random_requests(rng: random.Random, count: int) -> list[Request]:
@@ -126,11 +154,11 @@ def random_requests(rng: random.Random, count: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_every_request_finishes_in_step_under_random_schedules(tiny_pair, seed):
+def test_every_request_finishes_in_step_under_random_schedules(pair, seed):
     rng = random.Random(seed)
     # 17 blocks of 4 hold one longest sequence (32 + 8 + 20 tokens), so preemption on either side is the rule.
     scheduler = make_scheduler(
-        tiny_pair, blocks=rng.choice([18, 24, 60]), budget=rng.choice([8, 9, 64]), student_budget=rng.choice([8, 11, 64])
+        pair, blocks=rng.choice([18, 24, 60]), budget=rng.choice([8, 9, 64]), student_budget=rng.choice([8, 11, 64])
     )
     workers = Workers(scheduler)
     requests = random_requests(rng, 14)
@@ -150,12 +178,12 @@ def test_every_request_finishes_in_step_under_random_schedules(tiny_pair, seed):
     assert workers.seen["waited"] > 0
 
 
-def test_the_random_schedules_cover_what_the_rule_is_for(tiny_pair):
+def test_the_random_schedules_cover_what_the_rule_is_for(pair):
     """Chunked prefill, preemption and prefix hits on one side only must all occur, or the test above proves nothing."""
     seen = Counter()
     for seed in range(6):
         rng = random.Random(seed)
-        scheduler = make_scheduler(tiny_pair, blocks=18, budget=9, student_budget=11)
+        scheduler = make_scheduler(pair, blocks=18, budget=9, student_budget=11)
         workers = Workers(scheduler)
         for r in random_requests(rng, 14):
             scheduler.add_request(r)
@@ -164,14 +192,14 @@ def test_the_random_schedules_cover_what_the_rule_is_for(tiny_pair):
     assert min(seen[k] for k in ("waited", "preempted teacher", "preempted student", "hits teacher", "hits student")) > 0, seen
 
 
-def test_without_the_rewind_the_sides_part(tiny_pair, monkeypatch):
+def test_without_the_rewind_the_sides_part(pair, monkeypatch):
     """The planted error: treating a row as sampled as soon as the teacher has logits for it."""
 
-    def no_rewind(self, output, student_output):
-        return pair_scheduler._with_logits(self, output)
+    def no_rewind(self, output, step):
+        step.ready = pair_scheduler._with_logits(self, output)
 
-    monkeypatch.setattr(PairScheduler, "_rewind_the_side_ahead", no_rewind)
-    scheduler = make_scheduler(tiny_pair, blocks=24, budget=64, student_budget=8)
+    monkeypatch.setattr(PairScheduler, "_apply_rewind_rule", no_rewind)
+    scheduler = make_scheduler(pair, blocks=24, budget=64, student_budget=8)
     workers = Workers(scheduler)
     for r in random_requests(random.Random(0), 6):
         scheduler.add_request(r)
@@ -179,8 +207,8 @@ def test_without_the_rewind_the_sides_part(tiny_pair, monkeypatch):
         workers.run()
 
 
-def test_aborting_in_mid_flight_frees_both_sides(tiny_pair):
-    scheduler = make_scheduler(tiny_pair, blocks=60, budget=16, student_budget=8)
+def test_aborting_in_mid_flight_frees_both_sides(pair):
+    scheduler = make_scheduler(pair, blocks=60, budget=16, student_budget=8)
     workers = Workers(scheduler)
     rng = random.Random(3)
     requests = random_requests(rng, 10)
@@ -199,8 +227,8 @@ def test_aborting_in_mid_flight_frees_both_sides(tiny_pair):
         assert side.kv_cache_manager.usage == 0
 
 
-def test_one_bad_request_is_answered_and_the_others_go_on(tiny_pair):
-    scheduler = make_scheduler(tiny_pair, blocks=60, budget=64, student_budget=64)
+def test_one_bad_request_is_answered_and_the_others_go_on(pair):
+    scheduler = make_scheduler(pair, blocks=60, budget=64, student_budget=64)
     workers = Workers(scheduler)
     scheduler.add_request(request("good", [1, 2, 3], [4, 5], 5))
     scheduler.add_request(request("long", [1, 2, 3], [4] * 120, 20))
@@ -212,8 +240,8 @@ def test_one_bad_request_is_answered_and_the_others_go_on(tiny_pair):
     assert "empty" in workers.finished["empty"].stop_reason
 
 
-def test_a_teacher_only_request_never_reaches_the_student(tiny_pair):
-    scheduler = make_scheduler(tiny_pair, blocks=60, budget=64, student_budget=64)
+def test_a_teacher_only_request_never_reaches_the_student(pair):
+    scheduler = make_scheduler(pair, blocks=60, budget=64, student_budget=64)
     workers = Workers(scheduler)
     scheduler.add_request(request("solo", [1, 2, 3], [4, 5], 5, teacher_only=True))
     assert "solo" not in scheduler.student.requests
@@ -221,8 +249,8 @@ def test_a_teacher_only_request_never_reaches_the_student(tiny_pair):
     assert len(workers.outputs["solo"]) == 5
 
 
-def test_new_weights_reset_the_students_prefix_cache_and_only_its(tiny_pair):
-    scheduler = make_scheduler(tiny_pair, blocks=60, budget=64, student_budget=64)
+def test_new_weights_reset_the_students_prefix_cache_and_only_its(pair):
+    scheduler = make_scheduler(pair, blocks=60, budget=64, student_budget=64)
     prompt, student_prompt = list(range(20)), list(range(20, 40))
     hits = []
     for n, version in enumerate([0, 0, 1, 1]):
@@ -231,3 +259,59 @@ def test_new_weights_reset_the_students_prefix_cache_and_only_its(tiny_pair):
         workers.run()
         hits.append((workers.seen["hits teacher"], workers.seen["hits student"]))
     assert hits == [(0, 0), (1, 1), (1, 0), (1, 1)]
+
+
+def test_weights_change_only_while_no_step_is_in_flight(pair):
+    scheduler = make_scheduler(pair, blocks=60, budget=64, student_budget=64)
+    workers = Workers(scheduler)
+    scheduler.add_request(request("old", [1, 2, 3], [4, 5], 9))
+    for _ in range(3):
+        workers.step()
+    scheduler.add_request(request("new", [1, 2, 3], [4, 5], 9, weights_version=1))
+    workers.run()
+    assert len(workers.outputs["old"]) == 9
+    if workers.depth == 1:
+        assert len(workers.outputs["new"]) == 9
+    else:
+        assert "only while no step is in flight" in workers.finished["new"].stop_reason
+
+
+def comparable(output: SchedulerOutput) -> dict:
+    """A scheduler's output without the sets that both schedulers own, in an order of its own."""
+    plain = {key: value for key, value in vars(output).items() if key != "osd"}
+    return plain | {"scheduled_cached_reqs": vars(output.scheduled_cached_reqs)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_derived_steps_are_those_that_vllm_would_have_scheduled(tiny_pair, seed):
+    """Two async pairs side by side, one without derivation: every output of either side equal, field by field."""
+    rng = random.Random(seed)
+    shape = dict(blocks=rng.choice([18, 24, 60]), budget=rng.choice([9, 64]), student_budget=rng.choice([11, 64]))
+    pairs = [make_scheduler((*map(str, tiny_pair), True), **shape) for _ in range(2)]
+    for side in (pairs[1], pairs[1].student):
+        side._can_derive = False
+    workers = [Workers(scheduler) for scheduler in pairs]
+    requests = [random_requests(random.Random(seed), 14) for _ in pairs]
+    derived = steps = 0
+    while requests[0] or workers[0].in_flight or pairs[0].has_requests():
+        if requests[0] and rng.random() < 0.1:
+            for scheduler, waiting in zip(pairs, requests, strict=True):
+                scheduler.add_request(waiting.pop(0))
+        outputs: list[SchedulerOutput] = []
+        for worker in workers:
+            execute = worker.execute
+            worker.execute = lambda output, execute=execute: outputs.append(output) or execute(output)
+            if worker.in_flight or worker.scheduler.has_requests():
+                worker.step()
+            worker.execute = execute
+        if outputs:
+            ours, theirs = outputs
+            assert comparable(ours) == comparable(theirs)
+            assert comparable(ours.osd.student_output) == comparable(theirs.osd.student_output)
+            assert ours.osd.ready == theirs.osd.ready
+            derived += pairs[0].derived + pairs[0].student.derived
+            steps += 2
+        assert pairs[0].has_requests() == pairs[1].has_requests()
+    assert workers[0].outputs == workers[1].outputs
+    assert not pairs[1].derived
+    assert derived > steps / 6, "too few steps were derived for this test to mean much"

@@ -43,7 +43,7 @@ class SteadyScheduler(AsyncScheduler):
         """Every running request decoded one token, and nothing else happened."""
         cached = output.scheduled_cached_reqs
         return (
-            len(cached.req_ids) == output.total_num_scheduled_tokens == len(self.running)
+            0 < len(cached.req_ids) == output.total_num_scheduled_tokens == len(self.running)
             and not cached.resumed_req_ids
             and not output.has_structured_output_requests
         )

@@ -1,0 +1,163 @@
+"""Async scheduling: tokens pass from step to step on the device, and steady decoding moves the last step's inputs on.
+
+The reference is the engine with scheduling of one step at a time, and, for what a runner is given to compute, vLLM's own
+preparation of the same step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from osd.engine import worker as pair_worker
+from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.scheduler import AsyncPairScheduler
+from osd.engine.steady import SteadyInputs
+from tests.exact import NOISE, completion_logits, reference
+from tests.tiny import tiny_engine_kwargs
+
+# Blocks of 32: completions of 70 tokens enter new ones.
+PROMPTS = [PairPrompt(teacher_token_ids=[7 + i] * (3 * i + 1), student_token_ids=[30, 31 + i]) for i in range(6)]
+SAMPLING = dict(max_tokens=70, temperature=0.0, ignore_eos=True)
+
+
+def start(tiny_pair, **overrides) -> PairEngine:
+    teacher, student = map(str, tiny_pair)
+    return PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs(**overrides)))
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(tiny_pair) -> list[list[int]]:
+    with start(tiny_pair, async_scheduling=False) as engine:
+        assert not isinstance(engine._scheduler(), AsyncPairScheduler)
+        return [c.token_ids for c in engine.generate(PROMPTS, sampling=SAMPLING)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair, one_at_a_time):
+    with start(tiny_pair) as engine:
+        assert isinstance(engine._scheduler(), AsyncPairScheduler)
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def models(tiny_pair):
+    return tuple(map(reference, tiny_pair))
+
+
+def runners(engine: PairEngine) -> dict[str, object]:
+    worker = engine._worker()
+    return {"teacher": worker.model_runner, "student": worker.student_runner}
+
+
+def test_async_results_are_those_of_one_step_at_a_time(engine, one_at_a_time):
+    before = {side: runner._prepare_inputs.advanced for side, runner in runners(engine).items()}
+    completions = engine.generate(PROMPTS, sampling=SAMPLING)
+    assert [c.token_ids for c in completions] == one_at_a_time
+    for side, runner in runners(engine).items():
+        # 70 steps, of which a few admit requests or are the last; the rest must have taken the short way.
+        assert runner._prepare_inputs.advanced - before[side] > 60
+
+
+def prepared(runner, num_rows: int) -> dict[str, torch.Tensor]:
+    """Everything that a decoding step of ``num_rows`` rows reads of what ``_prepare_inputs`` wrote, copied."""
+    table = runner.input_batch.block_table[0]
+    buffers = {
+        "input_ids": runner.input_ids.gpu[:num_rows],
+        "positions": runner.positions[:num_rows],
+        "num_computed_tokens": runner.num_computed_tokens[:num_rows],
+        "seq_lens": runner.seq_lens,
+        "optimistic_seq_lens": runner.optimistic_seq_lens_cpu,
+        "query_start_loc": runner.query_start_loc.gpu[: num_rows + 1],
+        "query_start_loc_cpu": runner.query_start_loc.cpu[: num_rows + 1],
+        "block_table": table.block_table.gpu[:num_rows],
+        "slot_mapping": table.slot_mapping.gpu[:num_rows],
+        "discard": torch.from_numpy(runner.discard_request_mask.np[:num_rows]),
+    }
+    return {name: buffer.clone() for name, buffer in buffers.items()}
+
+
+def compare_with_stock(engine, monkeypatch) -> list[str]:
+    """After every step that was moved on, let vLLM prepare it too; returns what differed, as it happens."""
+    differing: list[str] = []
+    advance = SteadyInputs._advance
+
+    def both(self, scheduler_output, num_rows):
+        advance(self, scheduler_output, num_rows)
+        ours, ours_result = prepared(self.runner, num_rows), self._result
+        stock_result = self.stock(scheduler_output, np.ones(num_rows, dtype=np.int32))
+        theirs = prepared(self.runner, num_rows)
+        differing.extend(name for name in ours if not torch.equal(ours[name], theirs[name]))
+        if not torch.equal(ours_result[0], stock_result[0]) or ours_result[1:] != stock_result[1:]:
+            differing.append("result")
+
+    monkeypatch.setattr(SteadyInputs, "_advance", both)
+    return differing
+
+
+def test_inputs_moved_on_are_those_that_vllm_prepares(engine, monkeypatch, one_at_a_time):
+    differing = compare_with_stock(engine, monkeypatch)
+    completions = engine.generate(PROMPTS, sampling=SAMPLING)
+    assert not differing
+    assert [c.token_ids for c in completions] == one_at_a_time
+
+
+def test_requests_that_come_and_go_leave_the_others_alone(engine, monkeypatch, one_at_a_time):
+    """Lengths that differ: rows leave and others take their places, while the rest decodes."""
+    differing = compare_with_stock(engine, monkeypatch)
+    lengths = [5, 40, 11, 66, 23, 52]
+    completions = engine.generate(PROMPTS, sampling=[SAMPLING | {"max_tokens": length} for length in lengths])
+    assert [c.token_ids for c in completions] == [ids[:n] for ids, n in zip(one_at_a_time, lengths, strict=True)]
+    assert not differing
+
+
+def test_a_block_table_that_is_not_uploaded_is_seen(engine, monkeypatch):
+    """The planted error: new blocks stay on the host. On a CPU both are one memory, so only the device can show it."""
+    if not torch.cuda.is_available():
+        pytest.skip("host and device share the block table on a CPU")
+    differing = compare_with_stock(engine, monkeypatch)
+    monkeypatch.setattr(type(runners(engine)["teacher"].input_batch.block_table), "commit_block_table", lambda *args: None)
+    engine.generate(PROMPTS, sampling=SAMPLING)
+    assert "block_table" in differing
+
+
+def errors(models, completions) -> float:
+    """The largest difference between a recorded log-probability of either model and transformers'."""
+    worst = 0.0
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        token = torch.tensor(completion.token_ids)[:, None]
+        for model, ids, name in (
+            (models[0], prompt.teacher_token_ids, "logp_teacher"),
+            (models[1], prompt.student_token_ids, "logp_theta"),
+        ):
+            expected = completion_logits(model, ids, completion.token_ids).log_softmax(-1).gather(-1, token)[:, 0]
+            worst = max(worst, (getattr(completion.record, name).double() - expected).abs().max().item())
+    return worst
+
+
+def test_records_are_those_of_the_tokens_that_were_returned(engine, models):
+    assert errors(models, engine.generate(PROMPTS, sampling=SAMPLING | {"temperature": 1.0})) < 1e-3 * NOISE
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_side_fed_another_rows_token_is_seen(engine, models, monkeypatch, side):
+    feed = pair_worker._feed
+    wrong = runners(engine)[side]
+
+    def shifted(runner, token_B, fed, again):
+        feed(runner, token_B.roll(1) if runner is wrong else token_B, fed, again)
+
+    monkeypatch.setattr(pair_worker, "_feed", shifted)
+    assert errors(models, engine.generate(PROMPTS, sampling=SAMPLING | {"temperature": 1.0})) > 1.0
+
+
+def test_positions_that_stand_still_are_seen(engine, models, monkeypatch):
+    advance = SteadyInputs._advance
+
+    def still(self, scheduler_output, num_rows):
+        advance(self, scheduler_output, num_rows)
+        self.runner.positions[:num_rows] -= 1
+
+    monkeypatch.setattr(SteadyInputs, "_advance", still)
+    assert errors(models, engine.generate(PROMPTS, sampling=SAMPLING | {"temperature": 1.0})) > 0.1
