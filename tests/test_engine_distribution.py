@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from osd.core import MixingConfig
-from osd.engine import sampler as engine_sampler
+from osd.engine import parts
 from osd.engine.pair import PairCompletion, PairConfig, PairEngine, PairPrompt
 from osd.engine.rows import RowPlanner
 from tests.exact import NOISE, completion_logits, mixture, pit_chi_square, reference, solve
@@ -105,24 +105,24 @@ def test_a_swapped_prompt_is_seen(engine, models, side):
 
 def test_a_truncated_student_is_seen(engine, models, monkeypatch):
     """The earlier design cut the student to its 20 most likely tokens."""
-    exact_mix = engine_sampler.mix
+    exact_mix = parts.mix
 
     def truncated(student, teacher, config, **kwargs):
         least = student.topk(20, dim=-1).values[:, -1:]
         return exact_mix(student.masked_fill(student < least, float("-inf")), teacher, config, **kwargs)
 
-    monkeypatch.setattr(engine_sampler, "mix", truncated)
+    monkeypatch.setattr(parts, "mix", truncated)
     assert statistic(engine, models) > SEEN
 
 
 def test_alpha_off_by_a_twentieth_is_seen(engine, models, monkeypatch):
-    exact_mix = engine_sampler.mix
+    exact_mix = parts.mix
 
     def shifted(student, teacher, config, *, alpha_B=None, **kwargs):
         alpha_B = (exact_mix(student, teacher, config, **kwargs).alpha_B + 0.05).clamp(0, 1)
         return exact_mix(student, teacher, config, alpha_B=alpha_B, **kwargs)
 
-    monkeypatch.setattr(engine_sampler, "mix", shifted)
+    monkeypatch.setattr(parts, "mix", shifted)
     assert statistic(engine, models) > SEEN
 
 

@@ -74,6 +74,7 @@ class Workers:
         self.scheduler = scheduler
         self.depth = 2 if scheduler.scheduler_config.async_scheduling else 1
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.scheduled: list[SchedulerOutput] = []
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, object] = {}
         self.seen = Counter()
@@ -82,8 +83,9 @@ class Workers:
 
     def step(self) -> None:
         if self.scheduler.has_requests():
-            self.in_flight.appendleft(self.execute(self.scheduler.schedule()))
-        if len(self.in_flight) == self.depth or not self.scheduler.has_requests():
+            self.scheduled.append(self.scheduler.schedule())
+            self.in_flight.appendleft(self.execute(self.scheduled[-1]))
+        if (len(self.in_flight) == self.depth or not self.scheduler.has_requests()) and self.in_flight:
             self.deliver(*self.in_flight.pop())
 
     def execute(self, output: SchedulerOutput) -> tuple[SchedulerOutput, ModelRunnerOutput]:
@@ -297,15 +299,10 @@ def test_derived_steps_are_those_that_vllm_would_have_scheduled(tiny_pair, seed)
         if requests[0] and rng.random() < 0.1:
             for scheduler, waiting in zip(pairs, requests, strict=True):
                 scheduler.add_request(waiting.pop(0))
-        outputs: list[SchedulerOutput] = []
         for worker in workers:
-            execute = worker.execute
-            worker.execute = lambda output, execute=execute: outputs.append(output) or execute(output)
-            if worker.in_flight or worker.scheduler.has_requests():
-                worker.step()
-            worker.execute = execute
-        if outputs:
-            ours, theirs = outputs
+            worker.step()
+        if workers[0].scheduled:
+            ours, theirs = (worker.scheduled.pop() for worker in workers)
             assert comparable(ours) == comparable(theirs)
             assert comparable(ours.osd.student_output) == comparable(theirs.osd.student_output)
             assert ours.osd.ready == theirs.osd.ready

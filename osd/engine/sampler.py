@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    LogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
 from osd.core import RECORD_FIELDS, MixingConfig
-from osd.mixing import mix, record_rows
+from osd.engine.parts import GREEDY_BELOW, FusedPart, PartInputs, TorchPart, as_index, fused, take
 
 # B rows of the teacher's batch, P rows where both sides are ready, V vocabulary, R record fields.
-
-_GREEDY_BELOW = 1e-5  # vLLM's own threshold for "temperature 0"
 
 
 @dataclass
@@ -48,6 +53,8 @@ class PairSampler(Sampler):
     The worker sets ``rows``, ``student_logits_BV`` and ``constrain`` before each step; then ``token_B`` holds the drawn
     ids and ``values_BR`` the record of every row (NaN in rows that were not sampled). Without ``rows`` (vLLM's warm-up) it
     is vLLM's sampler.
+
+    Where nothing acts on q* between mixing and drawing, and on a GPU, the kernels do both and log q* is never written.
     """
 
     def __init__(self, mixing: MixingConfig, vocab_size: int, **kwargs: Any) -> None:
@@ -64,75 +71,84 @@ class PairSampler(Sampler):
     def forward(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> SamplerOutput:
         if self.rows is None:
             return super().forward(logits, sampling_metadata, *args, **kwargs)
-        parts = self._mix_parts(logits, sampling_metadata)
+        inputs = self._inputs(logits, sampling_metadata)
+        if not fused(self.mixing, logits.device):
+            parts: list[Any] = [TorchPart(part, self.mixing) for part in inputs]
+        elif self.constrain is None and _nothing_acts_on_q(sampling_metadata):
+            uniform_B = _uniform(len(logits), logits.device, sampling_metadata.generators)
+            parts = [FusedPart(part, self.mixing, uniform_B) for part in inputs]
+            return self._drawn(logits, parts)
+        else:
+            parts = [FusedPart(part, self.mixing, None) for part in inputs]
         # vLLM's processors write into what they are given, and the record still needs log q* as it was.
         logq_BV = self._scatter(logits, parts).clone()
-        bad_B = _bad_rows(logits, parts)
         if self.constrain is not None:
             self.constrain(logq_BV)
         output = super().forward(logq_BV, sampling_metadata, *args, **kwargs)
-        token_B = output.sampled_token_ids[:, 0]
-        self.token_B = token_B.clone()
-        self.values_BR = self._record(parts, token_B.long())
-        # A negative id tells the scheduler which side's logits were not numbers, on the copy that vLLM makes anyway.
-        token_B.copy_(torch.where(bad_B > 0, -1 - bad_B.to(token_B.dtype), token_B))
+        self.token_B = output.sampled_token_ids[:, 0].clone()
+        self.values_BR = self._record(parts, self.token_B.long())
+        output.sampled_token_ids = self._with_failures(parts)
         return output
 
-    def _mix_parts(self, logits: torch.Tensor, metadata: SamplingMetadata) -> list[_Part]:
-        rows = self.rows
+    def _inputs(self, logits: torch.Tensor, metadata: SamplingMetadata) -> list[PartInputs]:
+        rows, temperature_B = self.rows, metadata.temperature
         assert rows is not None
-        temperature_B = metadata.temperature
         if temperature_B is None:  # every request is greedy
             temperature_B = logits.new_zeros(logits.shape[0], dtype=torch.float32)
-        temperature_B = torch.where(temperature_B < _GREEDY_BELOW, 0.0, temperature_B)
-        parts = []
+        mixed = partial(PartInputs, teacher=logits, temperature_B=temperature_B, vocab_size=self.vocab_size)
+        inputs = []
         if rows.paired is None or len(rows.paired):
-            parts.append(self._part(logits, temperature_B, rows.paired, rows.student, rows.alpha))
-        if rows.solo is not None:
-            parts.append(self._part(logits, temperature_B, rows.solo, None, None, solo=True))
-        return parts
-
-    def _part(
-        self,
-        logits: torch.Tensor,
-        temperature_B: torch.Tensor,
-        rows: torch.Tensor | None,
-        student_rows: torch.Tensor | None,
-        alpha: torch.Tensor | None,
-        *,
-        solo: bool = False,
-    ) -> _Part:
-        teacher = take(logits, rows)[:, : self.vocab_size]
-        temperature = take(temperature_B, rows)
-        if solo:
-            student, alpha = teacher, torch.ones_like(temperature)
-        else:
             assert self.student_logits_BV is not None
-            student = take(self.student_logits_BV, student_rows)[:, : self.vocab_size]
-        mixture = mix(student, teacher, self.mixing, temperature_B=temperature, alpha_B=alpha)
-        return _Part(rows, student, teacher, temperature, mixture, solo)
+            inputs.append(
+                mixed(student=self.student_logits_BV, student_rows=rows.student, rows=rows.paired, alpha=rows.alpha, solo=False)
+            )
+        if rows.solo is not None:
+            ones = torch.ones(len(rows.solo), device=logits.device)
+            inputs.append(mixed(student=logits, student_rows=rows.solo, rows=rows.solo, alpha=ones, solo=True))
+        return inputs
 
-    def _scatter(self, logits: torch.Tensor, parts: list[_Part]) -> torch.Tensor:
+    def _drawn(self, logits: torch.Tensor, parts: list[FusedPart]) -> SamplerOutput:
+        """The output of a step whose tokens the kernels have drawn."""
+        if len(parts) == 1 and parts[0].rows is None:
+            sampled_B, self.values_BR = parts[0].token_P, parts[0].values_PR
+        else:
+            sampled_B = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+            self.values_BR = torch.full((len(logits), len(RECORD_FIELDS)), float("nan"), device=logits.device)
+            for part in parts:
+                sampled_B[as_index(part.rows)] = part.token_P
+                self.values_BR[as_index(part.rows)] = _without_student(part.values_PR) if part.solo else part.values_PR
+        self.token_B = sampled_B.clamp(min=0)  # a negative id is a failure, see FAILED_TOKEN
+        return SamplerOutput(sampled_token_ids=sampled_B.unsqueeze(-1), logprobs_tensors=None)
+
+    def _with_failures(self, parts: list[Any]) -> torch.Tensor:
+        """The sampled ids [B, 1]; a negative one tells the scheduler whose logits were not numbers, by FAILED_TOKEN.
+
+        It rides on the copy to the host that vLLM makes anyway; ``token_B`` stays clean, for the next step's input.
+        """
+        assert self.token_B is not None
+        bad_B = torch.zeros_like(self.token_B)
+        for part in parts:
+            bad_B[as_index(part.rows)] = part.bad_side_P.int()
+        return torch.where(bad_B > 0, -1 - bad_B, self.token_B).unsqueeze(-1)
+
+    def _scatter(self, logits: torch.Tensor, parts: list[Any]) -> torch.Tensor:
         """log q* in the shape vLLM expects: the teacher's rows and vocabulary, [B, V] float32."""
         first = parts[0] if parts else None
-        if first is not None and first.rows is None and first.mixture.logq_BV.shape == logits.shape:
-            return first.mixture.logq_BV
+        if first is not None and first.rows is None and first.logq_PV.shape == logits.shape:
+            return first.logq_PV
         # Rows nobody samples stay uniform; ids beyond the shared vocabulary can never be drawn.
         out = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
         out[:, self.vocab_size :] = float("-inf")
         for part in parts:
-            out[as_index(part.rows), : self.vocab_size] = part.mixture.logq_BV
+            out[as_index(part.rows), : self.vocab_size] = part.logq_PV
         return out
 
-    def _record(self, parts: list[_Part], token_B: torch.Tensor) -> torch.Tensor:
+    def _record(self, parts: list[Any], token_B: torch.Tensor) -> torch.Tensor:
         assert self._logp_draw_B is not None
         values = torch.full((len(token_B), len(RECORD_FIELDS)), float("nan"), device=token_B.device)
         for part in parts:
-            token, logp_draw = take(token_B, part.rows), take(self._logp_draw_B, part.rows)
-            rows = record_rows(part.mixture, part.student, part.teacher, part.temperature, token, logp_draw)
-            if part.solo:
-                rows[:, _STUDENT_COLUMNS] = float("nan")
-            values[as_index(part.rows)] = rows
+            recorded = part.record(take(token_B, part.rows), take(self._logp_draw_B, part.rows))
+            values[as_index(part.rows)] = _without_student(recorded) if part.solo else recorded
         return values
 
     @staticmethod
@@ -154,7 +170,7 @@ class PairSampler(Sampler):
         logits = apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
         token, self._logp_draw_B = draw(logits, sampling_metadata.generators)
         if not sampling_metadata.all_random:
-            is_greedy = sampling_metadata.temperature < _GREEDY_BELOW
+            is_greedy = sampling_metadata.temperature < GREEDY_BELOW
             token = torch.where(is_greedy, logits.argmax(dim=-1), token)  # truncation keeps the peak
             self._logp_draw_B = torch.where(is_greedy, 0.0, self._logp_draw_B)
         return token, _processed(logits, mode)
@@ -174,33 +190,58 @@ class FedSampler(Sampler):
         return SamplerOutput(sampled_token_ids=self.tokens_B.unsqueeze(-1), logprobs_tensors=None)
 
 
-@dataclass
-class _Part:
-    """One mixture of a step and the rows of the batch that it belongs to (None: all, in order)."""
-
-    rows: torch.Tensor | None
-    student: torch.Tensor
-    teacher: torch.Tensor
-    temperature: torch.Tensor
-    mixture: Any
-    solo: bool
-
-
 _STUDENT_COLUMNS = [RECORD_FIELDS.index(name) for name in ("logp_theta", "kl_theta", "ess_theta")]
+
+
+def _without_student(values_PR: torch.Tensor) -> torch.Tensor:
+    """A record of rows that the student had no part in."""
+    return values_PR.index_fill(1, torch.tensor(_STUDENT_COLUMNS, device=values_PR.device), float("nan"))
+
+
+def _nothing_acts_on_q(metadata: SamplingMetadata) -> bool:
+    """Whether every token of a step is drawn from q* as it is, and nothing but the token is wanted."""
+    return (
+        metadata.top_k is None
+        and metadata.top_p is None
+        and metadata.no_penalties
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and all(map(_is_idle, metadata.logitsprocs.all))
+        and (metadata.thinking_budget_state_holder is None or not metadata.thinking_budget_state_holder.has_tracked_requests())
+    )
+
+
+def _is_idle(processor: LogitsProcessor) -> bool:
+    """Whether a logits processor leaves every row alone; one that we do not know may not."""
+    if isinstance(processor, MinPLogitsProcessor):
+        return not processor.min_p_count
+    if isinstance(processor, LogitBiasLogitsProcessor):
+        return not processor.biases
+    return isinstance(processor, MinTokensLogitsProcessor) and not processor.min_toks
+
+
+def _uniform(num_rows: int, device: torch.device, generators: dict[int, torch.Generator]) -> torch.Tensor:
+    """One number in [0, 1) per row, float64 [B], from the row's own generator where it has one.
+
+    A seeded request's draws then depend on nothing but its own steps.
+    """
+    uniform_B = torch.rand(num_rows, dtype=torch.float64, device=device)
+    for row, generator in generators.items():
+        uniform_B[row : row + 1].uniform_(generator=generator)
+    return uniform_B
 
 
 def draw(logits_BV: torch.Tensor, generators: dict[int, torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
     """One draw per row by inverting the cumulative distribution; returns ids [B] int64 and their log-probabilities [B].
 
-    One uniform number per row, from the row's own generator where it has one, so that a seeded request's draws depend on
-    nothing but its own steps. The cumulative sum is float64: in float32, 150k terms of one row lose the tail.
+    The cumulative sum is float64: in float32, 150k terms of one row lose the tail.
     """
     peak = logits_BV.amax(dim=-1, keepdim=True)
     cdf = (logits_BV - peak).exp_().cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:]
-    uniform = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device)
-    for row, generator in generators.items():
-        uniform[row] = torch.rand(1, dtype=torch.float64, device=cdf.device, generator=generator)
+    uniform = _uniform(len(cdf), cdf.device, generators).unsqueeze(-1)
     # The first id whose cumulative weight exceeds the target: an id of weight zero can never be it.
     token = torch.searchsorted(cdf, uniform * total, right=True).clamp_(max=cdf.shape[-1] - 1)
     logp = logits_BV.gather(-1, token) - peak - total.log().to(logits_BV.dtype)
@@ -211,21 +252,3 @@ def _processed(logits: torch.Tensor, mode: str) -> torch.Tensor | None:
     if mode == "processed_logits":
         return logits
     return logits.log_softmax(dim=-1) if mode == "processed_logprobs" else None
-
-
-def _bad_rows(logits: torch.Tensor, parts: list[_Part]) -> torch.Tensor:
-    """Which side's logits were not numbers, int8 [B] as in ``Mixture.bad_side_B``."""
-    bad_B = torch.zeros(len(logits), dtype=torch.int8, device=logits.device)
-    for part in parts:
-        # A solo row is mixed with itself: both sides are the teacher's.
-        bad = part.mixture.bad_side_B
-        bad_B[as_index(part.rows)] = torch.where(bad > 0, 2, 0).to(torch.int8) if part.solo else bad
-    return bad_B
-
-
-def take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return tensor if rows is None else tensor[rows]
-
-
-def as_index(rows: torch.Tensor | None) -> torch.Tensor | slice:
-    return slice(None) if rows is None else rows

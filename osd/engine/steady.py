@@ -140,6 +140,7 @@ class SteadyInputs:
         self.advanced = 0  # how many steps were moved on, for whoever wants to know
         self._supported = runner.use_async_scheduling and not (
             runner.uses_mrope
+            or getattr(runner, "uses_xdrope_dim", 0)  # gone in vLLM 0.31
             or runner.enable_prompt_embeds
             or runner.lora_config
             or runner.num_spec_tokens

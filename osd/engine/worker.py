@@ -21,9 +21,10 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from osd.engine.config import mixing_config, share_block_size, student_vllm_config
 from osd.engine.options import PairOptions
+from osd.engine.parts import as_index, take
 from osd.engine.record import RecordLog, dump_records
 from osd.engine.rows import RowPlan, RowPlanner
-from osd.engine.sampler import FedSampler, PairSampler, as_index, take
+from osd.engine.sampler import FedSampler, PairSampler
 from osd.engine.scheduler import PairStep, student_kv_cache_config
 from osd.engine.steady import SteadyInputs
 from osd.engine.weights import keep_weights_live, load_all_weights, load_weights
