@@ -8,15 +8,24 @@ import re
 from importlib import metadata
 
 import pytest
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    LogitsProcessors,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.block_table import MultiGroupBlockTable
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -41,14 +50,25 @@ def attributes(cls) -> set[str]:
         (Scheduler, "requests running finished_req_ids kv_cache_manager max_model_len connector num_spec_tokens use_pp"),
         (Scheduler, "schedule update_from_output add_request finish_requests reset_prefix_cache has_requests"),
         (Scheduler, "_free_request _preempt_request has_finished_requests set_pause_state shutdown lora_config"),
+        (Scheduler, "kv_cache_config block_size current_step get_request_counts _pause_state reset_preempted_req_ids"),
+        (Scheduler, "_get_new_block_ids_to_zero ec_connector"),
+        (AsyncScheduler, "_update_after_schedule _update_request_with_output"),
+        (Request, "num_output_placeholders num_in_flight_tokens num_output_tokens append_output_token_ids status"),
         (Request, "num_computed_tokens is_prefill_chunk num_tokens _block_hasher sampling_params max_tokens stop_reason"),
         (Request, "mm_features prompt_embeds resumable cache_salt priority client_index arrival_time num_preemptions"),
-        (KVCacheManager, "get_blocks evict_blocks"),
+        (KVCacheManager, "get_blocks evict_blocks allocate_slots cache_blocks block_pool new_step_starts"),
+        (KVCacheManager, "get_num_common_prefix_blocks"),
+        (BlockPool, "get_num_free_blocks"),
         (Worker, "init_device load_model determine_available_memory initialize_from_config compile_or_warm_up_model"),
         (Worker, "execute_model sample_tokens vllm_config model_config cache_config scheduler_config compilation_config"),
         (GPUModelRunner, "sampler input_batch requests execute_model_state discard_request_mask profile_run"),
+        (GPUModelRunner, "_prepare_inputs use_async_scheduling uses_mrope enable_prompt_embeds lora_config num_spec_tokens"),
+        (GPUModelRunner, "positions num_computed_tokens seq_lens query_start_loc input_ids optimistic_seq_lens_cpu"),
         (GPUModelRunner, "execute_model sample_tokens get_kv_cache_spec get_model _init_kv_zero_meta _zero_block_ids"),
-        (InputBatch, "req_ids num_reqs generators sampling_metadata"),
+        (InputBatch, "req_ids num_reqs generators sampling_metadata prev_sampled_token_ids prev_req_id_to_index block_table"),
+        (InputBatch, "token_ids_cpu is_token_ids num_tokens_no_spec num_computed_tokens_cpu"),
+        (MultiGroupBlockTable, "commit_block_table compute_slot_mapping"),
+        (LogitsProcessors, "all argmax_invariant"),
         (Sampler, "forward sample apply_temperature logprobs_mode"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else value[:20],
@@ -61,10 +81,16 @@ def test_classes_have_what_the_pair_uses(cls, names):
 @pytest.mark.parametrize(
     ("cls", "names"),
     [
+        (SchedulerOutput, "total_num_scheduled_tokens scheduled_cached_reqs num_common_prefix_blocks finished_req_ids"),
+        (SchedulerOutput, "has_structured_output_requests"),
+        (CachedRequestData, "req_ids resumed_req_ids new_token_ids all_token_ids new_block_ids num_computed_tokens"),
+        (CachedRequestData, "num_output_tokens"),
         (SchedulerOutput, "num_scheduled_tokens scheduled_new_reqs new_block_ids_to_zero preempted_req_ids"),
         (NewRequestData, "req_id sampling_params num_computed_tokens"),
         (ModelRunnerOutput, "req_ids req_id_to_index sampled_token_ids logprobs prompt_logprobs_dict pooler_output"),
-        (SamplingMetadata, "temperature all_greedy all_random top_k top_p generators logitsprocs"),
+        (SamplingMetadata, "temperature all_greedy all_random top_k top_p generators logitsprocs max_num_logprobs"),
+        (SamplingMetadata, "no_penalties allowed_token_ids_mask bad_words_token_ids logprob_token_ids"),
+        (SamplingMetadata, "thinking_budget_state_holder"),
         (FullAttentionSpec, "block_size num_kv_heads head_size dtype sliding_window"),
     ],
 )
@@ -78,6 +104,23 @@ def test_a_step_still_splits_into_forward_and_sampling():
     source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
     assert "discard_request_mask.np" in source, "a discarded row is no longer named by discard_request_mask"
     assert "stop_reason" in EngineCoreOutput.__struct_fields__
+
+
+def test_nothing_that_acts_on_logits_is_unknown_to_the_sampler():
+    """The sampler lets the kernels draw only where it knows that nothing else acts on q*: a new field may be such a thing."""
+    known = "temperature all_greedy all_random top_p top_k generators max_num_logprobs no_penalties prompt_token_ids"
+    known += " frequency_penalties presence_penalties repetition_penalties output_token_ids allowed_token_ids_mask"
+    known += " bad_words_token_ids logitsprocs logprob_token_ids spec_token_ids thinking_budget_state_holder"
+    assert {field.name for field in dataclasses.fields(SamplingMetadata)} <= set(known.split())
+    for processor, idle in ((MinPLogitsProcessor, "min_p_count"), (LogitBiasLogitsProcessor, "biases")):
+        assert idle in attributes(processor)
+    assert "min_toks" in attributes(MinTokensLogitsProcessor)
+
+
+def test_a_row_in_flight_is_fed_from_the_device():
+    source = inspect.getsource(GPUModelRunner._prepare_input_ids)
+    assert "prev_sampled_token_ids" in source, "input ids of rows in flight come from elsewhere"
+    assert "prev_req_id_to_index" in inspect.getsource(GPUModelRunner._compute_prev_positions)
 
 
 def test_a_scheduler_output_carries_our_plan_to_other_processes():
