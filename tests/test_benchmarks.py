@@ -64,7 +64,7 @@ def test_merging_adds_systems_and_replaces_shapes():
     assert summary.rows(merged, "paired", "batch", record=False)[8, 16]["ms_per_step"] == 6
     assert set(merged["systems"]) == {"teacher", "student", "paired", "nested", "transformers"}
     assert len(merged["runs"]) == 2
-    with pytest.raises(ValueError, match="hardware"):
+    with pytest.raises(ValueError, match="of x, another of y"):
         summary.merge([MEASURED, {**MEASURED, "hardware": {"device": "y"}}])
 
 
