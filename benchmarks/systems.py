@@ -1,0 +1,222 @@
+"""Ways to sample from two models, and from either alone, behind one interface. One of them per process.
+
+Shape suffixes: B sequences, V ids that both models have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.logits import SpreadLogits, spread, spread_logits
+from osd.core import RECORD_FIELDS, MixingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every system is told, the same for all.
+
+    Attributes:
+        teacher, student: path or model id.
+        dtype: of weights and activations, "bfloat16" or "float32".
+        random_weights: the folders have no weights and no tokenizer.
+        logit_std: of random weights, see benchmarks.logits.
+        gpu: run on CUDA. Not asked of torch here: that could touch CUDA before vLLM forks its engine core.
+        max_model_len, max_num_seqs: the longest sequence and the largest batch that will be asked for.
+        engine_kwargs: further ``vllm.LLM`` arguments for every vLLM engine.
+        pair_kwargs: engine arguments for the pair alone.
+        alpha_method: how the paired systems choose α.
+    """
+
+    teacher: str
+    student: str
+    dtype: str
+    random_weights: bool
+    gpu: bool
+    max_model_len: int
+    max_num_seqs: int
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+    pair_kwargs: dict[str, Any] = field(default_factory=dict)
+    alpha_method: str = "kl_symmetry"
+    logit_std: float = 4.0
+
+    def llm_kwargs(self) -> dict[str, Any]:
+        """Arguments of every vLLM engine. On a GPU all that they do not name is vLLM's default."""
+        kwargs: dict[str, Any] = dict(
+            dtype=self.dtype,
+            load_format="dummy" if self.random_weights else "auto",
+            skip_tokenizer_init=self.random_weights,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            enable_prefix_caching=True,
+            seed=0,
+        )
+        if self.gpu:
+            kwargs["gpu_memory_utilization"] = 0.9
+        else:
+            kwargs |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 30)
+        if self.random_weights:
+            kwargs["worker_extension_cls"] = f"{SpreadLogits.__module__}.{SpreadLogits.__qualname__}"
+        return kwargs | self.engine_kwargs
+
+    def finish(self, llm: Any, models: int = 1) -> dict[str, Any]:
+        """Give an engine's random weights useful logits; the settings that are in effect."""
+        if self.random_weights:
+            spread(llm, self.logit_std, models)
+        return resolved(llm.llm_engine.vllm_config)
+
+    def shared_vocab(self) -> int:
+        """V: ids from here on are padding in at least one of the two models."""
+        from transformers import AutoConfig
+
+        return min(AutoConfig.from_pretrained(model).vocab_size for model in (self.teacher, self.student))
+
+
+class System(Protocol):
+    """One way to sample; constructing it makes it ready."""
+
+    settings: dict[str, Any]
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, *, record: bool = True) -> list[list[int]]:
+        """``new_tokens`` ids for each prompt, at temperature 1, never ending early."""
+
+    def observed(self) -> dict[str, float]:
+        """What else is known of the tokens that were generated last with their record on."""
+
+    def close(self) -> None: ...
+
+
+def sampling_kwargs(new_tokens: int) -> dict[str, Any]:
+    return dict(max_tokens=new_tokens, ignore_eos=True, temperature=1.0, detokenize=False)
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """What vLLM made of its arguments: the defaults that were in effect."""
+    scheduler, cache, compilation = config.scheduler_config, config.cache_config, config.compilation_config
+    return {
+        "async_scheduling": scheduler.async_scheduling,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_model_len": config.model_config.max_model_len,
+        "dtype": str(config.model_config.dtype),
+        "enforce_eager": config.model_config.enforce_eager,
+        "compilation_mode": str(compilation.mode),
+        "cudagraph_mode": str(compilation.cudagraph_mode),
+        "cudagraph_capture_sizes": list(compilation.cudagraph_capture_sizes or []),
+        "enable_prefix_caching": cache.enable_prefix_caching,
+        "block_size": cache.block_size,
+        "gpu_memory_utilization": cache.gpu_memory_utilization,
+        "kv_cache_memory_bytes": cache.kv_cache_memory_bytes,
+        "v2_model_runner": bool(getattr(config, "use_v2_model_runner", False)),
+    }
+
+
+class Single:
+    """Plain vLLM with one model, at its defaults."""
+
+    def __init__(self, job: Job, model: str) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(model=model, **job.llm_kwargs())
+        self.settings = job.finish(self.llm)
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, *, record: bool = True) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        requests: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(requests, SamplingParams(**sampling_kwargs(new_tokens)), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def observed(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class Paired:
+    """OSD: both models inside one vLLM engine. α is solved for every token, over the whole vocabulary."""
+
+    def __init__(self, job: Job) -> None:
+        from osd.engine.pair import PairConfig, PairEngine
+
+        self.engine = PairEngine(
+            PairConfig(
+                teacher=job.teacher,
+                student=job.student,
+                mixing=MixingConfig(alpha_method=job.alpha_method),
+                engine_kwargs=job.llm_kwargs() | job.pair_kwargs,
+            )
+        )
+        self.settings = job.finish(self.engine.llm, models=2)
+        self.completions: list[Any] = []
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, *, record: bool = True) -> list[list[int]]:
+        from osd.engine.pair import PairPrompt
+
+        pairs = [PairPrompt(teacher_token_ids=prompt, student_token_ids=prompt) for prompt in prompts]
+        completions = self.engine.generate(pairs, sampling=sampling_kwargs(new_tokens), record=record)
+        if record:
+            self.completions = completions
+        return [c.token_ids for c in completions]
+
+    def observed(self) -> dict[str, float]:
+        """Means over the record, which must have a row for every token: that the two policies do differ."""
+        assert all(len(c.record.values_TR) == len(c.token_ids) for c in self.completions), "incomplete record"
+        values = torch.cat([c.record.values_TR for c in self.completions])
+        return dict(zip(RECORD_FIELDS, values.double().mean(0).tolist(), strict=True))
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class LockStep:
+    """Two transformers models with KV caches, one step of each per token: what a researcher would write.
+
+    It mixes as the pair does (the same function), and spares itself the check for ended sequences.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.device = "cuda" if job.gpu else "cpu"
+        self.mixing = MixingConfig(alpha_method=job.alpha_method)
+        self.shared_vocab = job.shared_vocab()
+        self.teacher, self.student = self._load(job, job.teacher), self._load(job, job.student)
+        self.settings = {"attention": self.teacher.config._attn_implementation, "cache": "DynamicCache", "dtype": job.dtype}
+
+    def _load(self, job: Job, model: str) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        dtype = getattr(torch, job.dtype)
+        with torch.device(self.device):
+            if job.random_weights:
+                random: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+                spread_logits(random, job.logit_std)
+                return random.eval()
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            return loaded.to(self.device).eval()
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], new_tokens: int, *, record: bool = True) -> list[list[int]]:
+        from osd.mixing import mix
+
+        ids = torch.tensor(prompts, device=self.device)
+        caches: list[Any] = [None, None]
+        drawn = []
+        for _ in range(new_tokens):
+            logits = []
+            for side, model in enumerate((self.student, self.teacher)):
+                output = model(input_ids=ids, past_key_values=caches[side], use_cache=True, logits_to_keep=1)
+                caches[side] = output.past_key_values
+                logits.append(output.logits[:, -1, : self.shared_vocab])
+            logq_BV = mix(logits[0], logits[1], self.mixing).logq_BV
+            ids = torch.multinomial(logq_BV.exp(), num_samples=1)
+            drawn.append(ids)
+        return torch.cat(drawn, dim=-1).tolist()
+
+    def observed(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,236 @@
+"""The benchmark measures what it says, loses nothing that is finished, and its five systems run. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import sampling, summary, worker
+from benchmarks.shapes import config, parse_pair
+
+ROOT = Path(__file__).parent.parent
+
+
+def row(ms: float, *, kind: str = "batch", batch_size: int = 8, prompt_tokens: int = 16, record: bool = True) -> dict[str, Any]:
+    shape = dict(kind=kind, batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=4, record=record)
+    return {**shape, "ms_per_step": ms, "ms_per_step_median": 2 * ms, "ms_with_prefill": ms, "ms_with_prefill_median": ms}
+
+
+def system(*rows: dict[str, Any], ready: float = 10.0) -> dict[str, Any]:
+    return {"status": "ok", "error": None, "start": {"ready_s": ready}, "settings": {}, "rows": list(rows)}
+
+
+def result(**systems: dict[str, Any]) -> summary.Result:
+    versions = {"torch": "0", "vllm": "0"}
+    return {"pair": "a+b", "hardware": {"device": "x"}, "versions": versions, "runs": [{}], "systems": systems, "summary": {}}
+
+
+MEASURED = result(
+    teacher=system(row(4), row(6, batch_size=32), row(4, kind="context"), row(8, kind="context", prompt_tokens=64), ready=20),
+    student=system(row(2), row(3, batch_size=32)),
+    paired=system(row(9), row(6, record=False), row(8, kind="context"), row(20, kind="context", prompt_tokens=64), ready=45),
+    nested=system(row(80)),
+)
+
+
+def test_summary_has_every_ratio():
+    found = summary.summarise(MEASURED)
+    [first] = [r for r in found["ratios"] if r["statistic"] == "ms_per_step" and r["batch_size"] == 8]
+    assert first["over_teacher"] == {"teacher": 1, "student": 0.5, "paired": 2.25, "nested": 20}
+    assert first["paired_over_sum"] == 1.5
+    [growth] = found["context_growth"]
+    assert growth["growth"] == {"teacher": 2, "paired": 2.5}
+    assert growth["paired_beyond_teacher"] == 1.25
+    assert found["record_on_over_off"] == [{"batch_size": 8, "prompt_tokens": 16, "ratio": 1.5, "ratio_median": 1.5}]
+    assert found["start"]["cold"]["paired_over_sum"] == 1.5
+
+
+def test_tables_show_what_failed_and_what_was_not_measured():
+    failed = result(teacher=system(row(4)), paired={**sampling._nothing("out of memory")})
+    text = summary.tables(failed)
+    assert "OSD pair FAILED: out of memory" in text
+    assert "20.0×" in summary.tables(MEASURED)
+
+
+def test_merging_adds_systems_and_replaces_shapes():
+    merged = summary.merge([MEASURED, result(paired=system(row(5)), transformers=system(row(60)))])
+    assert summary.rows(merged, "paired", "batch")[8, 16]["ms_per_step"] == 5
+    assert summary.rows(merged, "paired", "batch", record=False)[8, 16]["ms_per_step"] == 6
+    assert set(merged["systems"]) == {"teacher", "student", "paired", "nested", "transformers"}
+    assert len(merged["runs"]) == 2
+    with pytest.raises(ValueError, match="of x, another of y"):
+        summary.merge([MEASURED, {**MEASURED, "hardware": {"device": "y"}}])
+
+
+def test_a_failed_run_does_not_replace_a_finished_one():
+    merged = summary.merge([MEASURED, result(paired=sampling._nothing("crashed"))])
+    assert merged["systems"]["paired"] == MEASURED["systems"]["paired"]
+
+
+def test_a_step_is_the_difference_between_n_tokens_and_one():
+    times = {"fresh": [2.0, 1.6], "first": [0.2, 0.1], "seen": [1.1, 1.3]}
+    found = worker.step_times(times, new_tokens=11)
+    assert found["ms_per_step"] == pytest.approx(100)
+    assert found["ms_per_step_median"] == pytest.approx(105)
+    assert found["ms_with_prefill"] == pytest.approx(1600 / 11)
+    assert worker.step_times({"fresh": [], "first": [1.0], "seen": [0.9]}, new_tokens=4)["ms_per_step"] is None
+
+
+class Counting:
+    """A system that generates nothing, and counts; ``short`` leaves the last token out."""
+
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, short: int = 0) -> None:
+        self.short = short
+        self.calls: list[tuple[int, bool]] = []
+        self.prompts: list[list[int]] = []
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, *, record: bool = True) -> list[list[int]]:
+        self.calls.append((new_tokens, record))
+        self.prompts.append(prompts[0])
+        return [[0] * (new_tokens - self.short) for _ in prompts]
+
+    def observed(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+SHAPE = dict(kind="batch", batch_size=2, prompt_tokens=3, new_tokens=6, record_off_too=True)
+
+
+def test_variants_take_turns_on_prompts_that_each_sees_first():
+    counting = Counting()
+    rows = worker.measure(counting, SHAPE, vocab_size=500, repeats=2, shape_seconds=60)
+    assert [r["record"] for r in rows] == [True, False]
+    one_round = [(6, True), (1, True), (6, True), (1, False), (1, False), (6, False)]
+    assert counting.calls == [(6, True), (6, False), *one_round, *one_round]
+    assert len({tuple(prompt) for prompt in counting.prompts}) == 2 + 4  # warm-ups; two variants in two rounds
+    assert [len(r["seconds"]["seen"]) for r in rows] == [2, 2]
+
+
+def test_a_system_that_ends_early_is_an_error():
+    with pytest.raises(RuntimeError, match=r"got 2 of lengths \[5\]"):
+        worker.measure(Counting(short=1), SHAPE, vocab_size=500, repeats=1, shape_seconds=60)
+
+
+def test_a_worker_writes_its_error():
+    written: list[dict[str, Any]] = []
+    job = dict(teacher="t", student="s", dtype="float32", random_weights=True, gpu=False, max_model_len=16, max_num_seqs=1)
+    spec = {"system": "nonsense", "job": job, "shapes": [], "repeats": 1, "shape_seconds": 1}
+    assert worker.run(spec, written.append)["status"] == "failed"
+    assert "nonsense" in written[-1]["error"]
+
+
+def test_the_result_is_written_after_each_system(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.json"
+    seen = []
+
+    def run_worker(spec, env, folder, seconds):
+        seen.append(json.loads(path.read_text())["systems"].keys() if path.exists() else None)
+        if spec["system"] == "paired":
+            return sampling._nothing("its process ended with exit code -9")
+        return {**system(row(4)), "start": {"ready_s": 1.0}}
+
+    monkeypatch.setattr(sampling, "run_worker", run_worker)
+    monkeypatch.setattr(sampling, "_try_plot", lambda result, path: None)
+    options = ["--pair", "small+tiny", "--no-prime", "--systems", "teacher", "paired", "student", "--output", str(path)]
+    assert sampling.main(options) == 1
+    assert [list(names) if names else None for names in seen] == [None, ["teacher"], ["teacher", "paired"]]
+    assert json.loads(path.read_text())["systems"]["student"]["status"] == "ok"
+    assert "exit code -9" in capsys.readouterr().out
+
+
+def test_a_time_limit_keeps_what_was_written(tmp_path, monkeypatch):
+    slow = "import sys, time, pathlib; pathlib.Path(sys.argv[2]).write_text(sys.argv[1]); time.sleep(60)"
+    kept = {"status": "failed", "error": None, "start": None, "settings": None, "rows": [row(4)]}
+    popen = subprocess.Popen
+
+    def start(command, **kwargs):
+        return popen([sys.executable, "-c", slow, json.dumps(kept), command[-1]], **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    found = sampling.run_worker({"system": "teacher"}, dict(os.environ), tmp_path, seconds=3)
+    assert found["rows"] == [row(4)]
+    assert found["error"] == "cut off at the time limit"
+
+
+def test_only_the_pair_is_timed_without_its_record_and_only_fast_systems_at_contexts():
+    args = sampling.parse_args(["--batch-sizes", "8", "32", "--contexts", "256", "4096"])
+    assert {s["new_tokens"] for s in sampling.shapes("nested", args)} == {64}
+    assert [s["prompt_tokens"] for s in sampling.shapes("teacher", args) if s["kind"] == "context"] == [256, 4096]
+    assert not any(s["record_off_too"] for s in sampling.shapes("teacher", args))
+    assert [s["kind"] for s in sampling.shapes("paired", args) if s["record_off_too"]] == ["batch", "batch"]
+
+
+def test_singles_keep_vllms_defaults_and_caches_are_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setenv(sampling.MULTIPROCESSING, "0")
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    args = sampling.parse_args(["--in-process", "paired"])
+    teacher, paired = (sampling.environment(name, args, tmp_path / name) for name in ("teacher", "paired"))
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in teacher
+    assert sampling.MULTIPROCESSING not in teacher
+    assert paired[sampling.MULTIPROCESSING] == "0"
+    assert teacher["VLLM_CACHE_ROOT"] != paired["VLLM_CACHE_ROOT"]
+
+
+def test_pairs_are_two_known_shapes():
+    assert parse_pair("14B+1.5B") == ("14B", "1.5B")
+    assert config("7B")["vocab_size"] == 152064
+    for wrong in ("3B", "3B+2B", "3B+1.5B+0.5B"):
+        with pytest.raises(ValueError, match=r"pair|shape"):
+            parse_pair(wrong)
+
+
+def test_the_plot_draws_a_panel_for_each_pair(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plot import curves, plot
+
+    assert curves(MEASURED)["sum"] == [(8, 1.5), (32, 1.5)]
+    assert curves(MEASURED)["paired"] == [(8, 2.25)]
+    paths = plot([MEASURED, {**MEASURED, "pair": "c+d"}], tmp_path / "out.json")
+    assert [path.suffix for path in paths] == [".svg", ".png"]
+    assert all(path.stat().st_size > 5000 for path in paths)
+
+
+@pytest.mark.slow
+def test_all_five_systems_run_on_a_tiny_pair(tmp_path):
+    path = tmp_path / "out.json"
+    options = "--pair small+tiny --batch-sizes 3 --prompt-tokens 16 --new-tokens 6 --slow-tokens 4 --contexts 16 32 --no-prime"
+    options += " --context-batch 2 --context-tokens 4 --repeats 2"
+    engine = json.dumps({"kv_cache_memory_bytes": 64 << 20, "block_size": 32})
+    command = [sys.executable, str(ROOT / "benchmarks" / "sampling.py"), *options.split()]
+    command += ["--engine-kwargs", engine, "--output", str(path)]
+    env = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}  # nothing here asks how fast; compiling takes most of the time
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(path.read_text())
+    assert set(found["systems"]) == set(summary.SYSTEMS)
+    assert found["hardware"]["device"]
+    assert found["versions"]["torch"]
+    assert found["runs"][0]["configuration"]["new_tokens"] == 6
+    for name, measured in found["systems"].items():
+        # A worker fails on any sequence that is not as long as asked for, so a finished one got its tokens.
+        assert measured["status"] == "ok"
+        assert measured["start"]["ready_s"] > 0
+        assert measured["settings"]
+        batch = [(r["batch_size"], r["new_tokens"], r["record"]) for r in measured["rows"] if r["kind"] == "batch"]
+        assert batch == [(3, 4 if name in sampling.SLOW else 6, True), *([(3, 6, False)] if name == "paired" else [])]
+        contexts = [r["prompt_tokens"] for r in measured["rows"] if r["kind"] == "context"]
+        assert contexts == ([] if name in sampling.SLOW else [16, 32])
+        assert all(len(r["seconds"]["seen"]) == 2 for r in measured["rows"])
+    assert found["systems"]["paired"]["settings"]["enable_prefix_caching"]
+    # The two policies differ: with vLLM's dummy weights as they are, both would be uniform, and alpha free to choose.
+    assert all(r["observed"]["kl_theta"] > 0.1 for r in found["systems"]["paired"]["rows"] if r["record"])
+    assert found["systems"]["nested"]["settings"]["student_logprobs"] == 20
+    assert found["summary"]["start"]["cold"]["paired_over_sum"] > 0
+    for title in ("Decode, ms per step", "Growth", "Per-token record", "Start"):
+        assert title in done.stdout
