@@ -1,0 +1,183 @@
+"""Both models' raw logits to alpha, the draw and the record, in three launches: `mix_and_draw`.
+
+The same definitions as `osd.mixing.mix`, which is the reference; osd.kernels.passes says how. Shape suffixes: B rows of
+a model's batch, P rows that are mixed, V vocabulary, R record columns. Needs Triton.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osd.core import RECORD_FIELDS, MixingConfig
+from osd.kernels import passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How the passes are cut. tile: tokens of one program, a power of two. warps: of 32 threads each, of each pass."""
+
+    tile: int = 4096
+    warps: int = 8
+
+
+DEFAULT = Tuning()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FusedMixture:
+    """What `mix_and_draw` found, for P rows.
+
+    token_P: the drawn ids, int32, 0 in a bad row; None if nothing was drawn.
+    values_PR: float32, columns as in RECORD_FIELDS; the token's columns are unwritten if nothing was drawn.
+    bad_side_P: int8 as in osd.mixing.Mixture; such a row's values are NaN.
+    logq_PV: log q, float32, or None if it was not asked for.
+    """
+
+    token_P: Tensor | None
+    values_PR: Tensor
+    bad_side_P: Tensor
+    logq_PV: Tensor | None
+    _inputs: tuple[Any, ...]
+    _state_P: Tensor
+    _flags: dict[str, bool]
+
+    @property
+    def alpha_P(self) -> Tensor:
+        """The teacher's weight, float32."""
+        return self.values_PR[:, 0]
+
+    def record_at(self, token_P: Tensor, logp_draw_P: Tensor) -> Tensor:
+        """values_PR for tokens drawn elsewhere, with the log-probability of each draw; overwrites and returns it.
+
+        The logits and temperatures given to `mix_and_draw` must still be what they were.
+        """
+        grid = (len(token_P),)
+        passes.record_kernel[grid](
+            *self._inputs, self._state_P, token_P, logp_draw_P, self.values_PR, **self._flags, num_warps=1
+        )
+        return self.values_PR
+
+
+def supports(config: MixingConfig) -> bool:
+    """Whether `mix_and_draw` takes this configuration; osd.mixing takes all."""
+    return config.mixture == "geometric" and config.alpha_method in ("kl_symmetry", "fixed")
+
+
+@torch.no_grad()
+def mix_and_draw(
+    logits_theta: Tensor,
+    logits_teacher: Tensor,
+    config: MixingConfig,
+    *,
+    vocab_size: int,
+    rows_theta: Tensor | None = None,
+    rows_teacher: Tensor | None = None,
+    temperature: Tensor | None = None,
+    alpha: Tensor | None = None,
+    uniform: Tensor | None = None,
+    write_logq: bool = False,
+    tuning: Tuning = DEFAULT,
+) -> FusedMixture:
+    """Temper, choose alpha, mix, draw and record, without a synchronisation; captured by CUDA graphs.
+
+    logits_theta, logits_teacher: [B, >= vocab_size] of any float dtype, last dimension contiguous; the two B may differ.
+    vocab_size: V, the ids that both sides share. What lies beyond is not read.
+    rows_theta, rows_teacher: int64 [P], the rows that belong together; None means all of them, in order.
+    temperature: float32, one for each of the teacher's rows, before rows_teacher is applied; below 1e-5 a row is mixed
+        at 1 and its token is the argmax of q. None means 1.
+    alpha: float32 [P], the teacher's weight where it is given, NaN where config chooses it.
+    uniform: float32 or float64 [P] in [0, 1): the draw inverts q's cumulative distribution there. None draws nothing.
+    write_logq: also write log q, for what acts on q before the draw; then see FusedMixture.record_at.
+
+    Raises ValueError on a configuration that `supports` refuses, and on shapes.
+    """
+    rows = _check(logits_theta, logits_teacher, config, vocab_size, rows_theta, rows_teacher, temperature, alpha, uniform)
+    device = logits_theta.device
+    tiles = -(-vocab_size // tuning.tile)
+    tiles_padded = 1 << (tiles - 1).bit_length()
+    parts = torch.empty(rows * passes.PARTS.value * tiles_padded, device=device)
+    state = torch.empty(rows * passes.STATE.value, device=device, dtype=torch.float64)
+    count = torch.zeros(3 * rows, device=device, dtype=torch.int32)
+    values = torch.empty(rows, len(RECORD_FIELDS), device=device)
+    bad_side = torch.empty(rows, device=device, dtype=torch.int8)
+    token = None if uniform is None else torch.empty(rows, device=device, dtype=torch.int32)
+    logq = torch.empty(rows, vocab_size, device=device) if write_logq else None
+
+    inputs = (logits_theta, logits_theta.stride(0), logits_teacher, logits_teacher.stride(0))
+    inputs = (*inputs, rows_theta, rows_teacher, temperature)
+    flags = dict(
+        GATHER_THETA=rows_theta is not None,
+        GATHER_TEACHER=rows_teacher is not None,
+        TEMPERED=temperature is not None,
+    )
+    launch = dict(**flags, TILE=tuning.tile, TILES=tiles_padded, num_warps=tuning.warps)
+    grid = (tiles, rows)
+    low, high, fixed = _bounds(config)
+    passes.meet_kernel[grid](
+        *inputs, alpha, parts, count, state, vocab_size, low, high, fixed, GIVEN=alpha is not None, **launch
+    )
+    passes.refine_kernel[grid](*inputs, parts, count[rows:], state, vocab_size, low, high, **launch)
+    passes.draw_kernel[grid](
+        *inputs,
+        uniform,
+        parts,
+        count[2 * rows :],
+        state,
+        logq,
+        token,
+        values,
+        bad_side,
+        vocab_size,
+        WRITE=write_logq,
+        DRAW=uniform is not None,
+        **launch,
+    )
+    return FusedMixture(
+        token_P=token,
+        values_PR=values,
+        bad_side_P=bad_side,
+        logq_PV=logq,
+        _inputs=inputs,
+        _state_P=state,
+        _flags=flags,
+    )
+
+
+def _bounds(config: MixingConfig) -> tuple[float, float, float]:
+    """(alpha_min, alpha_max, alpha where it is not to be solved, else NaN)."""
+    low, high = config.alpha_min, config.alpha_max
+    if config.alpha_method == "fixed":
+        return low, high, config.fixed_alpha
+    return low, high, low if low == high else math.nan
+
+
+def _check(
+    logits_theta: Tensor,
+    logits_teacher: Tensor,
+    config: MixingConfig,
+    vocab_size: int,
+    rows_theta: Tensor | None,
+    rows_teacher: Tensor | None,
+    temperature: Tensor | None,
+    alpha: Tensor | None,
+    uniform: Tensor | None,
+) -> int:
+    """P; raises ValueError where the arguments do not fit together."""
+    if not supports(config):
+        raise ValueError(
+            f"alpha_method={config.alpha_method!r}, mixture={config.mixture!r} have no kernel; use osd.mixing.mix"
+        )
+    for name, logits in (("student", logits_theta), ("teacher", logits_teacher)):
+        if logits.ndim != 2 or logits.shape[1] < vocab_size or logits.stride(1) != 1:
+            raise ValueError(f"{name} logits {tuple(logits.shape)}; use [B, >= {vocab_size}], contiguous along the vocabulary")
+    rows = len(logits_teacher if rows_teacher is None else rows_teacher)
+    given = dict(student=logits_theta if rows_theta is None else rows_theta, alpha=alpha, uniform=uniform)
+    for name, values in given.items():
+        if values is not None and len(values) != rows:
+            raise ValueError(f"{name} has {len(values)} rows and the teacher {rows}; use one for each row that is mixed")
+    if temperature is not None and len(temperature) != len(logits_teacher):
+        raise ValueError(f"temperature has {len(temperature)} rows; use one for each of the teacher's {len(logits_teacher)}")
+    return rows
