@@ -106,8 +106,8 @@ def mix_and_draw(
     token = None if uniform is None else torch.empty(rows, device=device, dtype=torch.int32)
     logq = torch.empty(rows, vocab_size, device=device) if write_logq else None
 
-    inputs = (logits_theta, logits_theta.stride(0), logits_teacher, logits_teacher.stride(0))
-    inputs = (*inputs, rows_theta, rows_teacher, temperature)
+    sides = (logits_theta, logits_theta.stride(0), logits_teacher, logits_teacher.stride(0))
+    inputs = (*sides, rows_theta, rows_teacher, temperature)
     flags = dict(
         GATHER_THETA=rows_theta is not None,
         GATHER_TEACHER=rows_teacher is not None,
@@ -167,9 +167,7 @@ def _check(
 ) -> int:
     """P; raises ValueError where the arguments do not fit together."""
     if not supports(config):
-        raise ValueError(
-            f"alpha_method={config.alpha_method!r}, mixture={config.mixture!r} have no kernel; use osd.mixing.mix"
-        )
+        raise ValueError(f"alpha_method={config.alpha_method!r}, mixture={config.mixture!r} have no kernel; use osd.mixing.mix")
     for name, logits in (("student", logits_theta), ("teacher", logits_teacher)):
         if logits.ndim != 2 or logits.shape[1] < vocab_size or logits.stride(1) != 1:
             raise ValueError(f"{name} logits {tuple(logits.shape)}; use [B, >= {vocab_size}], contiguous along the vocabulary")

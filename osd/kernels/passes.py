@@ -46,7 +46,6 @@ PINNED: tl.constexpr = tl.constexpr(2)  # alpha is given, the level is not known
 RECORD: tl.constexpr = tl.constexpr(10)  # columns of the record, in the order of osd.core.RECORD_FIELDS
 
 _INF: tl.constexpr = tl.constexpr(float("inf"))
-_MAX_GAP: tl.constexpr = tl.constexpr(1e6)  # as in osd.curve: cubes of gaps stay finite
 _NARROW: tl.constexpr = tl.constexpr(0.25)  # gaps within this of their mean: the third-order expansion is the solution
 _GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)  # vLLM's threshold for "temperature 0"
 _NO_TOKEN: tl.constexpr = tl.constexpr(1 << 30)
@@ -54,11 +53,7 @@ _NO_TOKEN: tl.constexpr = tl.constexpr(1 << 30)
 
 @triton.jit
 def _row_of(rows, index, GATHER: tl.constexpr):
-    if GATHER:
-        row = tl.load(rows + index)
-    else:
-        row = index.to(tl.int64)
-    return row
+    return tl.load(rows + index) if GATHER else index.to(tl.int64)
 
 
 @triton.jit
@@ -108,8 +103,7 @@ def _minus(values_N, top):
 def _gap(theta_N, teacher_N, gap_peak):
     """z_t - z_theta relative to the peak's, and 0 outside the shared support."""
     shared_N = (theta_N > -_INF) & (teacher_N > -_INF)
-    gap_N = tl.where(shared_N, teacher_N - theta_N - gap_peak, 0.0)
-    return tl.minimum(tl.maximum(gap_N, -_MAX_GAP), _MAX_GAP)
+    return tl.where(shared_N, teacher_N - theta_N - gap_peak, 0.0)
 
 
 @triton.jit
@@ -420,9 +414,7 @@ def refine_kernel(
             k3 = m3 - 3 * m1 * m2 + 2 * m1 * m1 * m1
             k4 = m4 - 4 * m1 * m3 - 3 * m2 * m2 + 12 * m1 * m1 * m2 - 6 * m1 * m1 * m1 * m1
             noise = rounding_of(tl.maximum(rest_ends, t0 / total), m2)
-            new, left, right, last, enough = newton_step(
-                alpha, m1 - target, k2, k3, k4, noise, left, right, last, lower, upper
-            )
+            new, left, right, last, enough = newton_step(alpha, m1 - target, k2, k3, k4, noise, left, right, last, lower, upper)
             settled = (enough | pinned).to(tl.int32)
             new = tl.where(pinned, alpha, tl.where(enough, new.to(tl.float32).to(tl.float64), new))
             step = new - alpha
@@ -443,9 +435,7 @@ def _row_moments(theta, teacher, tiles, scale, vocab, mid_peak, gap_peak, peak, 
     origin, t0, t1, t2, t3, t4 = zero, zero, zero, zero, zero, zero
     token_N = tl.arange(0, TILE)
     for tile in range(tiles):
-        top, s0, s1, s2, s3, s4 = _moments(
-            theta, teacher, tile * TILE + token_N, scale, vocab, mid_peak, gap_peak, peak, delta
-        )
+        top, s0, s1, s2, s3, s4 = _moments(theta, teacher, tile * TILE + token_N, scale, vocab, mid_peak, gap_peak, peak, delta)
         new = tl.maximum(origin, top.to(tl.float64))
         old_scale, scale_here = tl.exp(origin - new), tl.exp(top.to(tl.float64) - new)
         t0 = t0 * old_scale + s0 * scale_here
@@ -568,7 +558,9 @@ def _finish(parts, state, record, bad_side, tiles, TILES: tl.constexpr):
     at_theta, at_teacher = tl.load(state + AT_THETA), tl.load(state + AT_TEACHER)
     lost_theta, lost_teacher = tl.load(state + LOST_THETA) > 0, tl.load(state + LOST_TEACHER) > 0
     f = mean - (at_teacher - at_theta)
-    log_z = tl.where(pure == 0, level.to(tl.float32).to(tl.float64) + log_sum - (1 - alpha) * at_theta - alpha * at_teacher, 0.0)
+    log_z = tl.where(
+        pure == 0, level.to(tl.float32).to(tl.float64) + log_sum - (1 - alpha) * at_theta - alpha * at_teacher, 0.0
+    )
     kl_theta = tl.maximum(tl.where(pure == 1, 0.0, alpha * f - log_z), 0.0)
     kl_teacher = tl.maximum(tl.where(pure == 2, 0.0, (alpha - 1) * f - log_z), 0.0)
     kl_theta = tl.where((pure == 2) & lost_teacher, _INF, kl_theta)
@@ -620,9 +612,7 @@ def _invert(
     score_N = _scores(theta_N, teacher_N, _gap(theta_N, teacher_N, gap_peak), pure, mid_peak, delta)
     weight_N = tl.exp(score_N - level)
     above_N = (before + tl.cumsum(weight_N.to(tl.float64), 0) > target) & (weight_N > 0)
-    return tl.minimum(
-        tl.min(tl.where(above_N, token_N, _NO_TOKEN), 0), tl.max(tl.where(weight_N > 0, token_N, 0), 0)
-    )
+    return tl.minimum(tl.min(tl.where(above_N, token_N, _NO_TOKEN), 0), tl.max(tl.where(weight_N > 0, token_N, 0), 0))
 
 
 @triton.jit

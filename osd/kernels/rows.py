@@ -85,9 +85,7 @@ def solve_interpolated(k_mid, m, k2, k3, k_low, k_high, m_low, m_high, target, p
     alpha = alpha.to(tl.float32).to(tl.float64)
     delta = alpha - 0.5
     level = _level(delta, m, k2, k3 / 2, c3, c4, c5, c6)
-    agree = (agree | (pinned == pinned)) & (
-        tl.abs(level - _level(delta, m, k2, k3 / 2, a3, a4, 0.0, 0.0)) < _LEVEL_TOLERANCE
-    )
+    agree = (agree | (pinned == pinned)) & (tl.abs(level - _level(delta, m, k2, k3 / 2, a3, a4, 0.0, 0.0)) < _LEVEL_TOLERANCE)
     return alpha, k_mid + level, agree
 
 
