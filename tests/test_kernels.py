@@ -33,9 +33,27 @@ kernel = pytest.mark.skipif(not (GPU or INTERPRETED), reason="run by test_in_the
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]
 
 if GPU or INTERPRETED:
-    from osd.kernels.fused import FusedMixture, Tuning, mix_and_draw, supports
+    from osd.kernels.fused import Cut, FusedMixture, Tuning, mix_and_draw, supports
 
-    SMALL = Tuning(tile=128, warps=4)
+    def tiled(tile: int) -> Tuning:
+        return Tuning(Cut(tile, 4), Cut(tile, 4), Cut(tile, 4))
+
+    SMALL = tiled(128)
+
+
+if INTERPRETED:
+    from triton.runtime.interpreter import ReduceOps
+
+    def tree(self: ReduceOps, values: tuple) -> list:
+        """As on a GPU. The interpreter combines element by element, a hundred times slower."""
+        n = len(values[0].handle.data)
+        while n > 1:
+            n //= 2
+            low, high = ([self.to_tensor(v.handle.data[part], v.dtype) for v in values] for part in (slice(n), slice(n, None)))
+            values = self.combine_fn.fn(*low, *high)
+        return [self.to_tensor(v.handle.data[0], v.dtype) for v in values]
+
+    ReduceOps.generic_reduce = tree
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="they run here")
@@ -281,7 +299,7 @@ def test_the_draw_inverts_the_distribution_up_to_its_very_ends() -> None:
     expected = torch.cat([support[[0, -1]], support[:-1], support[1:]])
     rows = torch.zeros(len(uniform), dtype=torch.int64, device=DEVICE)
     z = z[None].to(DEVICE)
-    tiny = Tuning(tile=8, warps=1)
+    tiny = tiled(8)
     for numbers in (uniform.to(DEVICE), torch.tensor([1 - 2**-24], device=DEVICE)):
         fused = mix_and_draw(
             z,
@@ -408,7 +426,7 @@ class TestOnAGpu:
             rows_theta=rows,
             rows_teacher=rows,
             uniform=rand(5, 60000),
-            tuning=Tuning(tile=16, warps=1),
+            tuning=tiled(16),
         )
         counts = torch.bincount(fused.token_P, minlength=40).cpu().double()
         q = log_q(theta, teacher, fused.alpha_P[:1], MixingConfig()).exp()[0].cpu()

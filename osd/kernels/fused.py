@@ -15,15 +15,35 @@ from osd.core import RECORD_FIELDS, MixingConfig
 from osd.kernels import passes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How the passes are cut. tile: tokens of one program, a power of two. warps: of 32 threads each, of each pass."""
+@dataclass(frozen=True)
+class Cut:
+    """How one pass is cut. tile: tokens of a program, a power of two; warps: of 32 threads; registers: most per thread."""
 
-    tile: int = 4096
+    tile: int = 2048
     warps: int = 8
+    registers: int | None = None
+
+    def launch(self, vocab: int) -> tuple[int, dict[str, int]]:
+        """Tiles of a row, and the keyword arguments of a launch."""
+        tiles = -(-vocab // self.tile)
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return tiles, dict(TILE=self.tile, TILES=_power_of_two(tiles), num_warps=self.warps, **limit)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The cuts of the three passes; benchmarks/mixing.py --sweep finds them."""
+
+    meet: Cut = Cut(registers=80)
+    refine: Cut = Cut(registers=80)
+    draw: Cut = Cut(registers=64)
 
 
 DEFAULT = Tuning()
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,9 +116,8 @@ def mix_and_draw(
     """
     rows = _check(logits_theta, logits_teacher, config, vocab_size, rows_theta, rows_teacher, temperature, alpha, uniform)
     device = logits_theta.device
-    tiles = -(-vocab_size // tuning.tile)
-    tiles_padded = 1 << (tiles - 1).bit_length()
-    parts = torch.empty(rows * passes.PARTS.value * tiles_padded, device=device)
+    smallest = min(tuning.meet.tile, tuning.refine.tile, tuning.draw.tile)
+    parts = torch.empty(rows * passes.PARTS.value * _power_of_two(-(-vocab_size // smallest)), device=device)
     state = torch.empty(rows * passes.STATE.value, device=device, dtype=torch.float64)
     count = torch.zeros(3 * rows, device=device, dtype=torch.int32)
     values = torch.empty(rows, len(RECORD_FIELDS), device=device)
@@ -113,14 +132,15 @@ def mix_and_draw(
         GATHER_TEACHER=rows_teacher is not None,
         TEMPERED=temperature is not None,
     )
-    launch = dict(**flags, TILE=tuning.tile, TILES=tiles_padded, num_warps=tuning.warps)
-    grid = (tiles, rows)
     low, high, fixed = _bounds(config)
-    passes.meet_kernel[grid](
-        *inputs, alpha, parts, count, state, vocab_size, low, high, fixed, GIVEN=alpha is not None, **launch
+    tiles, launch = tuning.meet.launch(vocab_size)
+    passes.meet_kernel[tiles, rows](
+        *inputs, alpha, parts, count, state, vocab_size, low, high, fixed, GIVEN=alpha is not None, **flags, **launch
     )
-    passes.refine_kernel[grid](*inputs, parts, count[rows:], state, vocab_size, low, high, **launch)
-    passes.draw_kernel[grid](
+    tiles, launch = tuning.refine.launch(vocab_size)
+    passes.refine_kernel[tiles, rows](*inputs, parts, count[rows:], state, vocab_size, low, high, **flags, **launch)
+    tiles, launch = tuning.draw.launch(vocab_size)
+    passes.draw_kernel[tiles, rows](
         *inputs,
         uniform,
         parts,
@@ -133,6 +153,7 @@ def mix_and_draw(
         vocab_size,
         WRITE=write_logq,
         DRAW=uniform is not None,
+        **flags,
         **launch,
     )
     return FusedMixture(

@@ -86,6 +86,37 @@ def _last_to_arrive(count, tiles):
     return arrived == tiles - 1
 
 
+# Reductions of several values at once: each costs a barrier or two, however many values it takes.
+
+
+@triton.jit
+def _add5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def _extremes(
+    mid, token, theta, teacher, max_theta, max_teacher, lowest, highest, mid_, token_, theta_, teacher_, m_, n_, l_, h_
+):
+    """The peak, which is the first token of the highest mid, with its logits; two maxima, a minimum and a maximum."""
+    take = (mid_ > mid) | ((mid_ == mid) & (token_ < token))
+    return (
+        tl.where(take, mid_, mid),
+        tl.where(take, token_, token),
+        tl.where(take, theta_, theta),
+        tl.where(take, teacher_, teacher),
+        tl.maximum(max_theta, m_),
+        tl.maximum(max_teacher, n_),
+        tl.minimum(lowest, l_),
+        tl.maximum(highest, h_),
+    )
+
+
 @triton.jit
 def _peak_at(values_N, token_N):
     """(maximum, first token that has it); (-inf, no token) where there is none."""
@@ -148,41 +179,55 @@ def meet_kernel(
     theta_N, teacher_N = _load(theta, teacher, token_N, scale, vocab)
 
     mid_N = 0.5 * theta_N + 0.5 * teacher_N
-    top, peak = _peak_at(mid_N, token_N)
-    found = peak != _NO_TOKEN
-    at_theta = tl.load(theta + peak, mask=found, other=0.0).to(tl.float32) * scale
-    at_teacher = tl.load(teacher + peak, mask=found, other=0.0).to(tl.float32) * scale
-    here_N = token_N == peak
+    # An infinite difference says that a policy reaches a token that the other does not.
+    difference_N = teacher_N - theta_N
+    top, peak, at_theta, at_teacher, max_theta, max_teacher, lowest, highest = tl.reduce(
+        (
+            mid_N,
+            token_N,
+            theta_N,
+            teacher_N,
+            theta_N,
+            teacher_N,
+            tl.where(theta_N > -_INF, difference_N, _INF),
+            tl.where(teacher_N > -_INF, difference_N, -_INF),
+        ),
+        0,
+        _extremes,
+    )
+    here_N = token_N == tl.where(top > -_INF, peak, -1)
     gap_N = tl.where(here_N, 0.0, _gap(theta_N, teacher_N, at_teacher - at_theta))
     weight_N = tl.where(here_N, 0.0, tl.exp(_minus(mid_N, top)))
     first_N = weight_N * gap_N
     second_N = first_N * gap_N
-    max_theta, max_teacher = tl.max(theta_N, 0), tl.max(teacher_N, 0)
     exp_theta_N = tl.where(here_N, 0.0, tl.exp(_minus(theta_N, max_theta)))
     exp_teacher_N = tl.where(here_N, 0.0, tl.exp(_minus(teacher_N, max_teacher)))
-    # -inf and inf here say that a policy reaches tokens that the other does not.
-    difference_N = teacher_N - theta_N
-    lowest = tl.min(tl.where(theta_N > -_INF, difference_N, _INF), 0)
-    highest = tl.max(tl.where(teacher_N > -_INF, difference_N, -_INF), 0)
-
+    sums = tl.reduce(
+        (
+            weight_N,
+            first_N,
+            second_N,
+            second_N * gap_N,
+            exp_theta_N,
+            exp_theta_N * gap_N,
+            exp_teacher_N,
+            exp_teacher_N * gap_N,
+        ),
+        0,
+        _add8,
+    )
     parts += row.to(tl.int64) * PARTS * TILES
     out = parts + tile
     tl.store(out, top)
     tl.store(out + TILES, peak.to(tl.float32))
     tl.store(out + 2 * TILES, at_theta)
     tl.store(out + 3 * TILES, at_teacher)
-    tl.store(out + 4 * TILES, tl.sum(weight_N, 0))
-    tl.store(out + 5 * TILES, tl.sum(first_N, 0))
-    tl.store(out + 6 * TILES, tl.sum(second_N, 0))
-    tl.store(out + 7 * TILES, tl.sum(second_N * gap_N, 0))
-    tl.store(out + 8 * TILES, max_theta)
-    tl.store(out + 9 * TILES, tl.sum(exp_theta_N, 0))
-    tl.store(out + 10 * TILES, tl.sum(exp_theta_N * gap_N, 0))
-    tl.store(out + 11 * TILES, max_teacher)
-    tl.store(out + 12 * TILES, tl.sum(exp_teacher_N, 0))
-    tl.store(out + 13 * TILES, tl.sum(exp_teacher_N * gap_N, 0))
-    tl.store(out + 14 * TILES, lowest)
-    tl.store(out + 15 * TILES, highest)
+    tl.store(out + 4 * TILES, max_theta)
+    tl.store(out + 5 * TILES, max_teacher)
+    tl.store(out + 6 * TILES, lowest)
+    tl.store(out + 7 * TILES, highest)
+    for i in tl.static_range(8):
+        tl.store(out + (8 + i) * TILES, sums[i])
     if _last_to_arrive(count + row, tiles):
         pinned = tl.full([], fixed, tl.float64)  # an argument is a float, in the interpreter a Python one
         if GIVEN:
@@ -193,29 +238,18 @@ def meet_kernel(
 
 
 @triton.jit
-def _side(top_T, sum_T, first_T, peak_T, other_T, shift_T, at_peak):
-    """One policy over its full support, relative to its logit at the row's peak.
+def _side(top, total, first, at_peak):
+    """One policy over its full support, from its maximum, the others' weights relative to that and their weighted gaps.
 
-    top_T, sum_T, first_T: maximum, sum of exponentials relative to it, and the same weighted with the gap, of each tile
-    without its own peak. peak_T: its logit at the tile's peak; other_T: whether that counts (not the row's peak);
-    shift_T: what to add to the tile's gaps. at_peak: its logit at the row's peak, 0 if the row has none.
-    Returns (log sum exp less at_peak, the other tokens' share, mean gap, maximum, whether it is a distribution).
+    Returns (log sum exp less its logit at the row's peak, the share off the peak, mean gap, log sum exp without a peak).
     """
-    top = tl.max(top_T, 0)
-    fine = (top > -_INF) & (top < _INF)
-    origin = tl.where(fine, top, 0.0)
-    scale_T = tl.exp(tl.where(top_T > -_INF, top_T - origin, -_INF))
-    own_T = tl.where(other_T, tl.exp(tl.where(other_T, peak_T - origin, 0.0)), 0.0)
-    total = tl.sum(scale_T * sum_T + own_T, 0)
-    first = tl.sum(scale_T * (first_T + shift_T * sum_T) + own_T * shift_T, 0)
-    peak = tl.exp(tl.minimum(at_peak - origin, 0.0))
-    return (
-        lse_at_peak(total, origin - at_peak),
-        total / (total + peak),
-        first / (total + peak),
-        origin + tl.log(total),
-        fine & (total == total),
-    )
+    peak = tl.exp(tl.minimum(at_peak - top, 0.0))
+    return lse_at_peak(total, top - at_peak), total / (total + peak), first / (total + peak), top + tl.log(total)
+
+
+@triton.jit
+def _finite_or_zero(x):
+    return tl.where((x > -_INF) & (x < _INF), x, 0.0)
 
 
 @triton.jit
@@ -223,56 +257,65 @@ def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
     """Combine the tiles' moments at alpha = 1/2 and write the row's state."""
     tile_T = tl.arange(0, TILES)
     top_T = _column(parts, 0, tile_T, tiles, TILES, -_INF)
+    peak_T = _column(parts, 1, tile_T, tiles, TILES, _NO_TOKEN)
     peak_theta_T = _column(parts, 2, tile_T, tiles, TILES, 0.0)
     peak_teacher_T = _column(parts, 3, tile_T, tiles, TILES, 0.0)
-    top = tl.max(top_T, 0)
+    max_theta_T = _column(parts, 4, tile_T, tiles, TILES, -_INF)
+    max_teacher_T = _column(parts, 5, tile_T, tiles, TILES, -_INF)
+    lowest_T = _column(parts, 6, tile_T, tiles, TILES, _INF)
+    highest_T = _column(parts, 7, tile_T, tiles, TILES, -_INF)
+    top, peak, at_theta, at_teacher, max_theta, max_teacher, lowest, highest = tl.reduce(
+        (top_T, peak_T, peak_theta_T, peak_teacher_T, max_theta_T, max_teacher_T, lowest_T, highest_T), 0, _extremes
+    )
     empty = (top > -_INF) == 0
-    where = tl.min(tl.where(top_T == top, tile_T, TILES - 1), 0)
-    mine_T = tile_T == where
-    peak = tl.sum(tl.where(mine_T, _column(parts, 1, tile_T, tiles, TILES, 0.0), 0.0), 0)
-    at_theta = tl.where(empty, 0.0, tl.sum(tl.where(mine_T, peak_theta_T, 0.0), 0))
-    at_teacher = tl.where(empty, 0.0, tl.sum(tl.where(mine_T, peak_teacher_T, 0.0), 0))
+    at_theta, at_teacher = tl.where(empty, 0.0, at_theta), tl.where(empty, 0.0, at_teacher)
     gap_peak = (at_teacher - at_theta).to(tl.float32).to(tl.float64)
-    other_T = (top_T > -_INF) & (mine_T == 0)
+    # Every tile left its own peak out of its sums; all but the row's are put back.
+    other_T = (top_T > -_INF) & (peak_T != peak)
+    own_T = tl.where(other_T, 1.0, 0.0)
     shift_T = tl.where(other_T, (peak_teacher_T - peak_theta_T).to(tl.float32).to(tl.float64) - gap_peak, 0.0)
+    scale_T = tl.exp(tl.where(top_T > -_INF, top_T - _finite_or_zero(top), -_INF))
+    sum_T = _column(parts, 8, tile_T, tiles, TILES, 0.0) + own_T
+    first_T = _column(parts, 9, tile_T, tiles, TILES, 0.0)
+    second_T = _column(parts, 10, tile_T, tiles, TILES, 0.0)
+    third_T = _column(parts, 11, tile_T, tiles, TILES, 0.0)
 
-    scale_T = tl.exp(tl.where(top_T > -_INF, top_T - tl.where(empty, 0.0, top), -_INF))
-    sum_T = _column(parts, 4, tile_T, tiles, TILES, 0.0) + tl.where(other_T, 1.0, 0.0)
-    first_T = _column(parts, 5, tile_T, tiles, TILES, 0.0)
-    second_T = _column(parts, 6, tile_T, tiles, TILES, 0.0)
-    third_T = _column(parts, 7, tile_T, tiles, TILES, 0.0)
-    rest = tl.sum(scale_T * sum_T, 0)
-    total = 1.0 + rest
-    m1 = tl.sum(scale_T * (first_T + shift_T * sum_T), 0) / total
-    m2 = tl.sum(scale_T * (second_T + shift_T * (2 * first_T + shift_T * sum_T)), 0) / total
+    best_theta, best_teacher = _finite_or_zero(max_theta), _finite_or_zero(max_teacher)
+    scale_theta_T = tl.exp(tl.where(max_theta_T > -_INF, max_theta_T - best_theta, -_INF))
+    scale_teacher_T = tl.exp(tl.where(max_teacher_T > -_INF, max_teacher_T - best_teacher, -_INF))
+    own_theta_T = own_T * tl.exp(tl.where(other_T, peak_theta_T - best_theta, 0.0))
+    own_teacher_T = own_T * tl.exp(tl.where(other_T, peak_teacher_T - best_teacher, 0.0))
+    sum_theta_T = scale_theta_T * _column(parts, 12, tile_T, tiles, TILES, 0.0) + own_theta_T
+    sum_teacher_T = scale_teacher_T * _column(parts, 14, tile_T, tiles, TILES, 0.0) + own_teacher_T
+    first_theta_T = scale_theta_T * _column(parts, 13, tile_T, tiles, TILES, 0.0) + shift_T * sum_theta_T
+    first_teacher_T = scale_teacher_T * _column(parts, 15, tile_T, tiles, TILES, 0.0) + shift_T * sum_teacher_T
     m3_T = third_T + shift_T * (3 * second_T + shift_T * (3 * first_T + shift_T * sum_T))
-    m3 = tl.sum(scale_T * m3_T, 0) / total
+    rest, m1, m2, m3, sum_theta, first_theta, sum_teacher, first_teacher = tl.reduce(
+        (
+            scale_T * sum_T,
+            scale_T * (first_T + shift_T * sum_T),
+            scale_T * (second_T + shift_T * (2 * first_T + shift_T * sum_T)),
+            scale_T * m3_T,
+            sum_theta_T,
+            first_theta_T,
+            sum_teacher_T,
+            first_teacher_T,
+        ),
+        0,
+        _add8,
+    )
+    total = 1.0 + rest
+    m1, m2, m3 = m1 / total, m2 / total, m3 / total
     k2 = m2 - m1 * m1
     k3 = m3 - 3 * m1 * m2 + 2 * m1 * m1 * m1
-
-    theta_low, rest_theta, mean_theta, lse_theta, fine_theta = _side(
-        _column(parts, 8, tile_T, tiles, TILES, -_INF),
-        _column(parts, 9, tile_T, tiles, TILES, 0.0),
-        _column(parts, 10, tile_T, tiles, TILES, 0.0),
-        peak_theta_T,
-        other_T,
-        shift_T,
-        at_theta,
-    )
-    teacher_high, rest_teacher, mean_teacher, lse_teacher, fine_teacher = _side(
-        _column(parts, 11, tile_T, tiles, TILES, -_INF),
-        _column(parts, 12, tile_T, tiles, TILES, 0.0),
-        _column(parts, 13, tile_T, tiles, TILES, 0.0),
-        peak_teacher_T,
-        other_T,
-        shift_T,
-        at_teacher,
-    )
-    lowest = tl.min(_column(parts, 14, tile_T, tiles, TILES, _INF), 0)
-    highest = tl.max(_column(parts, 15, tile_T, tiles, TILES, -_INF), 0)
+    theta_low, rest_theta, mean_theta, lse_theta = _side(best_theta, sum_theta, first_theta, at_theta)
+    teacher_high, rest_teacher, mean_teacher, lse_teacher = _side(best_teacher, sum_teacher, first_teacher, at_teacher)
     lost_theta, lost_teacher = lowest == -_INF, highest == _INF
     lse_theta = tl.where(empty, lse_theta, at_theta + theta_low)
     lse_teacher = tl.where(empty, lse_teacher, at_teacher + teacher_high)
+    # A maximum is finite, and the sum a number, exactly where the row is a distribution.
+    fine_theta = (max_theta > -_INF) & (max_theta < _INF) & (sum_theta == sum_theta)
+    fine_teacher = (max_teacher > -_INF) & (max_teacher < _INF) & (sum_teacher == sum_teacher)
     bad = tl.where(fine_theta, 0.0, 1.0) + tl.where(fine_teacher, 0.0, 2.0)
 
     target = teacher_high - theta_low
@@ -329,14 +372,8 @@ def _moments(theta, teacher, token_N, scale, vocab, mid_peak, gap_peak, peak, de
     first_N = weight_N * gap_N
     second_N = first_N * gap_N
     third_N = second_N * gap_N
-    return (
-        top,
-        tl.sum(weight_N, 0),
-        tl.sum(first_N, 0),
-        tl.sum(second_N, 0),
-        tl.sum(third_N, 0),
-        tl.sum(third_N * gap_N, 0),
-    )
+    sums = tl.reduce((weight_N, first_N, second_N, third_N, third_N * gap_N), 0, _add5)
+    return top, sums[0], sums[1], sums[2], sums[3], sums[4]
 
 
 @triton.jit
@@ -392,12 +429,17 @@ def refine_kernel(
         top_T = _column(parts, 0, tile_T, tiles, TILES, -_INF)
         origin = tl.maximum(tl.max(top_T, 0), 0.0)
         scale_T = tl.exp(top_T - origin)
-        t0 = tl.sum(scale_T * _column(parts, 1, tile_T, tiles, TILES, 0.0), 0)
-        t1 = tl.sum(scale_T * _column(parts, 2, tile_T, tiles, TILES, 0.0), 0)
-        t2 = tl.sum(scale_T * _column(parts, 3, tile_T, tiles, TILES, 0.0), 0)
-        t3 = tl.sum(scale_T * _column(parts, 4, tile_T, tiles, TILES, 0.0), 0)
-        t4 = tl.sum(scale_T * _column(parts, 5, tile_T, tiles, TILES, 0.0), 0)
-
+        t0, t1, t2, t3, t4 = tl.reduce(
+            (
+                scale_T * _column(parts, 1, tile_T, tiles, TILES, 0.0),
+                scale_T * _column(parts, 2, tile_T, tiles, TILES, 0.0),
+                scale_T * _column(parts, 3, tile_T, tiles, TILES, 0.0),
+                scale_T * _column(parts, 4, tile_T, tiles, TILES, 0.0),
+                scale_T * _column(parts, 5, tile_T, tiles, TILES, 0.0),
+            ),
+            0,
+            _add5,
+        )
         lower, upper = tl.full([], low, tl.float64), tl.full([], high, tl.float64)
         target = tl.load(state + AT_TEACHER) - tl.load(state + AT_THETA)
         rest_ends = tl.load(state + REST)
@@ -504,11 +546,19 @@ def draw_kernel(
     inside_N = logq_N > -_INF
     parts += row.to(tl.int64) * PARTS * TILES
     out = parts + tile
-    tl.store(out, tl.sum(weight_N, 0))
-    tl.store(out + TILES, tl.sum(tl.where(inside_N, weight_N * logq_N, 0.0), 0))
-    tl.store(out + 2 * TILES, tl.sum(weight_N * gap_N, 0))
-    tl.store(out + 3 * TILES, tl.sum(tl.where(inside_N, tl.exp(2 * (theta_N - lse_theta) - logq_N), 0.0), 0))
-    tl.store(out + 4 * TILES, tl.sum(tl.where(inside_N, tl.exp(2 * (teacher_N - lse_teacher) - logq_N), 0.0), 0))
+    sums = tl.reduce(
+        (
+            weight_N,
+            tl.where(inside_N, weight_N * logq_N, 0.0),
+            weight_N * gap_N,
+            tl.where(inside_N, tl.exp(2 * (theta_N - lse_theta) - logq_N), 0.0),
+            tl.where(inside_N, tl.exp(2 * (teacher_N - lse_teacher) - logq_N), 0.0),
+        ),
+        0,
+        _add5,
+    )
+    for i in tl.static_range(5):
+        tl.store(out + i * TILES, sums[i])
     if WRITE:
         tl.store(logq + row.to(tl.int64) * vocab + token_N, logq_N, mask=token_N < vocab)
     if greedy | (WRITE & (pure > 0)):
@@ -548,12 +598,20 @@ def draw_kernel(
 def _finish(parts, state, record, bad_side, tiles, TILES: tl.constexpr):
     """Write what the record keeps of a row whatever its token, and LOG_SUM; returns the sum of the weights."""
     tile_T = tl.arange(0, TILES)
-    total = tl.sum(_column(parts, 0, tile_T, tiles, TILES, 0.0), 0)
+    total, mean_log, mean, square_theta, square_teacher = tl.reduce(
+        (
+            _column(parts, 0, tile_T, tiles, TILES, 0.0),
+            _column(parts, 1, tile_T, tiles, TILES, 0.0),
+            _column(parts, 2, tile_T, tiles, TILES, 0.0),
+            _column(parts, 3, tile_T, tiles, TILES, 0.0),
+            _column(parts, 4, tile_T, tiles, TILES, 0.0),
+        ),
+        0,
+        _add5,
+    )
     log_sum = tl.log(total)
-    entropy = log_sum - tl.sum(_column(parts, 1, tile_T, tiles, TILES, 0.0), 0) / total
-    mean = tl.sum(_column(parts, 2, tile_T, tiles, TILES, 0.0), 0) / total
-    square_theta = tl.sum(_column(parts, 3, tile_T, tiles, TILES, 0.0), 0) * total
-    square_teacher = tl.sum(_column(parts, 4, tile_T, tiles, TILES, 0.0), 0) * total
+    entropy, mean = log_sum - mean_log / total, mean / total
+    square_theta, square_teacher = square_theta * total, square_teacher * total
     alpha, level, pure = tl.load(state + ALPHA), tl.load(state + LEVEL), tl.load(state + PURE)
     at_theta, at_teacher = tl.load(state + AT_THETA), tl.load(state + AT_TEACHER)
     lost_theta, lost_teacher = tl.load(state + LOST_THETA) > 0, tl.load(state + LOST_TEACHER) > 0
