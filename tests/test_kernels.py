@@ -33,7 +33,7 @@ kernel = pytest.mark.skipif(not (GPU or INTERPRETED), reason="run by test_in_the
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]
 
 if GPU or INTERPRETED:
-    from osd.kernels.fused import Cut, FusedMixture, Tuning, mix_and_draw, supports
+    from osd.kernels.fused import Cut, FusedMixture, Tuning, mix_and_draw
 
     def tiled(tile: int) -> Tuning:
         return Tuning(Cut(tile, 4), Cut(tile, 4), Cut(tile, 4))
@@ -344,8 +344,8 @@ def test_the_comparison_would_see_an_error(planted: str) -> None:
 @kernel
 def test_what_is_refused() -> None:
     theta, teacher = torch.zeros(2, 9), torch.zeros(2, 9)
-    assert not supports(MixingConfig(alpha_method="ess_balance"))
-    assert not supports(MixingConfig(alpha_method="fixed", mixture="linear"))
+    assert not kernels.supports(MixingConfig(alpha_method="ess_balance"))
+    assert not kernels.supports(MixingConfig(alpha_method="fixed", mixture="linear"))
     with pytest.raises(ValueError, match="have no kernel"):
         mix_and_draw(theta, teacher, MixingConfig(alpha_method="entropy"), vocab_size=9)
     with pytest.raises(ValueError, match=r"student logits \(2, 9\); use \[B, >= 10\]"):

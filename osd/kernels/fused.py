@@ -1,6 +1,6 @@
 """Both models' raw logits to alpha, the draw and the record, in three launches: `mix_and_draw`.
 
-The same definitions as `osd.mixing.mix`, which is the reference; osd.kernels.passes says how. Shape suffixes: B rows of
+The same definitions as `osd.mixing.mix`, which is the reference; osd.kernels.tiles says how. Shape suffixes: B rows of
 a model's batch, P rows that are mixed, V vocabulary, R record columns. Needs Triton.
 """
 
@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from osd.core import RECORD_FIELDS, MixingConfig
-from osd.kernels import passes
+from osd.kernels import supports
+from osd.kernels.draw import draw_kernel, record_kernel
+from osd.kernels.meet import meet_kernel
+from osd.kernels.refine import refine_kernel
+from osd.kernels.tiles import PARTS, STATE
 
 
 @dataclass(frozen=True)
@@ -75,15 +79,8 @@ class FusedMixture:
         The logits and temperatures given to `mix_and_draw` must still be what they were.
         """
         grid = (len(token_P),)
-        passes.record_kernel[grid](
-            *self._inputs, self._state_P, token_P, logp_draw_P, self.values_PR, **self._flags, num_warps=1
-        )
+        record_kernel[grid](*self._inputs, self._state_P, token_P, logp_draw_P, self.values_PR, **self._flags, num_warps=1)
         return self.values_PR
-
-
-def supports(config: MixingConfig) -> bool:
-    """Whether `mix_and_draw` takes this configuration; osd.mixing takes all."""
-    return config.mixture == "geometric" and config.alpha_method in ("kl_symmetry", "fixed")
 
 
 @torch.no_grad()
@@ -117,8 +114,8 @@ def mix_and_draw(
     rows = _check(logits_theta, logits_teacher, config, vocab_size, rows_theta, rows_teacher, temperature, alpha, uniform)
     device = logits_theta.device
     smallest = min(tuning.meet.tile, tuning.refine.tile, tuning.draw.tile)
-    parts = torch.empty(rows * passes.PARTS.value * _power_of_two(-(-vocab_size // smallest)), device=device)
-    state = torch.empty(rows * passes.STATE.value, device=device, dtype=torch.float64)
+    parts = torch.empty(rows * PARTS.value * _power_of_two(-(-vocab_size // smallest)), device=device)
+    state = torch.empty(rows * STATE.value, device=device, dtype=torch.float64)
     count = torch.zeros(3 * rows, device=device, dtype=torch.int32)
     values = torch.empty(rows, len(RECORD_FIELDS), device=device)
     bad_side = torch.empty(rows, device=device, dtype=torch.int8)
@@ -134,13 +131,13 @@ def mix_and_draw(
     )
     low, high, fixed = _bounds(config)
     tiles, launch = tuning.meet.launch(vocab_size)
-    passes.meet_kernel[tiles, rows](
+    meet_kernel[tiles, rows](
         *inputs, alpha, parts, count, state, vocab_size, low, high, fixed, GIVEN=alpha is not None, **flags, **launch
     )
     tiles, launch = tuning.refine.launch(vocab_size)
-    passes.refine_kernel[tiles, rows](*inputs, parts, count[rows:], state, vocab_size, low, high, **flags, **launch)
+    refine_kernel[tiles, rows](*inputs, parts, count[rows:], state, vocab_size, low, high, **flags, **launch)
     tiles, launch = tuning.draw.launch(vocab_size)
-    passes.draw_kernel[tiles, rows](
+    draw_kernel[tiles, rows](
         *inputs,
         uniform,
         parts,
