@@ -16,6 +16,7 @@ LAYERS = [
     "osd.curve",
     "osd.alpha",
     "osd.mixing",
+    "osd.kernels",
     "osd.prompts",
     "osd.engine",
     "osd.generation",

@@ -8,7 +8,14 @@ import importlib.util
 
 import torch
 
+from osd.core import MixingConfig
+
 
 def available(device: torch.device | str) -> bool:
     """Whether the kernels run on this device: an NVIDIA or AMD GPU, and Triton installed."""
     return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def supports(config: MixingConfig) -> bool:
+    """Whether the kernels take this configuration; osd.mixing takes all."""
+    return config.mixture == "geometric" and config.alpha_method in ("kl_symmetry", "fixed")

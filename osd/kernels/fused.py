@@ -1,6 +1,6 @@
 """Both models' raw logits to alpha, the draw and the record, in three launches: `mix_and_draw`.
 
-The same definitions as `osd.mixing.mix`, which is the reference; osd.kernels.passes says how. Shape suffixes: B rows of
+The same definitions as `osd.mixing.mix`, which is the reference; osd.kernels.tiles says how. Shape suffixes: B rows of
 a model's batch, P rows that are mixed, V vocabulary, R record columns. Needs Triton.
 """
 
@@ -12,18 +12,42 @@ import torch
 from torch import Tensor
 
 from osd.core import RECORD_FIELDS, MixingConfig
-from osd.kernels import passes
+from osd.kernels import supports
+from osd.kernels.draw import draw_kernel, record_kernel
+from osd.kernels.meet import meet_kernel
+from osd.kernels.refine import refine_kernel
+from osd.kernels.tiles import PARTS, STATE
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How the passes are cut. tile: tokens of one program, a power of two. warps: of 32 threads each, of each pass."""
+@dataclass(frozen=True)
+class Cut:
+    """How one pass is cut. tile: tokens of a program, a power of two; warps: of 32 threads; registers: most per thread."""
 
-    tile: int = 4096
+    tile: int = 2048
     warps: int = 8
+    registers: int | None = None
+
+    def launch(self, vocab: int) -> tuple[int, dict[str, int]]:
+        """Tiles of a row, and the keyword arguments of a launch."""
+        tiles = -(-vocab // self.tile)
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return tiles, dict(TILE=self.tile, TILES=_power_of_two(tiles), num_warps=self.warps, **limit)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The cuts of the three passes; benchmarks/mixing.py --sweep finds them."""
+
+    meet: Cut = Cut(registers=80)
+    refine: Cut = Cut(registers=80)
+    draw: Cut = Cut(registers=64)
 
 
 DEFAULT = Tuning()
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,15 +79,8 @@ class FusedMixture:
         The logits and temperatures given to `mix_and_draw` must still be what they were.
         """
         grid = (len(token_P),)
-        passes.record_kernel[grid](
-            *self._inputs, self._state_P, token_P, logp_draw_P, self.values_PR, **self._flags, num_warps=1
-        )
+        record_kernel[grid](*self._inputs, self._state_P, token_P, logp_draw_P, self.values_PR, **self._flags, num_warps=1)
         return self.values_PR
-
-
-def supports(config: MixingConfig) -> bool:
-    """Whether `mix_and_draw` takes this configuration; osd.mixing takes all."""
-    return config.mixture == "geometric" and config.alpha_method in ("kl_symmetry", "fixed")
 
 
 @torch.no_grad()
@@ -96,10 +113,9 @@ def mix_and_draw(
     """
     rows = _check(logits_theta, logits_teacher, config, vocab_size, rows_theta, rows_teacher, temperature, alpha, uniform)
     device = logits_theta.device
-    tiles = -(-vocab_size // tuning.tile)
-    tiles_padded = 1 << (tiles - 1).bit_length()
-    parts = torch.empty(rows * passes.PARTS.value * tiles_padded, device=device)
-    state = torch.empty(rows * passes.STATE.value, device=device, dtype=torch.float64)
+    smallest = min(tuning.meet.tile, tuning.refine.tile, tuning.draw.tile)
+    parts = torch.empty(rows * PARTS.value * _power_of_two(-(-vocab_size // smallest)), device=device)
+    state = torch.empty(rows * STATE.value, device=device, dtype=torch.float64)
     count = torch.zeros(3 * rows, device=device, dtype=torch.int32)
     values = torch.empty(rows, len(RECORD_FIELDS), device=device)
     bad_side = torch.empty(rows, device=device, dtype=torch.int8)
@@ -113,14 +129,15 @@ def mix_and_draw(
         GATHER_TEACHER=rows_teacher is not None,
         TEMPERED=temperature is not None,
     )
-    launch = dict(**flags, TILE=tuning.tile, TILES=tiles_padded, num_warps=tuning.warps)
-    grid = (tiles, rows)
     low, high, fixed = _bounds(config)
-    passes.meet_kernel[grid](
-        *inputs, alpha, parts, count, state, vocab_size, low, high, fixed, GIVEN=alpha is not None, **launch
+    tiles, launch = tuning.meet.launch(vocab_size)
+    meet_kernel[tiles, rows](
+        *inputs, alpha, parts, count, state, vocab_size, low, high, fixed, GIVEN=alpha is not None, **flags, **launch
     )
-    passes.refine_kernel[grid](*inputs, parts, count[rows:], state, vocab_size, low, high, **launch)
-    passes.draw_kernel[grid](
+    tiles, launch = tuning.refine.launch(vocab_size)
+    refine_kernel[tiles, rows](*inputs, parts, count[rows:], state, vocab_size, low, high, **flags, **launch)
+    tiles, launch = tuning.draw.launch(vocab_size)
+    draw_kernel[tiles, rows](
         *inputs,
         uniform,
         parts,
@@ -133,6 +150,7 @@ def mix_and_draw(
         vocab_size,
         WRITE=write_logq,
         DRAW=uniform is not None,
+        **flags,
         **launch,
     )
     return FusedMixture(

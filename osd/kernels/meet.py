@@ -1,0 +1,259 @@
+"""The first pass: how the two policies meet at alpha = 1/2, and alpha from that wherever it suffices. See osd.kernels.tiles."""
+
+import triton
+import triton.language as tl
+
+from osd.kernels.rows import log1p, lse_at_peak, solve_interpolated
+from osd.kernels.tiles import (
+    AT_TEACHER,
+    AT_THETA,
+    BAD,
+    GAP_PEAK,
+    INF,
+    LOST_TEACHER,
+    LOST_THETA,
+    LSE_TEACHER,
+    LSE_THETA,
+    MID_PEAK,
+    NO_TOKEN,
+    OPEN,
+    PARTS,
+    PEAK,
+    PINNED,
+    REST,
+    SETTLED,
+    STATE,
+    add8,
+    column_of,
+    gap_of,
+    last_to_arrive,
+    load,
+    minus,
+    row_of,
+    scale_of,
+    write_choice,
+)
+
+_NARROW: tl.constexpr = tl.constexpr(0.25)  # gaps within this of their mean: the third-order expansion is the solution
+
+
+@triton.jit
+def _extremes(
+    mid, token, theta, teacher, max_theta, max_teacher, lowest, highest, mid_, token_, theta_, teacher_, m_, n_, l_, h_
+):
+    """The peak, which is the first token of the highest mid, with its logits; two maxima, a minimum and a maximum."""
+    take = (mid_ > mid) | ((mid_ == mid) & (token_ < token))
+    return (
+        tl.where(take, mid_, mid),
+        tl.where(take, token_, token),
+        tl.where(take, theta_, theta),
+        tl.where(take, teacher_, teacher),
+        tl.maximum(max_theta, m_),
+        tl.maximum(max_teacher, n_),
+        tl.minimum(lowest, l_),
+        tl.maximum(highest, h_),
+    )
+
+
+@triton.jit
+def meet_kernel(
+    theta,
+    theta_stride,
+    teacher,
+    teacher_stride,
+    rows_theta,
+    rows_teacher,
+    temperature,
+    alpha,
+    parts,
+    count,
+    state,
+    vocab,
+    low,
+    high,
+    fixed,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    GATHER_THETA: tl.constexpr,
+    GATHER_TEACHER: tl.constexpr,
+    TEMPERED: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """Grid (tiles, P). fixed: alpha of the method "fixed", NaN for kl_symmetry."""
+    tile, row = tl.program_id(0), tl.program_id(1)
+    tiles = tl.num_programs(0)
+    row_teacher = row_of(rows_teacher, row, GATHER_TEACHER)
+    theta += row_of(rows_theta, row, GATHER_THETA) * theta_stride
+    teacher += row_teacher * teacher_stride
+    scale, _ = scale_of(temperature, row_teacher, TEMPERED)
+    token_N = tile * TILE + tl.arange(0, TILE)
+    theta_N, teacher_N = load(theta, teacher, token_N, scale, vocab)
+
+    mid_N = 0.5 * theta_N + 0.5 * teacher_N
+    # An infinite difference says that a policy reaches a token that the other does not.
+    difference_N = teacher_N - theta_N
+    top, peak, at_theta, at_teacher, max_theta, max_teacher, lowest, highest = tl.reduce(
+        (
+            mid_N,
+            token_N,
+            theta_N,
+            teacher_N,
+            theta_N,
+            teacher_N,
+            tl.where(theta_N > -INF, difference_N, INF),
+            tl.where(teacher_N > -INF, difference_N, -INF),
+        ),
+        0,
+        _extremes,
+    )
+    here_N = token_N == tl.where(top > -INF, peak, -1)
+    gap_N = tl.where(here_N, 0.0, gap_of(theta_N, teacher_N, at_teacher - at_theta))
+    weight_N = tl.where(here_N, 0.0, tl.exp(minus(mid_N, top)))
+    first_N = weight_N * gap_N
+    second_N = first_N * gap_N
+    exp_theta_N = tl.where(here_N, 0.0, tl.exp(minus(theta_N, max_theta)))
+    exp_teacher_N = tl.where(here_N, 0.0, tl.exp(minus(teacher_N, max_teacher)))
+    sums = tl.reduce(
+        (
+            weight_N,
+            first_N,
+            second_N,
+            second_N * gap_N,
+            exp_theta_N,
+            exp_theta_N * gap_N,
+            exp_teacher_N,
+            exp_teacher_N * gap_N,
+        ),
+        0,
+        add8,
+    )
+    parts += row.to(tl.int64) * PARTS * TILES
+    out = parts + tile
+    tl.store(out, top)
+    tl.store(out + TILES, peak.to(tl.float32))
+    tl.store(out + 2 * TILES, at_theta)
+    tl.store(out + 3 * TILES, at_teacher)
+    tl.store(out + 4 * TILES, max_theta)
+    tl.store(out + 5 * TILES, max_teacher)
+    tl.store(out + 6 * TILES, lowest)
+    tl.store(out + 7 * TILES, highest)
+    for i in tl.static_range(8):
+        tl.store(out + (8 + i) * TILES, sums[i])
+    if last_to_arrive(count + row, tiles):
+        pinned = tl.full([], fixed, tl.float64)  # an argument is a float, in the interpreter a Python one
+        if GIVEN:
+            given = tl.load(alpha + row).to(tl.float64)
+            pinned = tl.where(given == given, given, pinned)
+        lower, upper = tl.full([], low, tl.float64), tl.full([], high, tl.float64)
+        _choose_alpha(parts, state + row.to(tl.int64) * STATE, tiles, lower, upper, pinned, TILES)
+
+
+@triton.jit
+def _side(top, total, first, at_peak):
+    """One policy over its full support, from its maximum, the others' weights relative to that and their weighted gaps.
+
+    Returns (log sum exp less its logit at the row's peak, the share off the peak, mean gap, log sum exp without a peak).
+    """
+    peak = tl.exp(tl.minimum(at_peak - top, 0.0))
+    return lse_at_peak(total, top - at_peak), total / (total + peak), first / (total + peak), top + tl.log(total)
+
+
+@triton.jit
+def _finite_or_zero(x):
+    return tl.where((x > -INF) & (x < INF), x, 0.0)
+
+
+@triton.jit
+def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
+    """Combine the tiles' moments at alpha = 1/2 and write the row's state."""
+    tile_T = tl.arange(0, TILES)
+    top_T = column_of(parts, 0, tile_T, tiles, TILES, -INF)
+    peak_T = column_of(parts, 1, tile_T, tiles, TILES, NO_TOKEN)
+    peak_theta_T = column_of(parts, 2, tile_T, tiles, TILES, 0.0)
+    peak_teacher_T = column_of(parts, 3, tile_T, tiles, TILES, 0.0)
+    max_theta_T = column_of(parts, 4, tile_T, tiles, TILES, -INF)
+    max_teacher_T = column_of(parts, 5, tile_T, tiles, TILES, -INF)
+    lowest_T = column_of(parts, 6, tile_T, tiles, TILES, INF)
+    highest_T = column_of(parts, 7, tile_T, tiles, TILES, -INF)
+    top, peak, at_theta, at_teacher, max_theta, max_teacher, lowest, highest = tl.reduce(
+        (top_T, peak_T, peak_theta_T, peak_teacher_T, max_theta_T, max_teacher_T, lowest_T, highest_T), 0, _extremes
+    )
+    empty = (top > -INF) == 0
+    at_theta, at_teacher = tl.where(empty, 0.0, at_theta), tl.where(empty, 0.0, at_teacher)
+    gap_peak = (at_teacher - at_theta).to(tl.float32).to(tl.float64)
+    # Every tile left its own peak out of its sums; all but the row's are put back.
+    other_T = (top_T > -INF) & (peak_T != peak)
+    own_T = tl.where(other_T, 1.0, 0.0)
+    shift_T = tl.where(other_T, (peak_teacher_T - peak_theta_T).to(tl.float32).to(tl.float64) - gap_peak, 0.0)
+    scale_T = tl.exp(tl.where(top_T > -INF, top_T - _finite_or_zero(top), -INF))
+    sum_T = column_of(parts, 8, tile_T, tiles, TILES, 0.0) + own_T
+    first_T = column_of(parts, 9, tile_T, tiles, TILES, 0.0)
+    second_T = column_of(parts, 10, tile_T, tiles, TILES, 0.0)
+    third_T = column_of(parts, 11, tile_T, tiles, TILES, 0.0)
+
+    best_theta, best_teacher = _finite_or_zero(max_theta), _finite_or_zero(max_teacher)
+    scale_theta_T = tl.exp(tl.where(max_theta_T > -INF, max_theta_T - best_theta, -INF))
+    scale_teacher_T = tl.exp(tl.where(max_teacher_T > -INF, max_teacher_T - best_teacher, -INF))
+    own_theta_T = own_T * tl.exp(tl.where(other_T, peak_theta_T - best_theta, 0.0))
+    own_teacher_T = own_T * tl.exp(tl.where(other_T, peak_teacher_T - best_teacher, 0.0))
+    sum_theta_T = scale_theta_T * column_of(parts, 12, tile_T, tiles, TILES, 0.0) + own_theta_T
+    sum_teacher_T = scale_teacher_T * column_of(parts, 14, tile_T, tiles, TILES, 0.0) + own_teacher_T
+    first_theta_T = scale_theta_T * column_of(parts, 13, tile_T, tiles, TILES, 0.0) + shift_T * sum_theta_T
+    first_teacher_T = scale_teacher_T * column_of(parts, 15, tile_T, tiles, TILES, 0.0) + shift_T * sum_teacher_T
+    m3_T = third_T + shift_T * (3 * second_T + shift_T * (3 * first_T + shift_T * sum_T))
+    rest, m1, m2, m3, sum_theta, first_theta, sum_teacher, first_teacher = tl.reduce(
+        (
+            scale_T * sum_T,
+            scale_T * (first_T + shift_T * sum_T),
+            scale_T * (second_T + shift_T * (2 * first_T + shift_T * sum_T)),
+            scale_T * m3_T,
+            sum_theta_T,
+            first_theta_T,
+            sum_teacher_T,
+            first_teacher_T,
+        ),
+        0,
+        add8,
+    )
+    total = 1.0 + rest
+    m1, m2, m3 = m1 / total, m2 / total, m3 / total
+    k2 = m2 - m1 * m1
+    k3 = m3 - 3 * m1 * m2 + 2 * m1 * m1 * m1
+    theta_low, rest_theta, mean_theta, lse_theta = _side(best_theta, sum_theta, first_theta, at_theta)
+    teacher_high, rest_teacher, mean_teacher, lse_teacher = _side(best_teacher, sum_teacher, first_teacher, at_teacher)
+    lost_theta, lost_teacher = lowest == -INF, highest == INF
+    lse_theta = tl.where(empty, lse_theta, at_theta + theta_low)
+    lse_teacher = tl.where(empty, lse_teacher, at_teacher + teacher_high)
+    # A maximum is finite, and the sum a number, exactly where the row is a distribution.
+    fine_theta = (max_theta > -INF) & (max_theta < INF) & (sum_theta == sum_theta)
+    fine_teacher = (max_teacher > -INF) & (max_teacher < INF) & (sum_teacher == sum_teacher)
+    bad = tl.where(fine_theta, 0.0, 1.0) + tl.where(fine_teacher, 0.0, 2.0)
+
+    target = teacher_high - theta_low
+    lost = lost_theta | lost_teacher
+    free = pinned != pinned
+    center = gap_peak + m1
+    narrow = (highest - center < _NARROW) & (center - lowest < _NARROW) & (lost == 0)
+    expansion = 0.5 + tl.where(k2 > 0, k3 / tl.where(k2 > 0, k2, 1.0) / 24, 0.0)
+    aim = tl.where(narrow & free, tl.minimum(tl.maximum(expansion, low), high), pinned)
+    choice, level, known = solve_interpolated(
+        log1p(rest), m1, k2, k3, theta_low, teacher_high, mean_theta, mean_teacher, target, aim, low, high
+    )
+    # Where supports differ, K's ends are not the policies' normalisers, and there is nothing to interpolate.
+    newton = 0.5 + tl.minimum(tl.maximum((target - m1) / tl.where(k2 > 0, k2, 1.0), -0.3), 0.3)
+    choice = tl.where(lost & free, tl.minimum(tl.maximum(newton, low), high), choice)
+    choice = tl.where(empty & free, low, choice)
+    status = tl.where((known & (lost == 0)) | empty | (bad > 0), SETTLED, tl.where(free, OPEN, PINNED))
+    tl.store(state + MID_PEAK, top)
+    tl.store(state + GAP_PEAK, gap_peak)
+    tl.store(state + PEAK, peak)
+    tl.store(state + LSE_THETA, lse_theta)
+    tl.store(state + LSE_TEACHER, lse_teacher)
+    tl.store(state + AT_THETA, theta_low)
+    tl.store(state + AT_TEACHER, teacher_high)
+    tl.store(state + REST, tl.maximum(rest_theta, rest_teacher))
+    tl.store(state + LOST_THETA, lost_theta.to(tl.float64))
+    tl.store(state + LOST_TEACHER, lost_teacher.to(tl.float64))
+    tl.store(state + BAD, bad)
+    choice = tl.where(bad > 0, float("nan"), choice)
+    write_choice(state, choice, tl.where(bad > 0, float("nan"), level), status, empty, lse_theta, lse_teacher)

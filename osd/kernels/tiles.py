@@ -1,0 +1,126 @@
+"""What the three passes share: the row's state, a tile's logits, and how a row's last program is known.
+
+    meet     moments of the gap at alpha = 1/2, both normalisers and both ends' means    -> alpha
+    refine   moments at that alpha; rows whose alpha is already known return at once     -> alpha, surely
+    draw     q and its sums at that alpha, log q when asked for                          -> token and record
+
+Each is one kernel and one pass over both logits. A program holds one tile of one row in registers and reads it once; what
+it sums goes to `parts`, and the row's last program to arrive combines the tiles in float64 and writes the row's `state`.
+
+Coordinates are osd.curve's, relative to the likeliest token under alpha = 1/2, the row's peak: its gap is 0 and its
+weight exactly 1, apart from the sums, so that a row with 1e-9 off its peak keeps its digits. delta = alpha - 1/2.
+
+Shape suffixes: P rows, T tiles, N tokens of a tile. Logarithms are natural.
+"""
+
+import triton
+import triton.language as tl
+
+# Columns of state_P, float64.
+ALPHA: tl.constexpr = tl.constexpr(0)
+STATUS: tl.constexpr = tl.constexpr(1)
+LEVEL: tl.constexpr = tl.constexpr(2)  # what scores lose to become log q; K(delta), but for a pure row its policy's lse
+MID_PEAK: tl.constexpr = tl.constexpr(3)
+GAP_PEAK: tl.constexpr = tl.constexpr(4)
+PEAK: tl.constexpr = tl.constexpr(5)
+LSE_THETA: tl.constexpr = tl.constexpr(6)
+LSE_TEACHER: tl.constexpr = tl.constexpr(7)
+AT_THETA: tl.constexpr = tl.constexpr(8)  # lse_theta less the peak's logit, and the teacher's
+AT_TEACHER: tl.constexpr = tl.constexpr(9)
+PURE: tl.constexpr = tl.constexpr(10)  # 1 q is the student over its full support, 2 the teacher, 0 neither
+LOST_THETA: tl.constexpr = tl.constexpr(11)
+LOST_TEACHER: tl.constexpr = tl.constexpr(12)
+BAD: tl.constexpr = tl.constexpr(13)  # osd.mixing.Mixture.bad_side_B
+REST: tl.constexpr = tl.constexpr(14)  # the larger of both policies' off-peak masses
+LOG_SUM: tl.constexpr = tl.constexpr(15)  # log of the sum of e^(score - level): 0 but for rounding
+STATE: tl.constexpr = tl.constexpr(16)
+PARTS: tl.constexpr = tl.constexpr(16)  # columns of parts_PT, float32, whatever a kernel keeps in them
+
+# Values of STATUS.
+OPEN: tl.constexpr = tl.constexpr(0)
+SETTLED: tl.constexpr = tl.constexpr(1)
+PINNED: tl.constexpr = tl.constexpr(2)  # alpha is given, the level is not known
+
+INF: tl.constexpr = tl.constexpr(float("inf"))
+_GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)  # vLLM's threshold for "temperature 0"
+NO_TOKEN: tl.constexpr = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def row_of(rows, index, GATHER: tl.constexpr):
+    return tl.load(rows + index) if GATHER else index.to(tl.int64)
+
+
+@triton.jit
+def scale_of(temperature, row, TEMPERED: tl.constexpr):
+    """1 / temperature (1 for a greedy row), and whether the row is greedy."""
+    if TEMPERED:
+        t = tl.load(temperature + row)
+        greedy = t < _GREEDY_BELOW
+        scale = tl.where(greedy, 1.0, 1.0 / tl.where(greedy, 1.0, t))
+    else:
+        scale = 1.0
+        greedy = False
+    return scale, greedy
+
+
+@triton.jit
+def load(theta, teacher, token_N, scale, vocab):
+    """Tempered logits of a tile, float32, -inf beyond the vocabulary."""
+    theta_N = tl.load(theta + token_N, mask=token_N < vocab, other=-INF).to(tl.float32) * scale
+    teacher_N = tl.load(teacher + token_N, mask=token_N < vocab, other=-INF).to(tl.float32) * scale
+    return theta_N, teacher_N
+
+
+@triton.jit
+def gap_of(theta_N, teacher_N, gap_peak):
+    """z_t - z_theta relative to the peak's, and 0 outside the shared support."""
+    shared_N = (theta_N > -INF) & (teacher_N > -INF)
+    return tl.where(shared_N, teacher_N - theta_N - gap_peak, 0.0)
+
+
+@triton.jit
+def minus(values_N, top):
+    """values - top, where a top of -inf stands for 0."""
+    return values_N - tl.where(top == -INF, 0.0, top)
+
+
+@triton.jit
+def column_of(parts, column, tile_T, tiles, TILES: tl.constexpr, other):
+    """One column of a row's parts, [T] float64, `other` beyond the last tile."""
+    values_T = tl.load(parts + column * TILES + tile_T, mask=tile_T < tiles, other=other, cache_modifier=".cg")
+    return values_T.to(tl.float64)
+
+
+@triton.jit
+def last_to_arrive(count, tiles):
+    """Whether all other programs of this row are done; what they stored is then visible to this one."""
+    tl.debug_barrier()  # the atomic is one thread's: every thread must have stored
+    arrived = tl.atomic_add(count, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return arrived == tiles - 1
+
+
+# Reductions of several values at once: each costs a barrier or two, however many values it takes.
+
+
+@triton.jit
+def add5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def write_choice(state, alpha, level, status, empty, lse_theta, lse_teacher):
+    """alpha = 0 and alpha = 1 are the policies themselves, and so is the student where the supports share nothing."""
+    known = status != OPEN
+    student = known & ((alpha == 0) | (empty & (alpha < 1)))
+    teacher = known & (alpha == 1)
+    tl.store(state + ALPHA, alpha)
+    tl.store(state + LEVEL, tl.where(student, lse_theta, tl.where(teacher, lse_teacher, level)))
+    tl.store(state + STATUS, tl.where(student | teacher, SETTLED, status).to(tl.float64))
+    tl.store(state + PURE, tl.where(student, 1.0, tl.where(teacher, 2.0, 0.0)))

@@ -1,0 +1,449 @@
+"""The Triton kernels against the definitions in float64.
+
+Without a GPU they run in Triton's interpreter, in a process of their own (`test_in_the_interpreter`): TRITON_INTERPRET is
+read when a kernel is defined, and would turn vLLM's kernels into interpreted ones too. With one they run natively, and the
+`gpu` tests add the real sizes. Alpha is compared with the bisection of test_alpha, everything else with test_mixing's
+definitions at that alpha. Tiles are small here, so that every row has several.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from osd import kernels
+from osd.core import RECORD_FIELDS, MixingConfig
+from osd.mixing import mix
+from tests.test_alpha import Exact, wobble
+from tests.test_mixing import ess, kl, log_q
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if GPU else "cpu"
+INF, NAN = float("inf"), float("nan")
+
+kernel = pytest.mark.skipif(not (GPU or INTERPRETED), reason="run by test_in_the_interpreter")
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]
+
+if GPU or INTERPRETED:
+    from osd.kernels.fused import Cut, FusedMixture, Tuning, mix_and_draw
+
+    def tiled(tile: int) -> Tuning:
+        return Tuning(Cut(tile, 4), Cut(tile, 4), Cut(tile, 4))
+
+    SMALL = tiled(128)
+
+
+if INTERPRETED:
+    from triton.runtime.interpreter import ReduceOps
+
+    def tree(self: ReduceOps, values: tuple) -> list:
+        """As on a GPU. The interpreter combines element by element, a hundred times slower."""
+        n = len(values[0].handle.data)
+        while n > 1:
+            n //= 2
+            low, high = ([self.to_tensor(v.handle.data[part], v.dtype) for v in values] for part in (slice(n), slice(n, None)))
+            values = self.combine_fn.fn(*low, *high)
+        return [self.to_tensor(v.handle.data[0], v.dtype) for v in values]
+
+    ReduceOps.generic_reduce = tree
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="they run here")
+def test_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    child = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
+    assert " passed" in child.stdout
+
+
+def test_importing_the_package_needs_no_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import osd.kernels; assert not osd.kernels.available('cpu')"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0
+    assert not kernels.available("cpu")
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rand(seed: int, rows: int) -> Tensor:
+    return torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def zoo(vocab: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """One row of each kind of problem, [V] each."""
+
+    def near(seed: int, scale: float, peak: float = 0.0, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+        theta = 3 * randn(seed, vocab)
+        theta[vocab // 2] += peak
+        return theta, theta + scale * randn(seed + 1, vocab) + shift
+
+    def cut(pair: tuple[Tensor, Tensor], theta: slice | None, teacher: slice | None) -> tuple[Tensor, Tensor]:
+        for z, where in zip(pair, (theta, teacher), strict=True):
+            if where is not None:
+                z[where] = -INF
+        return pair
+
+    found = {
+        "diffuse": (randn(1, vocab), randn(2, vocab)),
+        "language": near(3, 1.0, peak=9),
+        "apart": (5 * randn(5, vocab), 5 * randn(6, vocab)),
+        "far": (30 * randn(7, vocab), 30 * randn(8, vocab)),
+        "peaked": near(9, 1.0, peak=25),
+        "very peaked": near(11, 2.0, peak=45),
+        "near 1e-1": near(13, 1e-1),
+        "near 1e-2": near(15, 1e-2),
+        "near 1e-4": near(17, 1e-4),
+        "near 1e-3, shifted": near(19, 1e-3, shift=-8.5),
+        "near 1e-2, peaked": near(21, 1e-2, peak=20),
+        "one-hot, another": near(25, 1.0, peak=1e4),
+    }
+    theta, teacher = near(27, 0.5)
+    theta[3] += 14
+    teacher[vocab - 2] += 11
+    found["two minds"] = (theta, teacher)
+    z = 3 * randn(29, vocab)
+    found["identical"] = (z, z.clone())
+    found["student masked"] = cut(near(31, 1.0), slice(0, vocab // 3), None)
+    found["teacher masked"] = cut(near(33, 1.0), None, slice(vocab // 2, None))
+    found["both masked"] = cut(near(35, 1.0), slice(0, vocab // 2), slice(3 * vocab // 4, None))
+    found["one token shared"] = cut(near(37, 1.0), slice(0, 100), slice(101, None))
+    found["disjoint"] = cut(near(39, 1.0), slice(0, vocab // 2), slice(vocab // 2, None))
+    theta, teacher = near(41, 1.0)
+    teacher[5] = theta[7] = -1e9
+    found["masked by a number"] = (theta, teacher)
+    return found
+
+
+def batch(vocab: int, dtype: torch.dtype) -> tuple[list[str], Tensor, Tensor]:
+    pairs = zoo(vocab)
+    theta, teacher = (torch.stack(z).to(DEVICE, dtype) for z in zip(*pairs.values(), strict=True))
+    return list(pairs), theta, teacher
+
+
+def close(name: str, value: Tensor, exact: Tensor, atol: float = 2e-5, rtol: float = 2e-5) -> None:
+    torch.testing.assert_close(value.double(), exact.double(), atol=atol, rtol=rtol, msg=lambda m: f"{name}: {m}")
+
+
+def check(fused: FusedMixture, theta: Tensor, teacher: Tensor, config: MixingConfig, greedy: Tensor | None = None) -> None:
+    """Every number of these tempered rows against the definitions in float64, at the alpha that was found."""
+    theta, teacher = theta.double(), teacher.double()
+    expected = log_q(theta, teacher, fused.alpha_P, config)
+    p, t = theta.log_softmax(-1), teacher.log_softmax(-1)
+    assert fused.token_P is not None
+    token = fused.token_P.long()[:, None]
+    column = dict(zip(RECORD_FIELDS, fused.values_PR.unbind(1), strict=True))
+    if fused.logq_PV is not None:
+        close("log q", fused.logq_PV, expected, atol=5e-5)
+    for name, logp in (("logq", expected), ("logp_theta", p), ("logp_teacher", t)):
+        close(name, column[name], logp.gather(1, token)[:, 0], atol=5e-5)
+    close("kl_theta", column["kl_theta"], kl(expected, p))
+    close("kl_teacher", column["kl_teacher"], kl(expected, t))
+    close("ess_theta", column["ess_theta"], ess(p, expected), rtol=1e-4)
+    close("ess_teacher", column["ess_teacher"], ess(t, expected), rtol=1e-4)
+    close("entropy_q", column["entropy_q"], torch.special.entr(expected.exp()).sum(-1))
+    logp_draw = column["logq"] if greedy is None else torch.where(greedy, 0.0, column["logq"])
+    assert torch.equal(column["logp_draw"], logp_draw)
+
+
+def check_alpha(names: list[str], alpha: Tensor, theta: Tensor, teacher: Tensor) -> None:
+    """Within 1e-4 of the root; where the gap hardly varies, of a root whose two divergences agree to 1e-6."""
+    for i, name in enumerate(names):
+        z_theta, z_teacher = theta[i].cpu(), teacher[i].cpu()
+        if name == "disjoint":
+            continue
+        exact = Exact(z_theta, z_teacher)
+        found = float(alpha[i])
+        error = abs(found - exact.solve("kl_symmetry"))
+        if error > 1e-4 and abs(exact.condition("kl_symmetry", found)) > 1e-6:
+            assert error <= 1e-4 + 2 * wobble(z_theta, z_teacher, "kl_symmetry"), (name, found, error)
+
+
+def inverse(logq: Tensor, uniform: Tensor, slack: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The ids by which the cumulative distribution of log q [P, V] passes uniform less and plus a slack."""
+    cdf = logq.double().exp().cumsum(-1)
+    last = (logq > -INF).double().cumsum(-1).argmax(-1, keepdim=True)
+    target = uniform.double()[:, None] * cdf[:, -1:]
+    return tuple(torch.searchsorted(cdf, target + s, right=True).minimum(last)[:, 0] for s in (-slack, slack))
+
+
+def check_draw(fused: FusedMixture, logq: Tensor, uniform: Tensor) -> None:
+    low, high = inverse(logq, uniform)
+    assert fused.token_P is not None
+    assert ((fused.token_P >= low) & (fused.token_P <= high)).all(), (fused.token_P, low, high)
+    assert (logq.gather(1, fused.token_P.long()[:, None]) > -INF).all()
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_matches_the_definitions(dtype: torch.dtype) -> None:
+    names, theta, teacher = batch(301, dtype)
+    uniform = rand(0, len(names))
+    fused = mix_and_draw(
+        theta, teacher, MixingConfig(), vocab_size=301, uniform=uniform, write_logq=dtype == torch.float32, tuning=SMALL
+    )
+    check_alpha(names, fused.alpha_P, theta, teacher)
+    assert fused.alpha_P[names.index("identical")] == 0.5
+    check(fused, theta, teacher, MixingConfig())
+    check_draw(fused, log_q(theta, teacher, fused.alpha_P, MixingConfig()), uniform)
+    assert (fused.bad_side_P == 0).all()
+
+
+@kernel
+def test_rows_temperatures_and_weights_of_single_requests() -> None:
+    """As the engine calls it: padded vocabularies, rows gathered on both sides, each request with its own settings."""
+    vocab = 200
+    theta, teacher = 3 * randn(1, 5, 256).to(DEVICE), 3 * randn(2, 6, 216).to(DEVICE)
+    theta[:, vocab:], teacher[:, vocab:] = 99.0, NAN
+    theta[4, 20:120] = -INF
+    rows_theta = torch.tensor([4, 0, 2, 1, 4, 3, 3], device=DEVICE)
+    rows_teacher = torch.tensor([1, 5, 0, 3, 3, 2, 4], device=DEVICE)
+    temperature = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.3, 1.0], device=DEVICE)
+    alpha = torch.tensor([0.0, NAN, 0.3, 1.0, NAN, 0.9, NAN], device=DEVICE)
+    config = MixingConfig(alpha_min=0.2, alpha_max=0.505)
+    uniform = rand(3, 7).float()
+    given = dict(rows_theta=rows_theta, rows_teacher=rows_teacher, temperature=temperature, alpha=alpha)
+    fused = mix_and_draw(theta, teacher, config, vocab_size=vocab, uniform=uniform, write_logq=True, tuning=SMALL, **given)
+
+    divisor = temperature[rows_teacher]
+    z_theta, z_teacher = (
+        z[rows, :vocab] / torch.where(divisor == 0, 1.0, divisor)[:, None]
+        for z, rows in ((theta, rows_theta), (teacher, rows_teacher))
+    )
+    expected = mix(z_theta, z_teacher, config, alpha_B=alpha)
+    close("alpha", fused.alpha_P, expected.alpha_B)
+    assert (fused.alpha_P[[1, 4, 6]] >= 0.2).all()
+    assert (fused.alpha_P[[1, 4, 6]] <= 0.505).all()
+    greedy = divisor == 0
+    check(fused, z_theta, z_teacher, config, greedy)
+    logq = log_q(z_theta, z_teacher, fused.alpha_P, config)
+    check_draw(fused, torch.where(greedy[:, None], torch.where(logq == logq.amax(1, True), 0.0, -INF), logq), uniform)
+
+    drawn = fused.values_PR.clone()
+    undrawn = mix_and_draw(theta, teacher, config, vocab_size=vocab, write_logq=True, tuning=SMALL, **given)
+    assert undrawn.token_P is None
+    finished = undrawn.record_at(fused.token_P, drawn[:, -1].contiguous())
+    torch.testing.assert_close(finished, drawn, atol=0, rtol=0)
+
+
+@kernel
+@pytest.mark.parametrize("alpha", [0.0, 0.37, 1.0])
+def test_a_fixed_alpha_and_greedy_ties_made_by_rounding(alpha: float) -> None:
+    """0.1 and the next float32 above it are one number after log q's normaliser is subtracted; greedy must not notice."""
+    config = MixingConfig(alpha_method="fixed", fixed_alpha=alpha)
+    theta, teacher = 2 * randn(1, 3, 300), 2 * randn(2, 3, 300)
+    theta[2] = teacher[2] = 0.1 + 6 * (torch.arange(300) == 7)
+    theta[2, 250] = teacher[2, 250] = torch.nextafter(theta[2, 7], torch.tensor(9.0))
+    theta[1, 40:], teacher[1, :20] = -INF, -INF
+    theta, teacher = theta.to(DEVICE), teacher.to(DEVICE)
+    greedy = torch.tensor([False, False, True], device=DEVICE)
+    fused = mix_and_draw(
+        theta,
+        teacher,
+        config,
+        vocab_size=300,
+        temperature=torch.where(greedy, 0.0, 1.0),
+        uniform=rand(1, 3),
+        write_logq=True,
+        tuning=SMALL,
+    )
+    close("alpha", fused.alpha_P, torch.full((3,), alpha, device=DEVICE))
+    check(fused, theta, teacher, config, greedy)
+    if alpha in (0.0, 1.0):
+        assert fused.token_P[2] == 250
+        assert fused.logq_PV[2].argmax() == 250
+
+
+@kernel
+def test_a_bad_row_names_its_side_and_spoils_only_itself() -> None:
+    theta, teacher = 2 * randn(1, 9, 200), 2 * randn(2, 9, 200)
+    uniform = rand(2, 9)
+
+    def run() -> FusedMixture:
+        z_theta, z_teacher = theta.to(DEVICE), teacher.to(DEVICE)
+        return mix_and_draw(z_theta, z_teacher, MixingConfig(), vocab_size=200, uniform=uniform, write_logq=True, tuning=SMALL)
+
+    clean = run()
+    theta[1, 3], theta[2], theta[3, 150] = NAN, -INF, INF
+    teacher[4, 130], teacher[5], teacher[6, 199] = NAN, -INF, INF
+    theta[7, 0], teacher[7, 0] = INF, INF
+    spoilt = run()
+    assert spoilt.bad_side_P.tolist() == [0, 1, 1, 1, 2, 2, 2, 3, 0]
+    assert spoilt.bad_side_P.dtype == torch.int8
+    bad = spoilt.bad_side_P > 0
+    assert spoilt.values_PR[bad][:, :9].isnan().all()
+    assert spoilt.logq_PV[bad].isnan().all()
+    for name in ("token_P", "values_PR", "logq_PV"):
+        assert torch.equal(getattr(spoilt, name)[~bad], getattr(clean, name)[~bad]), name
+
+
+@kernel
+def test_the_draw_inverts_the_distribution_up_to_its_very_ends() -> None:
+    """Both sides of every step of a cumulative distribution with holes, in tiles of which one is empty."""
+    z = torch.tensor([-INF, 0.0, -INF, 1.0, -2.0, -INF, 0.5, *[-INF] * 17, 2.0, -INF, 1e-3, -INF])
+    support = (z > -INF).nonzero()[:, 0]
+    edges = z.double().softmax(-1)[support].cumsum(0)[:-1]
+    uniform = torch.cat([torch.tensor([0.0, 1 - 2**-53]), edges - 1e-6, edges + 1e-6])
+    expected = torch.cat([support[[0, -1]], support[:-1], support[1:]])
+    rows = torch.zeros(len(uniform), dtype=torch.int64, device=DEVICE)
+    z = z[None].to(DEVICE)
+    tiny = tiled(8)
+    for numbers in (uniform.to(DEVICE), torch.tensor([1 - 2**-24], device=DEVICE)):
+        fused = mix_and_draw(
+            z,
+            z,
+            MixingConfig(),
+            vocab_size=28,
+            rows_theta=rows[: len(numbers)],
+            rows_teacher=rows[: len(numbers)],
+            uniform=numbers,
+            tuning=tiny,
+        )
+        assert fused.token_P.tolist() == (expected.tolist() if len(numbers) > 1 else [26])
+
+
+@kernel
+@pytest.mark.parametrize("planted", ["nothing", "alpha", "tile", "row"])
+def test_the_comparison_would_see_an_error(planted: str) -> None:
+    """Power: alpha off by 5e-3, a tile of 128 ids left out, or the wrong student row, each fail the comparison."""
+    theta, teacher = 3 * randn(1, 2, 301).to(DEVICE), 3 * randn(2, 2, 301).to(DEVICE)
+    config, vocab, rows, alpha = MixingConfig(), 301, None, None
+    if planted == "alpha":
+        alpha = mix(theta, teacher, config).alpha_B + 5e-3
+    if planted == "tile":
+        vocab = 256
+    if planted == "row":
+        rows = torch.tensor([1, 0], device=DEVICE)
+    fused = mix_and_draw(
+        theta, teacher, config, vocab_size=vocab, rows_theta=rows, alpha=alpha, uniform=rand(0, 2), tuning=SMALL
+    )
+
+    def compare() -> None:
+        check_alpha(["a", "b"], fused.alpha_P, theta, teacher)
+        check(fused, theta, teacher, config)
+
+    if planted == "nothing":
+        compare()
+    else:
+        with pytest.raises(AssertionError):
+            compare()
+
+
+@kernel
+def test_what_is_refused() -> None:
+    theta, teacher = torch.zeros(2, 9), torch.zeros(2, 9)
+    assert not kernels.supports(MixingConfig(alpha_method="ess_balance"))
+    assert not kernels.supports(MixingConfig(alpha_method="fixed", mixture="linear"))
+    with pytest.raises(ValueError, match="have no kernel"):
+        mix_and_draw(theta, teacher, MixingConfig(alpha_method="entropy"), vocab_size=9)
+    with pytest.raises(ValueError, match=r"student logits \(2, 9\); use \[B, >= 10\]"):
+        mix_and_draw(theta, teacher, MixingConfig(), vocab_size=10)
+    with pytest.raises(ValueError, match="uniform has 3 rows and the teacher 2"):
+        mix_and_draw(theta, teacher, MixingConfig(), vocab_size=9, uniform=torch.zeros(3))
+    with pytest.raises(ValueError, match="temperature has 1 rows"):
+        mix_and_draw(theta, teacher, MixingConfig(), vocab_size=9, temperature=torch.zeros(1))
+
+
+class TestOnAGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("rows", "vocab"), [(1, 151936), (3, 151935), (32, 151936), (128, 50257), (512, 151936)])
+    def test_real_sizes(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
+        """Alpha against osd.alpha's on 4 rows, and every number against the definitions, 32 rows at a time."""
+        theta, teacher = correlated(rows, vocab, dtype)
+        uniform = rand(0, rows)
+        fused = mix_and_draw(theta, teacher, MixingConfig(), vocab_size=vocab, uniform=uniform, write_logq=rows <= 32)
+        for start in range(0, rows, 32):
+            some = slice(start, start + 32)
+            z_theta, z_teacher = theta[some].float(), teacher[some].float()
+            close("alpha", fused.alpha_P[some], mix(z_theta, z_teacher, MixingConfig()).alpha_B, atol=1e-4)
+            part = FusedMixture(
+                token_P=fused.token_P[some],
+                values_PR=fused.values_PR[some],
+                bad_side_P=fused.bad_side_P[some],
+                logq_PV=None if fused.logq_PV is None else fused.logq_PV[some],
+                _inputs=(),
+                _state_P=fused._state_P,
+                _flags={},
+            )
+            check(part, z_theta, z_teacher, MixingConfig())
+            check_draw(part, log_q(z_theta, z_teacher, part.alpha_P, MixingConfig()), uniform[some])
+
+    def test_the_zoo_at_full_size(self) -> None:
+        names, theta, teacher = batch(151936, torch.float32)
+        uniform = rand(1, len(names))
+        fused = mix_and_draw(theta, teacher, MixingConfig(), vocab_size=151936, uniform=uniform)
+        check_alpha(names, fused.alpha_P, theta, teacher)
+        check(fused, theta, teacher, MixingConfig())
+
+    def test_a_cuda_graph_replays_it_on_new_inputs(self) -> None:
+        theta, teacher = correlated(8, 32000, torch.bfloat16)
+        uniform = rand(1, 8)
+        mix_and_draw(theta, teacher, MixingConfig(), vocab_size=32000, uniform=uniform)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = mix_and_draw(theta, teacher, MixingConfig(), vocab_size=32000, uniform=uniform)
+        for seed in range(3):
+            theta.copy_(correlated(8, 32000, torch.bfloat16, seed=10 + seed)[0])
+            uniform.copy_(rand(seed, 8))
+            graph.replay()
+            direct = mix_and_draw(theta, teacher, MixingConfig(), vocab_size=32000, uniform=uniform)
+            assert torch.equal(captured.token_P, direct.token_P)
+            assert torch.equal(captured.values_PR, direct.values_PR)
+
+    def test_it_is_deterministic_under_load(self) -> None:
+        """A moving result would be a race between a row's programs."""
+        theta, teacher = correlated(64, 151936, torch.bfloat16)
+        uniform = rand(1, 64)
+        first = mix_and_draw(theta, teacher, MixingConfig(), vocab_size=151936, uniform=uniform)
+        for _ in range(200):
+            again = mix_and_draw(theta, teacher, MixingConfig(), vocab_size=151936, uniform=uniform)
+            assert torch.equal(again.values_PR, first.values_PR)
+            assert torch.equal(again.token_P, first.token_P)
+
+    def test_draws_follow_q(self) -> None:
+        """Chi-square of 60,000 draws over 40 ids: above 75 once in 2,500 runs (39 degrees); about 1,000 for pi_theta."""
+        theta, teacher = 2 * randn(1, 1, 40).to(DEVICE), 2 * randn(2, 1, 40).to(DEVICE)
+        rows = torch.zeros(60000, dtype=torch.int64, device=DEVICE)
+        fused = mix_and_draw(
+            theta,
+            teacher,
+            MixingConfig(),
+            vocab_size=40,
+            rows_theta=rows,
+            rows_teacher=rows,
+            uniform=rand(5, 60000),
+            tuning=tiled(16),
+        )
+        counts = torch.bincount(fused.token_P, minlength=40).cpu().double()
+        q = log_q(theta, teacher, fused.alpha_P[:1], MixingConfig()).exp()[0].cpu()
+
+        def statistic(p: Tensor) -> float:
+            rare = p < 1e-4
+            kept = torch.cat([counts[~rare], counts[rare].sum()[None]]), torch.cat([p[~rare], p[rare].sum()[None]]) + 1e-12
+            return float(stats.chisquare(kept[0].numpy(), (kept[1] / kept[1].sum() * 60000).numpy()).statistic)
+
+        assert statistic(q) < 75
+        assert statistic(theta.double().softmax(-1)[0].cpu()) > 500
+
+
+def correlated(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits of two models that mostly agree, with a few favourites."""
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    theta = 3 * torch.randn(rows, vocab, device=DEVICE, generator=g)
+    theta[:, 7::1999] += 6 * torch.rand(theta[:, 7::1999].shape, device=DEVICE, generator=g)
+    teacher = theta + torch.randn(rows, vocab, device=DEVICE, generator=g)
+    return theta.to(dtype), teacher.to(dtype)
