@@ -282,6 +282,7 @@ def test_a_bad_row_names_its_side_and_spoils_only_itself() -> None:
     spoilt = run()
     assert spoilt.bad_side_P.tolist() == [0, 1, 1, 1, 2, 2, 2, 3, 0]
     assert spoilt.bad_side_P.dtype == torch.int8
+    assert spoilt.token_P[spoilt.bad_side_P > 0].tolist() == [-2, -2, -2, -3, -3, -3, -4]
     bad = spoilt.bad_side_P > 0
     assert spoilt.values_PR[bad][:, :9].isnan().all()
     assert spoilt.logq_PV[bad].isnan().all()

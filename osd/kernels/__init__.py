@@ -4,6 +4,7 @@ Where `available(device)` and `supports(config)`, osd.kernels.fused.mix_and_draw
 osd.mixing.record_rows do, at about the cost of reading the logits.
 """
 
+import functools
 import importlib.util
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from osd.core import MixingConfig
 
 
+@functools.cache
 def available(device: torch.device | str) -> bool:
     """Whether the kernels run on this device: an NVIDIA or AMD GPU, and Triton installed."""
     return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -122,9 +122,9 @@ def draw_kernel(
                 chosen = _invert(
                     theta, teacher, scale, vocab, gap_peak, pure, mid_peak, delta, level, parts, tiles, target, TILE, TILES
                 )
-            if tl.load(state + BAD) > 0:
-                chosen = 0
-            tl.store(token + row, chosen)
+            bad = tl.load(state + BAD).to(tl.int32)
+            chosen = tl.where(bad > 0, 0, chosen)
+            tl.store(token + row, tl.where(bad > 0, -1 - bad, chosen))
             columns = _token_columns(theta, teacher, scale, state, log_sum, chosen)
             _write_token(record, columns, tl.where(greedy, 0.0, columns[0]))
 

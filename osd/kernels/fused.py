@@ -54,7 +54,7 @@ def _power_of_two(n: int) -> int:
 class FusedMixture:
     """What `mix_and_draw` found, for P rows.
 
-    token_P: the drawn ids, int32, 0 in a bad row; None if nothing was drawn.
+    token_P: the drawn ids, int32, -1 - bad_side in a bad row; None if nothing was drawn.
     values_PR: float32, columns as in RECORD_FIELDS; the token's columns are unwritten if nothing was drawn.
     bad_side_P: int8 as in osd.mixing.Mixture; such a row's values are NaN.
     logq_PV: log q, float32, or None if it was not asked for.
