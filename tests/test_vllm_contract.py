@@ -17,7 +17,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
-from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -65,6 +65,7 @@ def test_classes_have_what_the_pair_uses(cls, names):
         (NewRequestData, "req_id sampling_params num_computed_tokens"),
         (ModelRunnerOutput, "req_ids req_id_to_index sampled_token_ids logprobs prompt_logprobs_dict pooler_output"),
         (SamplingMetadata, "temperature all_greedy all_random top_k top_p generators logitsprocs"),
+        (CachedRequestState, "output_token_ids"),
         (FullAttentionSpec, "block_size num_kv_heads head_size dtype sliding_window"),
     ],
 )
