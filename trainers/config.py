@@ -155,8 +155,8 @@ class OSDConfig(DistillationConfig):
     privilege_gap_steps: int = field(
         default=0,
         metadata={
-            "help": "Every this many optimizer steps, log how much the teacher's own prompt changes its log-probabilities of "
-            "the sampled tokens (`privilege/gap`, nats per token). 0: never."
+            "help": "Every this many optimizer steps (if it is one that samples), log how much the teacher's own prompt "
+            "changes its log-probabilities of the sampled tokens (`privilege/gap`, nats per token). 0: never."
         },
     )
     privilege_gap_tokens: int = field(

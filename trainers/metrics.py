@@ -54,6 +54,8 @@ def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, floa
 
 def loss_metrics(sums: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:
     """Metrics of one pass from its sums over tokens, each optional but `tokens`; a collective operation."""
+    if set(sums) <= {"tokens"}:
+        return {}  # nothing to say, so nothing to wait for
     sums_K = torch.stack([value.detach().double().to(accelerator.device) for value in sums.values()])
     of = dict(zip(sums, accelerator.gather(sums_K[None]).sum(0).tolist(), strict=True))
     tokens = of["tokens"]
