@@ -6,13 +6,13 @@ import gc
 import itertools
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from osd.core import RECORD_FIELDS, TokenRecord
+from osd.core import RECORD_FIELDS, MixingConfig, TokenRecord
 from osd.engine.compat import check_vllm
 
 check_vllm()
@@ -98,6 +98,7 @@ class PairEngine:
         skipped = self._engine.vllm_config.model_config.skip_tokenizer_init
         self.tokenizer: Any = None if skipped else self.llm.get_tokenizer()
         self.weights_version = 0
+        self.mixing = config.mixing
         self._request_number = itertools.count()
         self._stale: str | None = None
         if self._worker() is not None:
@@ -115,7 +116,19 @@ class PairEngine:
         if self.llm.collective_rpc("pair_active") != [True] * self._engine.vllm_config.parallel_config.world_size:
             raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
 
+    def set_mixing(self, mixing: MixingConfig) -> None:
+        """From now on, choose α and mix like this (``self.mixing``); requests in flight go on with it too."""
+        self._check_open()
+        if mixing != self.mixing:
+            self.llm.collective_rpc("set_mixing", args=(mixing.to_dict(),))
+            self.mixing = mixing
+
     # -- sampling ---------------------------------------------------------------------------------------------------
+
+    def check(self, prompts: Sequence[PairPrompt], *, sampling: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Raise the ValueError that ``generate`` would raise for these prompts; samples nothing."""
+        self._check_open()
+        self._sampling_params(prompts, sampling, PairOptions())
 
     def generate(
         self,
@@ -127,6 +140,7 @@ class PairEngine:
         record: bool = True,
         hidden: bool = False,
         progress: bool = False,
+        on_finished: Callable[[int], None] | None = None,
     ) -> list[PairCompletion]:
         """Sample one completion per prompt, in the order of the prompts.
 
@@ -139,6 +153,7 @@ class PairEngine:
             record: return the per-token record.
             hidden: with the teacher's final hidden state.
             progress: show a progress bar.
+            on_finished: called with the number of tokens of every completion that finishes, while the others go on.
 
         Raises:
             ValueError: an empty prompt, or one too long for either model; nothing has been sampled then.
@@ -152,7 +167,7 @@ class PairEngine:
         ids: dict[str, str] = {}
         try:
             self._submit(prompts, params, ids)
-            outputs = self._run(len(ids), progress)
+            outputs = self._run(len(ids), progress, on_finished)
         except BaseException:
             self._abandon(ids)
             raise
@@ -175,7 +190,7 @@ class PairEngine:
             extra = {**vars(options), "weights_version": self.weights_version}
             extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
             extra_args = {**(kwargs.get("extra_args") or {}), **PairOptions(**extra).to_extra_args()}
-            params.append(_checked_params({**kwargs, "extra_args": extra_args}))
+            params.append(checked_params({**kwargs, "extra_args": extra_args}))
             self._check_request(index, prompt, params[-1], options.teacher_only)
         return params
 
@@ -214,7 +229,7 @@ class PairEngine:
             ids[name] = self._engine.add_request(name, {"prompt_token_ids": list(prompt.teacher_token_ids)}, param)
         return ids
 
-    def _run(self, total: int, progress: bool) -> dict[str, Any]:
+    def _run(self, total: int, progress: bool, on_finished: Callable[[int], None] | None = None) -> dict[str, Any]:
         outputs: dict[str, Any] = {}
         with tqdm(total=total, desc="sampling", unit="completion", delay=2, disable=not progress) as bar:
             while self._engine.has_unfinished_requests():
@@ -222,6 +237,8 @@ class PairEngine:
                     if output.finished:
                         outputs[output.request_id] = output
                         bar.update()
+                        if on_finished is not None:
+                            on_finished(len(output.outputs[0].token_ids))
         return outputs
 
     def _completion(self, prompt: PairPrompt, output: Any, record: RequestRecord | None) -> PairCompletion:
@@ -349,7 +366,7 @@ class PairEngine:
         self.close()
 
 
-def _checked_params(kwargs: dict[str, Any]) -> SamplingParams:
+def checked_params(kwargs: dict[str, Any]) -> SamplingParams:
     """vLLM's sampling parameters; its complaints, of several types, as a ValueError."""
     try:
         return SamplingParams(**kwargs)

@@ -19,6 +19,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
+from osd.core import MixingConfig
 from osd.engine.config import mixing_config, share_block_size, student_vllm_config
 from osd.engine.options import PairOptions
 from osd.engine.parts import as_index, take
@@ -149,6 +150,10 @@ class PairWorker(Worker):
         self.student_sampler = FedSampler()
         self.model_runner.sampler, self.student_runner.sampler = self.sampler, self.student_sampler
         self.planner = RowPlanner(self.device)
+
+    def set_mixing(self, mixing: dict[str, Any]) -> None:
+        """From the next step on, choose α and mix as this ``MixingConfig.to_dict()`` says."""
+        self.sampler.mixing = MixingConfig.from_dict(mixing)
 
     def pair_active(self) -> bool:
         """Both samplers are in place; asked once at start-up, because vLLM goes on without a plug-in that is not used."""
