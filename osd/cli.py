@@ -84,10 +84,26 @@ def _generate(argv: Sequence[str]) -> None:
     )
 
 
+def _inspect(argv: Sequence[str]) -> None:
+    from argparse import ArgumentParser
+    from pathlib import Path
+
+    parser = ArgumentParser(prog="osd inspect", description="One HTML page about data that `osd generate` wrote.", allow_abbrev=False)
+    parser.add_argument("file", type=Path, metavar="FILE", help="a .parquet or .jsonl file, or a whole output folder")
+    parser.add_argument("--output", type=Path, metavar="PAGE", help="the page to write [inspect.html in the folder]")
+    parser.add_argument("--shown", type=int, default=200, metavar="N", help="completions on the page, at most [200]")
+    flags = parser.parse_args(argv)
+    if flags.shown < 1:
+        raise ValueError(f"shown={flags.shown} must be at least 1")
+    from osd.data.inspection import inspect
+
+    print(inspect(flags.file, flags.output, shown=flags.shown))
+
+
 def _training_keys() -> set[str]:
     from trainers.train_osd import training_keys
 
     return training_keys()
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"generate": _generate}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"generate": _generate, "inspect": _inspect}
