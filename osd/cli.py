@@ -84,11 +84,36 @@ def _generate(argv: Sequence[str]) -> None:
     )
 
 
+def _compare(argv: Sequence[str]) -> None:
+    from osd.data.parse import parse
+    from osd.data.settings import CompareConfig
+
+    settings = parse(
+        CompareConfig,
+        argv,
+        training_keys=_training_keys,
+        prog="osd compare",
+        description="Sample the same prompts from student, teacher, linear mixtures and q*, and score them with both models.",
+    )
+    from osd.data.comparison import compare, sentence
+    from osd.data.generate import NothingUsable
+    from osd.data.pair import EnginePair
+
+    try:
+        result = compare(settings, EnginePair)
+    except NothingUsable as error:
+        sys.exit(f"osd compare: failed: {error}")
+    headline, reasons = sentence(result)
+    print(f"{headline}\n{reasons}\n{settings.output}/compare.html, compare.png, compare.json")
+
+
 def _inspect(argv: Sequence[str]) -> None:
     from argparse import ArgumentParser
     from pathlib import Path
 
-    parser = ArgumentParser(prog="osd inspect", description="One HTML page about data that `osd generate` wrote.", allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="osd inspect", description="One HTML page about data that `osd generate` wrote.", allow_abbrev=False
+    )
     parser.add_argument("file", type=Path, metavar="FILE", help="a .parquet or .jsonl file, or a whole output folder")
     parser.add_argument("--output", type=Path, metavar="PAGE", help="the page to write [inspect.html in the folder]")
     parser.add_argument("--shown", type=int, default=200, metavar="N", help="completions on the page, at most [200]")
@@ -106,4 +131,4 @@ def _training_keys() -> set[str]:
     return training_keys()
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"generate": _generate, "inspect": _inspect}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"generate": _generate, "inspect": _inspect, "compare": _compare}

@@ -10,19 +10,28 @@ _STATED = re.compile(r"answer\s*(?:is|:|=)\s*(.+?)(?:\.\s|\.?$|\n)", re.IGNORECA
 
 def contains(completion: str, answer: str) -> bool:
     """Whether the answer stands in the completion, not as a part of a longer word or number."""
-    wanted = re.escape(_plain(final(answer) or answer))
+    wanted = re.escape(_plain(reference(answer)))
     return re.search(rf"(?<![\w.]){wanted}(?!\w|\.\d)", _plain(completion)) is not None
 
 
 def matches(completion: str, answer: str) -> bool:
-    """Whether the completion's final answer is the reference answer: the same number, or the same text but for case."""
-    given, wanted = final(completion), final(answer) or answer
-    if given is None:
-        return False
+    """Whether the completion's final answer, or all of it, is the reference answer: the same number, or the same text."""
+    wanted = reference(answer)
+    return any(given is not None and _same(given, wanted) for given in (final(completion), completion))
+
+
+def _same(given: str, wanted: str) -> bool:
+    given, wanted = _plain(given), _plain(wanted)
     try:
-        return float(_plain(given).rstrip("%")) == float(_plain(wanted).rstrip("%"))
+        return float(given.rstrip("%")) == float(wanted.rstrip("%"))
     except ValueError:
-        return _plain(given).casefold() == _plain(wanted).casefold()
+        return given.casefold() == wanted.casefold()
+
+
+def reference(answer: str) -> str:
+    """A reference answer without its reasoning, where ``\\boxed{}`` or ``####`` tells the two apart."""
+    marked = _last_boxed(answer) or (answer.rsplit("####", 1)[1] if "####" in answer else answer)
+    return marked.strip()
 
 
 def final(text: str) -> str | None:

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 STUDENT, TEACHER, THIRD, FOURTH = "#3b7dd8", "#d9762b", "#4d9a5f", "#8a63b8"
 # matplotlib wants a colour of its own; in the page this one becomes the text's.
 INK = "#010203"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "osd",
     "font.family": "sans-serif",

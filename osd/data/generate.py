@@ -59,7 +59,7 @@ def generate(settings: GenerateConfig, start_pair: StartPair) -> Counts:
         NothingUsable: there was no row that could be sampled.
     """
     place = parse_shard(settings.shard) if settings.shard else process_place(settings.tensor_parallel_size())
-    rows = read_rows(settings)
+    rows = read_rows(settings, limit=settings.limit)
     run = describe(settings, rows, place[1])
     store = Store(Path(settings.output or ""), settings.format, place)
     store.check(run, resume=settings.resume)
@@ -78,14 +78,14 @@ def generate(settings: GenerateConfig, start_pair: StartPair) -> Counts:
     return store.state.counts
 
 
-def read_rows(settings: GenerateConfig | CompareConfig) -> Rows:
-    """The input. Raises as `osd.data.source.read`."""
+def read_rows(settings: GenerateConfig | CompareConfig, *, limit: int | None) -> Rows:
+    """The input, or its first `limit` rows. Raises as `osd.data.source.read`."""
     return read(
         settings.source(),
         config=settings.dataset_config,
         split=settings.dataset_train_split,
         id_column=settings.id_column,
-        limit=settings.limit,
+        limit=limit,
     )
 
 
@@ -193,11 +193,11 @@ def process_place(gpus_each: int = 1) -> tuple[int, int]:
     return index, total
 
 
-def describe(settings: GenerateConfig, rows: Rows, processes: int) -> dict[str, Any]:
+def describe(settings: GenerateConfig | CompareConfig, rows: Rows, processes: int) -> dict[str, Any]:
     """What run.json says: the settings that make the data, their hash, and where and with what it was made."""
     made = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE}
     made["input rows"] = rows.fingerprint
-    layout = {name: made.pop(name) for name in ("format", "shard_size")}
+    layout = {name: made.pop(name) for name in ("format", "shard_size") if name in made}
     return {
         "config_hash": hashlib.sha256(canonical(made).encode()).hexdigest()[:16],
         # Through JSON and back, as it is read when the run is resumed.

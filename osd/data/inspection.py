@@ -63,7 +63,8 @@ def page_of(result: Tally, name: str) -> str:
 
 
 def _within_budget(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept, tokens = [], 0
+    kept: list[dict[str, Any]] = []
+    tokens = 0
     for sample in samples:
         tokens += min(len(sample["tokens"]), CUT)
         if kept and tokens > SHOWN_TOKENS:
@@ -227,7 +228,9 @@ def _early(axes: Any, result: Tally) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("token")
     shares = axes.twinx()
-    shares.fill_between(np.arange(reached), result.early_counts[:reached] / result.completions, color=INK, alpha=0.06, linewidth=0)
+    shares.fill_between(
+        np.arange(reached), result.early_counts[:reached] / result.completions, color=INK, alpha=0.06, linewidth=0
+    )
     shares.set_ylim(0, 1)
     shares.set_axis_off()
     axes.set_zorder(1)

@@ -64,7 +64,7 @@ class Data:
     )
     id_column: str | None = _of(None, "A column with a name for each row. Default: a hash of the row.")
     answer_column: str | None = _of(None, "A column with the reference answer, kept with every completion and scored.")
-    limit: int | None = _of(None, "Read only that many rows.")
+    limit: int | None = _of(None, "Read only that many rows; `osd compare` reads 100 unless told.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ class Store:
             if part.name.endswith(f"-{self._place()}.part"):  # left by a killed run of this process
                 part.unlink()
         if not (self.folder / RUN).exists() or not self._begun():
-            self._write_whole(self.folder / RUN, _json(run).encode())  # every process writes the same
+            self._write_whole(self.folder / RUN, json_text(run).encode())  # every process writes the same
         if self._state_path().exists():
             self.state = self._read_state(self._state_path())
         self._cut_rejected()
@@ -160,7 +160,7 @@ class Store:
     def _write_state(self) -> None:
         path = self._state_path()
         part = self._part(path)
-        _write(part, _json(asdict(self.state)).encode())
+        _write(part, json_text(asdict(self.state)).encode())
         _replace(part, path)
 
     def finish(self) -> Counts | None:
@@ -180,7 +180,9 @@ class Store:
         if self.total > 1:
             parts = [path for i in range(self.total) if (path := self.rejected_path(i)).exists()]
             self._write_whole(self.folder / REJECTED, b"".join(path.read_bytes() for path in parts))
-        self._write_whole(self.folder / SUMMARY, _json(_finite({**asdict(counts), "alpha_mean": counts.alpha_mean})).encode())
+        self._write_whole(
+            self.folder / SUMMARY, json_text(finite({**asdict(counts), "alpha_mean": counts.alpha_mean})).encode()
+        )
         return counts
 
     def _write_whole(self, path: Path, data: bytes) -> None:
@@ -235,22 +237,24 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """Indented JSON, for a file to be read by people too."""
     return json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
 
 
 def _json_line(value: Mapping[str, Any]) -> bytes:
     """One line of JSON. It has no infinities: a log-probability of -inf becomes null."""
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, default=str)
     return (text + "\n").encode("utf-8", "replace")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A copy that JSON can hold: null where a number is infinite or none."""
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None  # nine digits hold every float32
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def is_data_file(path: Path) -> bool:
