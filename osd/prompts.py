@@ -102,7 +102,7 @@ def _apply_chat_template(tokenizer: Any, messages: Sequence[Message], kwargs: di
 
 
 def template_fields(template: str) -> frozenset[str]:
-    """Names of the columns that a privileged template uses.
+    """Names of the columns that a template uses.
 
     Raises:
         ValueError: a field that is not a plain column name, or braces that are not a field.
@@ -120,7 +120,7 @@ def template_fields(template: str) -> frozenset[str]:
 
 def _template_help(template: str, problem: str) -> str:
     return (
-        f"the privileged template {template!r} is not valid: {problem}. A field is a column name in braces, as in "
+        f"the template {template!r} is not valid: {problem}. A field is a column name in braces, as in "
         "{prompt}; a literal brace is written twice, as in \\boxed{{}}"
     )
 
@@ -148,7 +148,7 @@ def privileged_template_for(columns: Iterable[str], template: str | None) -> str
     missing = sorted(template_fields(template) - set(columns))
     if missing:
         raise ValueError(
-            f"the privileged template {template!r} names {', '.join(map(repr, missing))}, which the dataset does not have; "
+            f"the template {template!r} names {', '.join(map(repr, missing))}, which the dataset does not have; "
             f"its columns are {sorted(columns)}"
         )
     return template
@@ -169,21 +169,25 @@ def teacher_prompt(row: Mapping[str, Any], template: str | None = None) -> Promp
     if template is None:
         return prompt
     if isinstance(prompt, str):
-        return _fill(template, row, prompt)
+        return fill(template, {**row, PROMPT_COLUMN: prompt})
     last = _last_user_message(prompt)
-    filled = {**prompt[last], "content": _fill(template, row, prompt[last]["content"])}
+    filled = {**prompt[last], "content": fill(template, {**row, PROMPT_COLUMN: prompt[last]["content"]})}
     return [*prompt[:last], filled, *prompt[last + 1 :]]
 
 
-def _fill(template: str, row: Mapping[str, Any], prompt_text: str) -> str:
-    values = {**row, PROMPT_COLUMN: prompt_text}
-    absent = sorted(name for name in template_fields(template) if values.get(name) is None)
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """The template's text with a row's columns in place of its fields.
+
+    Raises:
+        ValueError: a field that is missing from this row, or None in it.
+    """
+    absent = sorted(name for name in template_fields(template) if row.get(name) is None)
     if absent:
         raise ValueError(
-            f"the privileged template {template!r} needs {', '.join(map(repr, absent))}, which this row does not have "
+            f"the template {template!r} needs {', '.join(map(repr, absent))}, which this row does not have "
             f"(its columns are {sorted(row)}): {dict(row)!r:.200}"
         )
-    return template.format(**values)
+    return template.format(**row)
 
 
 def _last_user_message(messages: Sequence[Message]) -> int:

@@ -21,7 +21,10 @@ LAYERS = [
     "osd.engine",
     "osd.generation",
     "osd.sampler",
+    "osd.data",
     "trainers",
+    "osd.cli",
+    "osd.__main__",
 ]
 SOURCES = [p for folder in ("osd", "trainers") for p in sorted((ROOT / folder).rglob("*.py")) if p != ROOT / "osd/__init__.py"]
 

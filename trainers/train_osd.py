@@ -7,12 +7,13 @@ Flags win over the YAML file; a key or flag that nothing knows is an error. The 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from osd.data.parse import data_keys, split_sections
 from trainers import OSDConfig, OSDTrainer
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -32,9 +33,24 @@ class DataArguments(ScriptArguments):
     )
 
 
+class Parser(TrlParser):
+    """TRL's parser, which skips what a YAML file says to the data commands only (see osd/data/parse.py for the rule)."""
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        top, _ = split_sections(values)
+        return super().set_defaults_with_config(
+            **{k: v for k, v in top.items() if k in training_keys() or k not in data_keys()}
+        )
+
+
+def training_keys() -> set[str]:
+    """Every key that a YAML file can have for training."""
+    return {f.name for holder in (DataArguments, OSDConfig, ModelConfig) for f in fields(holder)}
+
+
 def parse(argv: Sequence[str] | None = None) -> tuple[DataArguments, OSDConfig, ModelConfig]:
     """Arguments from `--config file.yaml` and flags; unknown ones of either kind are refused."""
-    parser = TrlParser([DataArguments, OSDConfig, ModelConfig])  # type: ignore[list-item]
+    parser = Parser([DataArguments, OSDConfig, ModelConfig])  # type: ignore[list-item]
     data, args, model = parser.parse_args_and_config(argv)
     if data.dataset_name is None or model.model_name_or_path is None:
         raise ValueError("dataset_name and model_name_or_path must be set, in the YAML file or as flags")

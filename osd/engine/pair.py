@@ -6,7 +6,7 @@ import gc
 import itertools
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,11 @@ class PairEngine:
 
     # -- sampling ---------------------------------------------------------------------------------------------------
 
+    def check(self, prompts: Sequence[PairPrompt], *, sampling: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Raise the ValueError that ``generate`` would raise for these prompts; samples nothing."""
+        self._check_open()
+        self._sampling_params(prompts, sampling, PairOptions())
+
     def generate(
         self,
         prompts: Sequence[PairPrompt],
@@ -136,6 +141,7 @@ class PairEngine:
         record: bool = True,
         hidden: bool = False,
         progress: bool = False,
+        on_finished: Callable[[int], None] | None = None,
     ) -> list[PairCompletion]:
         """Sample one completion per prompt, in the order of the prompts.
 
@@ -150,6 +156,7 @@ class PairEngine:
             record: return the per-token record.
             hidden: with the teacher's final hidden state.
             progress: show a progress bar.
+            on_finished: called with the number of tokens of every completion that finishes, while the others go on.
 
         Raises:
             ValueError: an empty prompt, one too long for either model, another number of α; nothing has been sampled then.
@@ -166,7 +173,7 @@ class PairEngine:
         ids: dict[str, str] = {}
         try:
             self._submit(prompts, params, ids)
-            outputs = self._run(len(ids), progress)
+            outputs = self._run(len(ids), progress, on_finished)
         except BaseException:
             self._abandon(ids)
             raise
@@ -190,7 +197,7 @@ class PairEngine:
             extra = {**vars(option), "weights_version": self.weights_version}
             extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
             extra_args = {**(kwargs.get("extra_args") or {}), **PairOptions(**extra).to_extra_args()}
-            params.append(_checked_params({**kwargs, "extra_args": extra_args}))
+            params.append(checked_params({**kwargs, "extra_args": extra_args}))
             self._check_request(index, prompt, params[-1], option.teacher_only)
         return params
 
@@ -229,7 +236,7 @@ class PairEngine:
             ids[name] = self._engine.add_request(name, {"prompt_token_ids": list(prompt.teacher_token_ids)}, param)
         return ids
 
-    def _run(self, total: int, progress: bool) -> dict[str, Any]:
+    def _run(self, total: int, progress: bool, on_finished: Callable[[int], None] | None = None) -> dict[str, Any]:
         outputs: dict[str, Any] = {}
         with tqdm(total=total, desc="sampling", unit="completion", delay=2, disable=not progress) as bar:
             while self._engine.has_unfinished_requests():
@@ -237,6 +244,8 @@ class PairEngine:
                     if output.finished:
                         outputs[output.request_id] = output
                         bar.update()
+                        if on_finished is not None:
+                            on_finished(len(output.outputs[0].token_ids))
         return outputs
 
     def _completion(self, prompt: PairPrompt, output: Any, record: RequestRecord | None) -> PairCompletion:
@@ -373,7 +382,7 @@ def _one_each(name: str, given: Any, count: int) -> list[Any]:
     return list(given)
 
 
-def _checked_params(kwargs: dict[str, Any]) -> SamplingParams:
+def checked_params(kwargs: dict[str, Any]) -> SamplingParams:
     """vLLM's sampling parameters; its complaints, of several types, as a ValueError."""
     try:
         return SamplingParams(**kwargs)

@@ -1,0 +1,247 @@
+"""`osd inspect`: one HTML page about a file or folder of data, of bounded size whatever the data's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from osd.data.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, svg
+from osd.data.pages import render, script_json, write
+from osd.data.tally import EARLY, NATS, PLACES, UNIT, Tally, TokenSums, data_files, tally
+
+SHOWN_TOKENS = 60_000  # in all completions on the page: about 2 MB
+CUT = 2_000  # tokens of one completion
+PROMPT_CUT = 6_000  # characters of a prompt
+EXTREMES, WORDS = 15, 15
+
+
+def inspect(path: Path, output: Path | None = None, *, shown: int = 200) -> Path:
+    """Write the page of a data set; returns where.
+
+    Args:
+        path: a Parquet or JSONL file, or an output folder of `osd generate`.
+        output: the page. Default: inspect.html in the folder, or beside the file with its name.
+        shown: how many completions the page has, at most; fewer if they are long.
+
+    Raises:
+        ValueError: no data there, or not that of `osd generate`.
+    """
+    files = data_files(path)
+    result = tally(files, shown=shown, extremes=EXTREMES)
+    if not result.tokens:
+        raise ValueError(f"{str(path)!r} has no tokens to show")
+    page = output or (path / "inspect.html" if path.is_dir() else path.with_suffix(".html"))
+    write(page, page_of(result, path.name or str(path.resolve())))
+    return page
+
+
+def page_of(result: Tally, name: str) -> str:
+    """The page of a tally."""
+    samples = _within_budget(result.shown)
+    vocabulary: dict[str, int] = {}
+    data = {"samples": [_compact(sample, vocabulary) for sample in samples], "vocab": list(vocabulary)}
+    least = max(3, math.ceil(result.tokens / 20_000))
+    return render(
+        "inspect.html.j2",
+        name=name,
+        t=result,
+        headline=_headline(result),
+        plots=_plots(result),
+        data=script_json(data),
+        shown=len(samples),
+        cut=CUT if any(len(sample["tokens"]) > CUT for sample in samples) else None,
+        extremes=[
+            ("The teacher knew better: it gave them far more than the student", _by_score(result.teacher_side), "t"),
+            ("The student's own: it gave them far more than the teacher", _by_score(result.student_side), "s"),
+        ],
+        least=least,
+        words=_words(result.by_token, least),
+    )
+
+
+def _within_budget(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    tokens = 0
+    for sample in samples:
+        tokens += min(len(sample["tokens"]), CUT)
+        if kept and tokens > SHOWN_TOKENS:
+            break
+        kept.append(sample)
+    return kept
+
+
+def _compact(sample: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, Any]:
+    """A completion as the page's script reads it: short keys, few digits, every token text once in `vocabulary`."""
+    theta, teacher = sample["logp_theta"][:CUT], sample["logp_teacher"][:CUT]
+    gaps = [None if a is None or b is None else a - b for a, b in zip(teacher, theta, strict=True)]
+    return {
+        "id": sample["id"],
+        "s": sample.get("sample") or 0,
+        "f": sample.get("finish_reason") or "?",
+        "n": len(sample["tokens"]),
+        "ma": _rounded(_mean(sample["alpha"])),
+        "mk": _rounded(_mean(sample["kl_theta"])),
+        "answer": sample.get("answer"),
+        "sp": _cut(sample.get("student_prompt")),
+        "tp": _cut(sample.get("teacher_prompt")),
+        "t": [vocabulary.setdefault(text, len(vocabulary)) for text in sample["tokens"][:CUT]],
+        "a": [_rounded(value) for value in sample["alpha"][:CUT]],
+        "k": [_rounded(value) for value in sample["kl_theta"][:CUT]],
+        "g": [_rounded(value, 2) for value in gaps],
+        "lp": [_rounded(value) for value in theta],
+        "lt": [_rounded(value) for value in teacher],
+    }
+
+
+def _cut(text: str | None) -> str:
+    text = text or ""
+    return text if len(text) <= PROMPT_CUT else f"{text[:PROMPT_CUT]} … ({len(text) - PROMPT_CUT:,} more characters)"
+
+
+def _rounded(value: float | None, digits: int = 3) -> float | None:
+    return round(value, digits) if value is not None and math.isfinite(value) else None
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None
+
+
+def _by_score(heap: list[Any]) -> list[Any]:
+    return [extreme for _, _, extreme in sorted(heap, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _words(by_token: dict[str, TokenSums], least: int) -> list[tuple[str, list[tuple[str, TokenSums]]]]:
+    """Tokens drawn often enough, those that the teacher favours most and those that the student does."""
+    common = sorted(
+        ((text, sums) for text, sums in by_token.items() if sums.count >= least and text),
+        key=lambda item: item[1].gap / item[1].count,
+    )
+    favours_teacher = [item for item in reversed(common) if item[1].gap > 0][:WORDS]
+    favours_student = [item for item in common if item[1].gap < 0][:WORDS]
+    return [("The teacher gives them more", favours_teacher), ("The student gives them more", favours_student)]
+
+
+def _headline(result: Tally) -> list[tuple[str, str]]:
+    def mean(name: str) -> float:
+        return result.sums[name] / result.tokens
+
+    stopped = result.finish_reasons["stop"] / result.completions
+    return [
+        (f"{result.completions:,}", "completions"),
+        (f"{result.tokens / result.completions:,.0f}", "tokens each, on average"),
+        (f"{mean('alpha'):.3f}", "mean α"),
+        (f"{mean('kl_theta'):.3f}", "mean KL(q* ‖ student), nats per token"),
+        (f"{mean('kl_teacher'):.3f}", "mean KL(q* ‖ teacher)"),
+        (f"{mean('ess_theta'):.2f}", "mean ESS ratio against the student"),
+        (f"{mean('ess_teacher'):.2f}", "mean ESS ratio against the teacher"),
+        (f"{math.exp(-mean('logp_theta')):.2f}", "perplexity to the student"),
+        (f"{math.exp(-mean('logp_teacher')):.2f}", "perplexity to the teacher"),
+        (f"{stopped:.0%}", "ended by themselves"),
+    ]
+
+
+# -- plots --------------------------------------------------------------------------------------------------------------
+
+
+def _plots(result: Tally) -> list[tuple[str, str, str]]:
+    """(title, SVG, caption) of each."""
+    h = result.histograms
+    return [
+        ("α, the teacher's weight", svg(lambda axes: _alpha(axes, h["alpha"])), "Share of the tokens in each bin."),
+        (
+            "Divergence of q* from each side, nats",
+            svg(lambda axes: _two(axes, NATS, h["kl_theta"], h["kl_teacher"], log=True)),
+            "Logarithmic axis; its left end holds everything below 10⁻⁴, where the two agree.",
+        ),
+        (
+            "Effective sample size of one token",
+            svg(lambda axes: _two(axes, UNIT, h["ess_theta"], h["ess_teacher"])),
+            "1 / Σ π²/q*: 1 where q* covers a side fully, near 0 where importance weights towards it would explode.",
+        ),
+        ("Length, tokens", svg(lambda axes: _lengths(axes, result)), "Completions by length."),
+        (
+            "Where they disagree: through a completion",
+            svg(lambda axes: _places(axes, result)),
+            "Mean KL(q* ‖ student) and mean α in each twentieth of a completion.",
+        ),
+        (
+            f"Where they disagree: the first {EARLY} tokens",
+            svg(lambda axes: _early(axes, result)),
+            "Mean KL(q* ‖ student) at each position, over the completions that reach it.",
+        ),
+    ]
+
+
+def _alpha(axes: Any, counts: np.ndarray) -> None:
+    middles = (UNIT[:-1] + UNIT[1:]) / 2
+    colours = [STUDENT if middle < 0.5 else TEACHER for middle in middles]
+    bars = axes.bar(middles, _shares(counts), width=0.024, color=colours)
+    for bar, middle in zip(bars, middles, strict=True):
+        bar.set_alpha(0.35 + 0.6 * abs(2 * middle - 1))
+    axes.set_xlim(0, 1)
+    _percent(axes)
+
+
+def _two(axes: Any, edges: np.ndarray, student: np.ndarray, teacher: np.ndarray, log: bool = False) -> None:
+    # One line lies on the other where the two agree: the dashes let both be seen.
+    edges = np.concatenate([[edges[1] / 1.6], edges[1:]]) if log else edges
+    axes.stairs(_shares(student), edges, fill=True, color=STUDENT, alpha=0.22)
+    axes.stairs(_shares(student), edges, color=STUDENT, linewidth=2.6, alpha=0.8, label="student")
+    axes.stairs(_shares(teacher), edges, color=TEACHER, linestyle=(0, (3, 2)), linewidth=1.6, label="teacher")
+    axes.legend(loc="best")
+    if log:
+        axes.set_xscale("log")
+        used = np.flatnonzero(student + teacher)
+        axes.set_xlim(edges[0], edges[min(len(edges) - 1, used[-1] + 2)] if len(used) else edges[-1])
+    _percent(axes)
+
+
+def _lengths(axes: Any, result: Tally) -> None:
+    lengths = np.array(list(result.lengths), dtype=float)
+    axes.hist(lengths, weights=list(result.lengths.values()), bins=min(40, max(5, len(lengths))), color=THIRD, alpha=0.8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+
+
+def _places(axes: Any, result: Tally) -> None:
+    counts = np.maximum(result.place_counts, 1)
+    x = (np.arange(PLACES) + 0.5) / PLACES
+    axes.bar(x, result.place_sums["kl_theta"] / counts, width=0.04, color=FOURTH, alpha=0.75, label="KL, nats")
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1], ["start", "middle", "end"])
+    axes.set_ylabel("KL, nats")
+    right = axes.twinx()
+    right.plot(x, result.place_sums["alpha"] / counts, color=TEACHER)
+    right.set_ylim(0, 1)
+    right.spines["top"].set_visible(False)
+    right.set_ylabel("α", color=TEACHER)
+
+
+def _early(axes: Any, result: Tally) -> None:
+    reached = int(np.flatnonzero(result.early_counts)[-1]) + 1 if result.early_counts.any() else 1
+    counts = np.maximum(result.early_counts[:reached], 1)
+    axes.plot(np.arange(reached), result.early_sums[:reached] / counts, color=FOURTH, linewidth=1.4)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("token")
+    shares = axes.twinx()
+    shares.fill_between(
+        np.arange(reached), result.early_counts[:reached] / result.completions, color=INK, alpha=0.06, linewidth=0
+    )
+    shares.set_ylim(0, 1)
+    shares.set_axis_off()
+    axes.set_zorder(1)
+    axes.patch.set_visible(False)
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    return counts / max(counts.sum(), 1)
+
+
+def _percent(axes: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))

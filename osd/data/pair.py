@@ -1,0 +1,123 @@
+"""The paired engine as the data commands use it: checked first, its tokenizers at hand, its weights loaded when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from osd.data.prompting import Request
+from osd.data.settings import CompareConfig, GenerateConfig
+
+if TYPE_CHECKING:
+    from osd.core import MixingConfig
+    from osd.engine.pair import PairCompletion, PairConfig, PairEngine, PairPrompt
+
+
+class Pair(Protocol):
+    """What the runs need of an engine; `EnginePair` is the real one."""
+
+    teacher_tokenizer: Any
+    student_tokenizer: Any
+
+    def refusal(self, request: Request, sampling: dict[str, Any]) -> str | None:
+        """Why a request cannot be sampled (too long for a model, ...), or None."""
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        sampling: dict[str, Any],
+        *,
+        alpha: float | None = None,
+        mixing: MixingConfig | None = None,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[PairCompletion]:
+        """One completion per request, with its record; each draws from its own seed.
+
+        Args:
+            alpha: the teacher's weight, or None to let the mixing choose it.
+            mixing: another way to mix than the settings'.
+            on_finished: called with the length of each completion when it is done.
+        """
+
+
+class EnginePair:
+    """A `PairEngine` that starts with the first request.
+
+    Raises:
+        ValueError: models that are missing or have different tokenizers, engine arguments that vLLM does not have.
+    """
+
+    def __init__(self, settings: GenerateConfig | CompareConfig) -> None:
+        from transformers import AutoTokenizer
+
+        from osd.engine.models import check_models
+        from osd.engine.pair import PairConfig, checked_params
+
+        self.mixing = settings.mixing()
+        self.config: PairConfig = PairConfig(
+            teacher=str(settings.teacher_model_name_or_path),
+            student=str(settings.model_name_or_path),
+            mixing=self.mixing,
+            **settings.pair_kwargs(),
+        )
+        checked_params(settings.sampling())
+        check_models(self.config)
+        self._engine: PairEngine | None = None
+        self.teacher_tokenizer, self.student_tokenizer = (
+            AutoTokenizer.from_pretrained(
+                kwargs.get("tokenizer") or model,
+                revision=kwargs.get("revision") or "main",
+                trust_remote_code=settings.trust_remote_code,
+            )
+            for model, kwargs in (
+                (self.config.teacher, {**self.config.engine_kwargs, **self.config.teacher_kwargs}),
+                (self.config.student, {**self.config.engine_kwargs, **self.config.student_kwargs}),
+            )
+        )
+
+    @property
+    def engine(self) -> PairEngine:
+        """The engine, started now if it was not."""
+        if self._engine is None:
+            from osd.engine.pair import PairEngine
+
+            self._engine = PairEngine(self.config)
+        return self._engine
+
+    def refusal(self, request: Request, sampling: dict[str, Any]) -> str | None:
+        try:
+            self.engine.check([_prompt(request)], sampling=sampling)
+        except ValueError as error:
+            return str(error).removeprefix("prompt 0: ")
+        return None
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        sampling: dict[str, Any],
+        *,
+        alpha: float | None = None,
+        mixing: MixingConfig | None = None,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[PairCompletion]:
+        self.engine.set_mixing(mixing or self.mixing)
+        seeded = [{**sampling, "seed": request.seed} for request in requests]
+        prompts = [_prompt(request) for request in requests]
+        return self.engine.generate(prompts, sampling=seeded, alpha=alpha, on_finished=on_finished)
+
+    def close(self) -> None:
+        """Shut the engine down, if it was started."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def __enter__(self) -> EnginePair:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _prompt(request: Request) -> PairPrompt:
+    from osd.engine.pair import PairPrompt
+
+    return PairPrompt(teacher_token_ids=request.teacher.token_ids, student_token_ids=request.student.token_ids)

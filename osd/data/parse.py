@@ -1,0 +1,175 @@
+"""YAML files and flags into settings, and the rule by which one file serves generation, comparison and training.
+
+- A key at the top level is read by every command that knows it, and skipped by the others; a key that no command knows is
+  refused.
+- The section `generate:` is read by `osd generate`, and by `osd compare` for the keys that it shares; `compare:` by
+  `osd compare`. What a section says wins over the top level. Training reads neither.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+from argparse import SUPPRESS, ArgumentParser, HelpFormatter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from osd.data.settings import CompareConfig, GenerateConfig, hints, takes_mapping
+
+SECTIONS: dict[str, type] = {"generate": GenerateConfig, "compare": CompareConfig}
+Settings = TypeVar("Settings", GenerateConfig, CompareConfig)
+
+
+def parse(
+    settings_class: type[Settings],
+    argv: Sequence[str],
+    *,
+    training_keys: Callable[[], Iterable[str]],
+    prog: str = "osd",
+    description: str = "",
+) -> Settings:
+    """The settings of a command from `--config FILE` and flags, which win.
+
+    Args:
+        training_keys: the keys that training knows; asked only for keys that the data commands do not know.
+
+    Raises:
+        ValueError: an unknown key or flag, or what `settings_class` refuses.
+        SystemExit: `--help`, or a flag without its value.
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config, flags = first.parse_known_args(argv)
+    values = {} if config.config is None else read_yaml(config.config, settings_class, training_keys)
+    parser = _parser(settings_class, prog, description)
+    parser.set_defaults(**values)
+    namespace, unknown = parser.parse_known_args(flags)
+    if unknown:
+        known = [f"--{field.name}" for field in fields(settings_class)]
+        raise ValueError(f"unknown argument {unknown[0]!r}{suggestion(unknown[0], known)}; `{prog} --help` lists them all")
+    given = {field.name: getattr(namespace, field.name) for field in fields(settings_class)}
+    return settings_class(**{name: _mapping(name, value, settings_class) for name, value in given.items()})
+
+
+def read_yaml(path: str, settings_class: type, training_keys: Callable[[], Iterable[str]]) -> dict[str, Any]:
+    """What a YAML file says to one command, by the rule above.
+
+    Raises:
+        ValueError: no such file, not a mapping, or a key that no command knows.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"config={path!r} does not exist")
+    try:
+        written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={path!r} is not valid YAML: {error}") from error
+    if not isinstance(written, dict):
+        raise ValueError(f"config={path!r} is not a mapping of keys to values")
+    for name, value in (written.pop("env", None) or {}).items():  # as TRL's parser does
+        os.environ[name] = str(value)
+    top, sections = split_sections(written)
+    _check_top(path, top, training_keys)
+    own = {field.name for field in fields(settings_class)}
+    read = [top, sections["generate"], *([sections["compare"]] if settings_class is CompareConfig else [])]
+    return {key: value for part in read for key, value in part.items() if key in own}
+
+
+def split_sections(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The top level of a YAML file, and its data sections (empty where absent).
+
+    Raises:
+        ValueError: a section that is not a mapping, or has a key that its command does not know.
+    """
+    sections = {name: written.get(name) or {} for name in SECTIONS}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"{name}: {section!r} is not a mapping of keys to values")
+        known = [field.name for field in fields(SECTIONS[name])]
+        for key in section:
+            if key not in known:
+                raise ValueError(f"unknown key {key!r} in the section {name!r}{suggestion(key, known)}")
+    return {key: value for key, value in written.items() if key not in SECTIONS}, sections
+
+
+def data_keys() -> set[str]:
+    """Every key that a data command knows."""
+    return {field.name for settings_class in SECTIONS.values() for field in fields(settings_class)}
+
+
+def _check_top(path: str, top: Mapping[str, Any], training_keys: Callable[[], Iterable[str]]) -> None:
+    unknown = [key for key in top if key not in data_keys()]
+    if not unknown:
+        return
+    known = set(training_keys()) | data_keys()
+    for key in unknown:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} in {path}{suggestion(key, known)}; no command knows it")
+
+
+def suggestion(given: Any, known: Iterable[str]) -> str:
+    """ " (did you mean ...?)", where something known is close."""
+    close = difflib.get_close_matches(str(given), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _mapping(name: str, value: Any, settings_class: type) -> Any:
+    """A mapping that came as a flag, from its JSON."""
+    if not (isinstance(value, str) and takes_mapping(hints(settings_class)[name])):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f'{name}={value!r} is not a JSON object; write it as {{"key": value}}') from error
+
+
+def _parser(settings_class: Any, prog: str, description: str) -> ArgumentParser:
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"{prog}: error: {message} (`{prog} --help` says more)\n")
+
+    usage = f"{prog} --config FILE --input FILE --output FOLDER [--FLAG VALUE ...]"
+    parser = Parser(
+        settings_class.groups,
+        prog=prog,
+        usage=usage,
+        description=description,
+        formatter_class=_Help,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    start = parser.add_argument_group("start here")
+    start.add_argument("-h", "--help", action="help", help="Show this.")
+    start.add_argument(
+        "--config", metavar="FILE", default=SUPPRESS, help="YAML file of settings; every flag is also a key in it."
+    )
+    parser._action_groups.insert(0, parser._action_groups.pop())
+    return parser
+
+
+class _Help(HelpFormatter):
+    """One spelling per flag, a short placeholder, and the default where there is one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
+
+    def _format_action_invocation(self, action: Any) -> str:
+        flags = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        if action.nargs == 0:
+            return ", ".join(flags)
+        many = " ..." if action.nargs == "+" else ""
+        value = action.metavar or {int: "N", float: "X"}.get(action.type) or ("[BOOL]" if action.nargs == "?" else "TEXT")
+        return f"{flags[0]} {value}{many}"
+
+    def _get_help_string(self, action: Any) -> str:
+        text, default = action.help or "", action.default
+        if default is not None and default is not False and default != SUPPRESS:
+            text += f" [{' '.join(map(str, default)) if isinstance(default, list) else default}]"
+        return text.replace("%", "%%")

@@ -1,0 +1,375 @@
+"""What `osd generate` and `osd compare` can be told: one field, one flag, one YAML key, one help text.
+
+A field that training knows too has training's name and meaning, so that one YAML file serves all three. Nothing here
+imports torch, vLLM or TRL: `osd generate --help` is quick, and a wrong setting is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+from osd.prompts import template_fields
+
+if TYPE_CHECKING:
+    from osd.core import MixingConfig
+
+FORMATS = ("parquet", "jsonl")
+ANSWER_FILTERS = ("contains", "match")
+FINISH_REASONS = ("stop", "length")
+
+# What may change between the runs that make one data set: where it is read and written, and how fast.
+FREE = frozenset(
+    {"input", "dataset_name", "dataset_config", "dataset_train_split", "output", "resume", "shard", "batch_size"}
+    | {"vllm_gpu_memory_utilization"}
+)
+
+
+def _of(default: Any, help: str) -> Any:
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    _argument_group_name = "models"
+
+    model_name_or_path: str | None = _of(None, "The student: model id or local path.")
+    teacher_model_name_or_path: str | None = _of(None, "The teacher: model id or local path, with the student's tokenizer.")
+    model_revision: str | None = _of(None, "The student's branch, tag or commit.")
+    teacher_model_revision: str | None = _of(None, "The teacher's branch, tag or commit.")
+    trust_remote_code: bool = _of(False, "Run code that comes with a model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    _argument_group_name = "data in and out"
+
+    input: str | None = _of(
+        None,
+        "What to read: a .jsonl, .json, .csv or .parquet file, a folder saved by `datasets`, or a dataset of the Hub. "
+        "Default: dataset_name.",
+    )
+    output: str | None = _of(None, "Folder to write to.")
+    dataset_name: str | None = _of(None, "Training's dataset; read when there is no input.")
+    dataset_config: str | None = _of(None, "Configuration of a dataset of the Hub.")
+    dataset_train_split: str = _of("train", "Split of a dataset that has several.")
+    prompt_column: str = _of("prompt", "The column that the student is prompted with; templates call it {prompt}.")
+    columns: dict[str, str] | str | None = _of(
+        None, 'Further names for columns, as a mapping (JSON as a flag): {"problem": "question"} makes {problem} a field.'
+    )
+    id_column: str | None = _of(None, "A column with a name for each row. Default: a hash of the row.")
+    answer_column: str | None = _of(None, "A column with the reference answer, kept with every completion and scored.")
+    limit: int | None = _of(None, "Read only that many rows; `osd compare` reads 100 unless told.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    _argument_group_name = "what each side reads"
+
+    student_template: str | None = _of(
+        None, "The student's prompt, with columns in braces: 'Solve: {problem}'. Default: the prompt column itself."
+    )
+    teacher_templates: list[str] | None = _of(
+        None,
+        "The teacher's prompts, with columns in braces, {prompt} for the student's: '{prompt} The answer is {answer}.' "
+        "Several take turns over the samples.",
+    )
+    privileged_template: str | None = _of(None, "Training's name for a single teacher template.")
+    student_system_prompt: str | None = _of(None, "System prompt that only the student reads; replaces the one in the data.")
+    teacher_system_prompt: str | None = _of(None, "System prompt that only the teacher reads; replaces the one in the data.")
+    enable_chat_template: bool = _of(
+        False, "Make plain-text prompts a conversation of one user message. Conversations are always rendered."
+    )
+    student_chat_template: str | None = _of(
+        None, "Chat template for the student: a Jinja file, or its text. Default: its own tokenizer's."
+    )
+    teacher_chat_template: str | None = _of(
+        None, "Chat template for the teacher: a Jinja file, or its text. Default: its own tokenizer's."
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = _of(None, "Arguments of both chat templates (JSON as a flag).")
+
+    def teacher_template_list(self) -> list[str] | None:
+        """The teacher's templates, or None when the data says what it reads."""
+        return self.teacher_templates or ([self.privileged_template] if self.privileged_template is not None else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    _argument_group_name = "how q* is made"
+
+    alpha_method: str = _of(
+        "kl_symmetry",
+        "How the teacher's weight α is chosen for every token: kl_symmetry, ess_balance, entropy, reverse_kl_symmetry, fixed.",
+    )
+    fixed_alpha: float = _of(0.5, "α under alpha_method=fixed: 0 samples from the student, 1 from the teacher.")
+    alpha_min: float = _of(0.0, "Lower bound of α.")
+    alpha_max: float = _of(1.0, "Upper bound of α.")
+    mixture: str = _of("geometric", "geometric (q* ∝ π_θ^(1-α) π_t^α), or linear ((1-α) π_θ + α π_t, with fixed or entropy).")
+
+    def mixing(self) -> MixingConfig:
+        """How α is chosen and the policies are mixed.
+
+        Raises:
+            ValueError: an unknown method or mixture, or bounds that are crossed or outside [0, 1].
+        """
+        from osd.core import MixingConfig  # imports torch
+
+        return MixingConfig(**{f.name: getattr(self, f.name) for f in fields(MixingConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    _argument_group_name = "sampling"
+
+    num_samples: int = _of(1, "Completions per prompt.")
+    max_completion_length: int = _of(512, "The longest completion, in tokens.")
+    temperature: float = _of(1.0, "Divides both policies' logits before they are mixed; 0 takes the most likely token of q*.")
+    top_p: float = _of(1.0, "Nucleus of q*; 1 keeps the whole vocabulary.")
+    top_k: int = _of(0, "Keep the k most likely tokens of q*; 0 keeps all.")
+    min_p: float | None = _of(None, "Drop tokens less likely than this share of the most likely one.")
+    repetition_penalty: float = _of(1.0, "Penalty on tokens that stand in the teacher's prompt or the completion.")
+    generation_kwargs: dict[str, Any] | str | None = _of(
+        None, "Further vllm.SamplingParams arguments (JSON as a flag); they win over the others."
+    )
+    seed: int = _of(42, "Together with a row's id and a sample's number it seeds that sample.")
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `vllm.SamplingParams`, without the seed."""
+        return {
+            "max_tokens": self.max_completion_length,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty,
+            **as_mapping(self.generation_kwargs),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    _argument_group_name = "engine"
+
+    vllm_gpu_memory_utilization: float = _of(0.9, "Share of the GPU's memory for both models and their caches.")
+    vllm_max_model_length: int | None = _of(None, "Longest prompt and completion together, in tokens, of either side.")
+    engine_kwargs: dict[str, Any] | str | None = _of(None, "Any vLLM engine arguments, for both sides (JSON as a flag).")
+    teacher_engine_kwargs: dict[str, Any] | str | None = _of(None, "vLLM engine arguments of the teacher only.")
+    student_engine_kwargs: dict[str, Any] | str | None = _of(None, "vLLM engine arguments of the student only.")
+    batch_size: int = _of(1024, "Completions handed to the engine at once; changes the speed, not the data.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    _argument_group_name = "files and processes"
+
+    format: str = _of("parquet", "parquet or jsonl.")
+    shard_size: int = _of(1024, "Samples per file; a killed run loses at most these.")
+    resume: bool = _of(False, "Go on with a run that was interrupted, in the same output folder and with the same settings.")
+    shard: str | None = _of(
+        None, "i/n: do part i (from 0) of n of the work. Default: the process's place under `accelerate launch`, or all of it."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    _argument_group_name = "filters (what they remove is counted)"
+
+    filter_min_tokens: int | None = _of(None, "Remove completions of fewer tokens.")
+    filter_finish_reasons: list[str] | None = _of(None, "Keep only these finish reasons: stop, length.")
+    filter_answer: str | None = _of(
+        None,
+        "contains: the reference answer must stand in the completion; match: it must be the completion's final answer "
+        "(\\boxed{}, after ####, after 'answer is', or the last number).",
+    )
+    filter_max_kl: float | None = _of(None, "Remove completions whose mean KL(q*‖π_θ) per token is above this, in nats.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    _argument_group_name = "comparison"
+
+    linear_weights: list[float] = _of([0.25, 0.5, 0.75], "Teacher's weights of the linear mixtures to compare with.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run(Models, Data, Prompts, Mixing, Sampling, Engine):
+    """What both runs share.
+
+    Raises:
+        ValueError: on construction, before anything is loaded, naming the field, what was given and what to do.
+    """
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, what in (
+            ("model_name_or_path", "the student's path or model id"),
+            ("teacher_model_name_or_path", "the teacher's path or model id"),
+            ("output", "the folder to write to"),
+        ):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not set; give {what}")
+        if not (self.input or self.dataset_name):
+            raise ValueError("input is not set; give a file, a folder or a dataset to read the prompts from")
+        self._check_numbers()
+        self._check_prompts()
+        self.mixing()
+        if "n" in self.sampling() and self.sampling()["n"] != 1:
+            raise ValueError("generation_kwargs['n'] must be 1; set num_samples instead")
+        if "seed" in self.sampling():
+            raise ValueError("generation_kwargs['seed'] would give every sample the same noise; set seed instead")
+
+    def _check_numbers(self) -> None:
+        for name in ("num_samples", "max_completion_length", "batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature!r} is negative; use 0 for the most likely token, or more")
+
+    def _check_prompts(self) -> None:
+        if self.teacher_templates is not None and self.privileged_template is not None:
+            raise ValueError(
+                "teacher_templates and privileged_template are both set; keep one (teacher_templates takes several)"
+            )
+        for template in (self.student_template, *(self.teacher_template_list() or ())):
+            if template is not None:
+                template_fields(template)
+        for name in as_mapping(self.columns):
+            if not name.isidentifier():
+                raise ValueError(f"columns: {name!r} cannot be a field of a template; use letters, digits and underscores")
+
+    def pair_kwargs(self) -> dict[str, dict[str, Any]]:
+        """`engine_kwargs`, `teacher_kwargs` and `student_kwargs` of the paired engine."""
+        engine: dict[str, Any] = {"gpu_memory_utilization": self.vllm_gpu_memory_utilization}
+        engine |= {"trust_remote_code": self.trust_remote_code, "seed": self.seed}
+        if self.vllm_max_model_length is not None:
+            engine["max_model_len"] = self.vllm_max_model_length
+        return {
+            "engine_kwargs": engine | as_mapping(self.engine_kwargs),
+            "teacher_kwargs": _revision(self.teacher_model_revision) | as_mapping(self.teacher_engine_kwargs),
+            "student_kwargs": _revision(self.model_revision) | as_mapping(self.student_engine_kwargs),
+        }
+
+    def tensor_parallel_size(self) -> int:
+        """How many GPUs one pair takes."""
+        return int(self.pair_kwargs()["engine_kwargs"].get("tensor_parallel_size", 1))
+
+    def source(self) -> str:
+        """What is read: the input, or training's dataset."""
+        return self.input or self.dataset_name or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(_Run, Output, Filters):
+    """Everything that `osd generate` can be told."""
+
+    groups = (Models, Data, Prompts, Mixing, Sampling, Filters, Output, Engine)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("format", self.format, FORMATS)
+        _check_choice("filter_answer", self.filter_answer, (None, *ANSWER_FILTERS))
+        for reason in self.filter_finish_reasons or ():
+            _check_choice("filter_finish_reasons", reason, FINISH_REASONS)
+        if self.filter_answer and not self.answer_column:
+            raise ValueError(f"filter_answer={self.filter_answer!r} needs the reference answer; set answer_column")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size!r} must be at least 1")
+        if self.shard is not None:
+            parse_shard(self.shard)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(_Run, Comparison):
+    """Everything that `osd compare` can be told."""
+
+    groups = (Models, Data, Prompts, Mixing, Sampling, Comparison, Engine)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for weight in self.linear_weights:
+            if not 0 < weight < 1:
+                raise ValueError(f"linear_weights: {weight!r} is not between 0 (the student) and 1 (the teacher)")
+        if self.mixture != "geometric":
+            raise ValueError("mixture='linear' would compare the linear mixture with itself; leave it geometric")
+
+
+def parse_shard(given: str) -> tuple[int, int]:
+    """The place (i, n) of a process, from "i/n" with i from 0.
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", given)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise ValueError(f"shard={given!r} is not i/n with i from 0 to n-1; the first of four processes is 0/4")
+    return int(found[1]), int(found[2])
+
+
+def as_mapping(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping field's value; its JSON was read when the flags were."""
+    assert not isinstance(value, str), "check_types refuses it"
+    return dict(value or {})
+
+
+def _revision(revision: str | None) -> dict[str, Any]:
+    return {} if revision is None else {"revision": revision}
+
+
+def _check_choice(name: str, given: Any, known: tuple[Any, ...]) -> None:
+    if given not in known:
+        raise ValueError(f"{name}={given!r} is unknown; use {' or '.join(str(k) for k in known if k is not None)}")
+
+
+# -- types --------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def hints(cls: Any) -> dict[str, Any]:
+    """The resolved type of every field of a settings class."""
+    return {name: hint for name, hint in get_type_hints(cls).items() if name in cls.__dataclass_fields__}
+
+
+def takes_mapping(hint: Any) -> bool:
+    """Whether a field is a mapping (which a flag gives as JSON)."""
+    return any(get_origin(option) is dict for option in get_args(hint))
+
+
+def check_types(settings: Any) -> None:
+    """Refuse a value of another type than its field's: YAML gives whatever was written.
+
+    Raises:
+        ValueError: naming the field, the value and the type.
+    """
+    for name, hint in hints(settings.__class__).items():
+        value = getattr(settings, name)
+        if not _fits(value, hint) or (takes_mapping(hint) and isinstance(value, str)):
+            raise ValueError(f"{name}={value!r} is not {_type_name(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(key, str) and _fits(item, inner[1]) for key, item in value.items())
+    if hint is Any:
+        return True
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    if takes_mapping(hint):
+        return 'a mapping; in YAML write "key: value" lines below it, as a flag a JSON object'
+    options = [option for option in get_args(hint) if option is not type(None)] or [hint]
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    return " or ".join(names.get(option, "a list") for option in (options if get_origin(hint) is not list else [hint]))
