@@ -259,7 +259,8 @@ def sentence(result: dict[str, Any]) -> tuple[str, str]:
     low, high = v["over_linear_interval"]
     return headline, (
         f"The teacher's lead is {lead}. q* has {v['gain_share']:.0%} of it at {v['distance_share']:.0%} of the teacher's "
-        f"distance from the student (difference, 95 %: {v['margin_interval'][0]:+.0%} to {v['margin_interval'][1]:+.0%}). It is "
+        f"distance from the student (difference, 95 %: {v['margin_interval'][0]:+.0%} to {v['margin_interval'][1]:+.0%}). "
+        f"It is "
         f"{abs(v['over_linear']):.3f} {more} the line through student, linear mixtures and teacher at the same distance "
         f"(95 %: {low:+.3f} to {high:+.3f}). {result['prompts']} prompts."
     )

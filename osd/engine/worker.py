@@ -191,10 +191,6 @@ class PairWorker(Worker):
         """From the next step on, choose α and mix as this ``MixingConfig.to_dict()`` says."""
         self.sampler.mixing = MixingConfig.from_dict(mixing)
 
-    def set_mixing(self, mixing: dict[str, Any]) -> None:
-        """From the next step on, choose α and mix as this ``MixingConfig.to_dict()`` says."""
-        self.sampler.mixing = MixingConfig.from_dict(mixing)
-
     def pair_active(self) -> bool:
         """Both samplers are in place; asked once at start-up, because vLLM goes on without a plug-in that is not used."""
         return self.model_runner.sampler is self.sampler and self.student_runner.sampler is self.student_sampler
