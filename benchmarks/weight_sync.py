@@ -28,8 +28,7 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as in training
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a file, this finds only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,6 +37,7 @@ from benchmarks.sampling import hardware, versions
 from benchmarks.shapes import parse_pair, write_model
 from osd.engine.pair import PairConfig, PairEngine
 
+ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
 
 

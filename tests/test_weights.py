@@ -12,6 +12,8 @@ from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from osd.engine.weights import WeightMap, load_all_weights
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 
+pytestmark = pytest.mark.gpu
+
 PROMPT = [PairPrompt(teacher_token_ids=[7, 8, 9], student_token_ids=[10, 11])]
 
 
