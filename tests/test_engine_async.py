@@ -17,6 +17,8 @@ from osd.engine.steady import SteadyInputs
 from tests.exact import NOISE, completion_logits, reference
 from tests.tiny import tiny_engine_kwargs
 
+pytestmark = pytest.mark.gpu
+
 # Blocks of 32: completions of 70 tokens enter new ones.
 PROMPTS = [PairPrompt(teacher_token_ids=[7 + i] * (3 * i + 1), student_token_ids=[30, 31 + i]) for i in range(6)]
 SAMPLING = dict(max_tokens=70, temperature=0.0, ignore_eos=True)
@@ -112,7 +114,6 @@ def test_requests_that_come_and_go_leave_the_others_alone(engine, monkeypatch, o
     assert not differing
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU, host and device share the block table")
 def test_a_block_table_that_is_not_uploaded_is_seen(engine, monkeypatch):
     """The planted error: new blocks stay on the host."""
@@ -130,7 +131,6 @@ def test_a_block_table_that_is_not_uploaded_is_seen(engine, monkeypatch):
     assert "slot_mapping" in differing
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no streams")
 def test_forwards_side_by_side_are_those_one_after_the_other(engine):
     sampling = SAMPLING | {"temperature": 1.0, "seed": 3}

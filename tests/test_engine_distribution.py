@@ -19,6 +19,8 @@ from osd.engine.rows import RowPlanner
 from tests.exact import NOISE, completion_logits, mixture, pit_chi_square, reference, solve
 from tests.tiny import tiny_engine_kwargs
 
+pytestmark = pytest.mark.gpu
+
 THRESHOLD = 160.0
 SEEN = 3 * THRESHOLD
 COMPLETIONS, TOKENS = 128, 160
@@ -132,7 +134,6 @@ def test_alpha_off_by_a_twentieth_is_seen(engine, models, monkeypatch):
     assert statistic(engine, models) > SEEN
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 def test_a_shifted_alpha_is_seen_through_the_kernels(engine, models, monkeypatch):
     ours = engine._worker().sampler

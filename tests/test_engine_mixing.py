@@ -10,6 +10,8 @@ from osd.engine.options import PairOptions
 from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from tests.tiny import tiny_engine_kwargs
 
+pytestmark = pytest.mark.gpu
+
 PROMPTS = [PairPrompt(teacher_token_ids=[7 + i, 9, 10, 11] * (1 + i), student_token_ids=[30, 31 + i]) for i in range(4)]
 SAMPLING = {"max_tokens": 12, "ignore_eos": True, "temperature": 1.0}
 

@@ -28,7 +28,7 @@ from osd.engine.rows import RowPlan, RowPlanner
 from osd.engine.sampler import FedSampler, PairSampler
 from osd.engine.scheduler import PairStep, student_kv_cache_config
 from osd.engine.steady import SteadyInputs
-from osd.engine.weights import keep_weights_live, load_all_weights, load_weights
+from osd.engine.weights import WeightMap, keep_weights_live, load_weights
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -146,6 +146,7 @@ class PairWorker(Worker):
             super().compile_or_warm_up_model()
         times = super().compile_or_warm_up_model()
         self._install_samplers()
+        self.student_weights = WeightMap(self.student_runner.get_model())
         for runner in (self.model_runner, self.student_runner):
             runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes after a NaN
             runner._prepare_inputs = SteadyInputs(runner)
@@ -301,7 +302,7 @@ class PairWorker(Worker):
         if isinstance(named_tensors, bytes):
             named_tensors = load_weights(named_tensors)
         with self._as_student(), torch.no_grad():
-            load_all_weights(self.student_runner.get_model(), named_tensors)
+            self.student_weights.load(named_tensors)
         self.weights_loaded = True
         self.weights_version += 1
         return self.weights_version
