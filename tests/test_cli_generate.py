@@ -749,6 +749,20 @@ def test_models_with_different_tokenizers_are_refused_and_nothing_is_written(tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_an_engine_that_does_not_start_is_no_fault_of_the_rows(tmp_path, real, monkeypatch):
+    from osd.data.pair import EnginePair
+    from osd.engine import pair
+
+    def no_memory(config):
+        raise ValueError("no memory for the KV cache")
+
+    monkeypatch.setattr(pair, "PairEngine", no_memory)
+    settings, _ = real
+    with pytest.raises(ValueError, match="no memory for the KV cache"):
+        generate(GenerateConfig(**settings, output=str(tmp_path / "out")), EnginePair)
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_sigkill_with_real_models(tmp_path, real, kills):
     from osd.data.pair import EnginePair

@@ -351,7 +351,7 @@ def _trade_off(axes: Any, *, result: dict[str, Any], quality: str) -> None:
         )
         if name.startswith("linear "):
             axes.annotate(name.split()[1], (x, y), xytext=(7, -13), textcoords="offset points", fontsize=8.5, color=colour)
-    axes.legend(loc="best", fontsize=9.5)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9.5, handletextpad=0.3, columnspacing=1.2)
     axes.margins(x=0.1, y=0.12)
     axes.set_xlabel("distance: mean KL(arm ‖ student) per token, nats")
     axes.set_ylabel("accuracy" if quality == "accuracy" else "mean log π_t per token, nats")
