@@ -1,5 +1,7 @@
 """OSDConfig refuses what cannot work before a model loads; every shipped YAML parses; unknown keys are errors."""
 
+import re
+import shlex
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +56,24 @@ def test_every_shipped_config_serves_the_data_commands(path, settings_class):
         if hasattr(settings, key):
             assert getattr(settings, key) == value, key
     assert settings.model_name_or_path == written["model_name_or_path"]
+
+
+def test_the_commands_of_the_usage_page_parse(tmp_path, monkeypatch):
+    text = (CONFIGS[0].parent.parent / "docs" / "usage.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    [written] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    Path("generate.yaml").write_text(written)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) >= 7
+    for line in lines:
+        program, command, *argv = shlex.split(line)
+        assert program == "osd"
+        if command != "inspect":
+            settings_class = {"generate": GenerateConfig, "compare": CompareConfig}[command]
+            settings = parse_data(settings_class, argv, training_keys=set)
+            assert settings.teacher_template_list()[1].startswith("{prompt}")
+    for key in re.findall(r"`--(\w+)", text):
+        assert key in data_keys() | {"input", "num_processes", "help"}, key
 
 
 def test_each_command_reads_its_own_keys(tmp_path):
