@@ -159,6 +159,13 @@ def test_the_page_is_bounded_whatever_the_data(tmp_path):
     assert "long ones are cut after 2000 tokens" in page.read_text()
 
 
+def test_every_section_is_there_once(tmp_path):
+    page = inspect(save(tmp_path / "x.parquet", samples(30))).read_text()
+    titles = ["How far apart they are", "The most extreme tokens", "Tokens on which they disagree", "Completions"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == titles
+    assert page.count("<svg") == 6
+
+
 def test_completions_are_drawn_evenly(tmp_path):
     path = save(tmp_path / "x.parquet", samples(2000, longest=2))
     shown = [int(s["id"][3:]) for s in tally.tally([path], shown=200, extremes=1).shown]
