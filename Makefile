@@ -26,8 +26,8 @@ test: setup  ## everything but the slow tests
 test-all: setup
 	$(BIN)/python -m pytest
 
-test-gpu: setup  ## the engine's exactness on a GPU, with CUDA graphs
-	OSD_TEST_CUDA_GRAPHS=1 $(BIN)/python -m pytest $(addprefix tests/test_engine_,distribution.py features.py models.py rewind.py)
+test-gpu: setup  ## exactness on a GPU: compiled models, CUDA graphs, async scheduling, kernels
+	OSD_TEST_CUDA_GRAPHS=1 $(BIN)/python -m pytest -m gpu
 
 check: setup  ## what CI runs
 	$(BIN)/ruff check .

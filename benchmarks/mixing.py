@@ -207,7 +207,7 @@ def main() -> None:
             "triton": triton.__version__,
             "cuda": torch.version.cuda,
         },
-        "configuration": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "configuration": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
         "tuning": asdict(tuning),
         "copy_bytes_per_s": bandwidth,
         "rows": rows,

@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             "command": ["python", "benchmarks/sampling.py", *(sys.argv[1:] if argv is None else argv)],
             "commit": _commit(),
             "hardware": result["hardware"],
-            "configuration": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "configuration": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
         }
     )
     path = _result_path(args.output, result)

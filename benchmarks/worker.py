@@ -124,7 +124,8 @@ def step_times(times: dict[str, list[float]], new_tokens: int) -> dict[str, Any]
 def run(spec: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Start and time the system that ``spec`` names; ``write`` is called whenever more is known."""
     result: dict[str, Any] = {"status": "failed", "error": None, "start": None, "settings": None, "rows": []}
-    result["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "OSD_", "OMP_NUM", "CUDA_"))}
+    mattering = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "OSD_", "OMP_NUM", "CUDA_"))}
+    result["environment"] = {k: v for k, v in mattering.items() if os.sep not in v}  # no folders of the machine's
     try:
         job = Job(**spec["job"])
         system, result["start"] = start(spec["system"], job)

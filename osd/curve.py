@@ -139,10 +139,13 @@ def pair_up(logits_theta_BV: Tensor, logits_teacher_BV: Tensor) -> Pair:
     theta_BV, teacher_BV = as_float("theta", logits_theta_BV), as_float("teacher", logits_teacher_BV)
     mid_BV, gap_BV, half_BV, a_BV, b_BV = (workspace(name, theta_BV) for name in ("mid", "gap", "half", "a", "b"))
 
+    torch.sub(teacher_BV, theta_BV, out=gap_BV)
+    if any_row(~((gap_BV.amin(-1) >= -_MAX_GAP) & (gap_BV.amax(-1) <= _MAX_GAP))):
+        theta_BV, teacher_BV = _reached(theta_BV), _reached(teacher_BV)
+        torch.sub(teacher_BV, theta_BV, out=gap_BV)
     torch.mul(theta_BV, 0.5, out=mid_BV).add_(teacher_BV, alpha=0.5)
     top_B1 = mid_BV.amax(-1, keepdim=True)
     torch.softmax(mid_BV.sub_(top_B1), -1, out=half_BV)
-    torch.sub(teacher_BV, theta_BV, out=gap_BV)
     low_B, high_B, lost_theta_B, lost_teacher_B, finite = _tame(gap_BV)
     m_B = torch.zeros_like(low_B, dtype=torch.float64)
     for _ in range(2):  # once leaves a mean of 1e-7 of m, which may be more than the gap's own size
@@ -174,6 +177,11 @@ def pair_up(logits_theta_BV: Tensor, logits_teacher_BV: Tensor) -> Pair:
 def as_float(name: str, z_BV: Tensor) -> Tensor:
     """z itself if it is float32, else a float32 copy in the workspace."""
     return z_BV if z_BV.dtype == torch.float32 else workspace(name, z_BV).copy_(z_BV)
+
+
+def _reached(z_BV: Tensor) -> Tensor:
+    """z with -inf for tokens masked by a large finite number (-1e9, finfo.min): their probability is 0 in any format."""
+    return z_BV.masked_fill(z_BV < z_BV.amax(-1, keepdim=True) - _MAX_GAP, -torch.inf)
 
 
 def _tame(gap_BV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:

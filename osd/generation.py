@@ -53,7 +53,7 @@ class _TeacherSide:
     """What `teacher_reads` set aside for the next `generate` call."""
 
     prompts: list[list[int]] | None
-    alpha: float | None
+    alpha: float | Sequence[float | None] | None
     used: bool = False
 
 
@@ -66,6 +66,8 @@ class OSDGeneration(VLLMGeneration):
     Args:
         model, accelerator, processing_class: the trainer's.
         pair: the two models and how they are mixed, to start an engine from; or a running engine, which the caller closes.
+        mix_tokens: sample from q* for that many tokens of a completion, and from the student alone after them; None: no
+            limit.
         hidden: record the teacher's final hidden states (recorded supervision needs them).
         on_error: what to do with a completion that ended in an error (NaN logits): "raise", or "keep" it for a caller
             that masks it (it comes back as at least one token, and its `error` says what happened).
@@ -83,6 +85,7 @@ class OSDGeneration(VLLMGeneration):
         processing_class: Any,
         *,
         pair: PairConfig | PairEngine,
+        mix_tokens: int | None = None,
         hidden: bool = False,
         on_error: str = "raise",
         temperature: float = 1.0,
@@ -97,6 +100,7 @@ class OSDGeneration(VLLMGeneration):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
         self.pair = pair
         self.engine: PairEngine
+        self.mix_tokens = mix_tokens
         self.hidden = hidden
         self.on_error = on_error
         self.sync_seconds = 0.0
@@ -175,13 +179,16 @@ class OSDGeneration(VLLMGeneration):
     # -- completions --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def teacher_reads(self, prompts: Sequence[Prompt | list[int]] | None, *, alpha: float | None = None) -> Iterator[None]:
+    def teacher_reads(
+        self, prompts: Sequence[Prompt | list[int]] | None, *, alpha: float | Sequence[float | None] | None = None
+    ) -> Iterator[None]:
         """In this block, the next `generate` call has the teacher read `prompts`, and fixes α if `alpha` is given.
 
         Args:
             prompts: one per student prompt, in the same order: text or messages (rendered with the teacher's tokenizer),
                 or token ids. None gives the teacher the student's prompts, which is also what happens without this block.
-            alpha: the teacher's weight; 0 samples from the student alone, as evaluation should. None: the mixing's own.
+            alpha: the teacher's weight, one for all or one per prompt; 0 samples from the student alone, as evaluation
+                should. None: the mixing's own.
 
         Raises:
             ValueError: a prompt that is empty or cannot be rendered.
@@ -231,7 +238,11 @@ class OSDGeneration(VLLMGeneration):
         start = time.perf_counter()
         with profiler or nullcontext():
             completions = self.engine.generate(
-                _pair_prompts(teacher_prompts, prompts), sampling=self._sampling(), alpha=alpha, hidden=self.hidden
+                _pair_prompts(teacher_prompts, prompts),
+                sampling=self._sampling(),
+                alpha=alpha,
+                mix_tokens=self.mix_tokens,
+                hidden=self.hidden,
             )
         self.last_batch = GeneratedBatch(
             completions=completions,
@@ -245,7 +256,7 @@ class OSDGeneration(VLLMGeneration):
         logprobs = [[[lp] for lp in _logp_draw(c, len(ids))] for c, ids in zip(completions, token_ids, strict=True)]
         return prompts, token_ids, logprobs, [[[token] for token in ids] for ids in token_ids]
 
-    def _take_teacher_side(self, prompts: list[list[int]]) -> tuple[list[list[int]], float | None]:
+    def _take_teacher_side(self, prompts: list[list[int]]) -> tuple[list[list[int]], float | Sequence[float | None] | None]:
         side = self._teacher_side
         if side is None:
             return prompts, None
@@ -266,6 +277,11 @@ class OSDGeneration(VLLMGeneration):
             "repetition_penalty": self.repetition_penalty,
             **self.generation_kwargs,
         }
+
+    @property
+    def sampling_temperature(self) -> float:
+        """What both policies are tempered with; 0 samples greedily."""
+        return self._sampling()["temperature"]
 
     @property
     def _end_token(self) -> int:

@@ -234,3 +234,14 @@ def test_all_five_systems_run_on_a_tiny_pair(tmp_path):
     assert found["summary"]["start"]["cold"]["paired_over_sum"] > 0
     for title in ("Decode, ms per step", "Growth", "Per-token record", "Start"):
         assert title in done.stdout
+
+
+@pytest.mark.slow
+def test_the_weight_sync_benchmark_runs(tmp_path):
+    path = tmp_path / "sync.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "weight_sync.py"), "--pair", "small+tiny", "--repeats", "2"]
+    subprocess.run([*command, "--output", str(path)], check=True, timeout=300)
+    rows = json.loads(path.read_text())["rows"]
+    assert set(rows) == {"map", "load_weights", "per tensor", "raw copy"}
+    assert rows["raw copy"]["over_raw_copy"] == 1
+    assert all(row["ms"] > 0 for row in rows.values())

@@ -182,6 +182,24 @@ def test_mixing_is_what_was_configured(tmp_path):
         ({"max_tool_calling_iterations": 3}, "tools are not supported"),
         ({"privileged_template": "{}"}, "a literal brace is written twice"),
         ({"beta": 2.0}, "beta must be in"),
+        ({"teacher_signal": "topk"}, "teacher_signal='topk' is unknown; use one of recorded, recompute"),
+        ({"divergence": "skewkl"}, "divergence='skewkl' is unknown; use one of jsd, skew_kl, skew_reverse_kl"),
+        ({"divergence": "skew_kl", "skew": 1.0}, "skew=1.0 is out of range; use a number between 0 and 1"),
+        ({"kl_clip": 0.0}, "kl_clip=0.0 is out of range; use a positive number of nats"),
+        ({"importance_correction": "tokens"}, "use one of none, token, prefix, sequence"),
+        ({"importance_correction": "token", "importance_clip": -1.0}, "importance_clip=-1.0 is out of range"),
+        ({"importance_correction": "token", "generation_kwargs": {"temperature": 0}}, "greedy samples have no importance"),
+        ({"num_iterations": 0}, "num_iterations=0 is out of range"),
+        ({"privilege_gap_steps": -1}, "privilege_gap_steps=-1 is out of range"),
+        ({"privilege_gap_tokens": 0}, "privilege_gap_tokens=0 is out of range"),
+        ({"mix_tokens": -1}, "mix_tokens=-1 is out of range"),
+        ({"mix_fraction": 1.5}, "mix_fraction=1.5 is out of range; use a probability"),
+        ({"alpha_schedule": "step"}, "alpha_schedule='step' is unknown; use one of constant, linear, cosine"),
+        ({"alpha_schedule": "linear"}, "nothing to move with alpha_method='kl_symmetry'; set alpha_min_end or alpha_max_end"),
+        ({"alpha_schedule": "linear", "alpha_method": "fixed", "alpha_max_end": 0.9}, "set fixed_alpha_end"),
+        ({"alpha_schedule": "linear", "alpha_max_end": 2.0}, "at the end of the alpha schedule, alpha_max=2.0"),
+        ({"alpha_schedule": "linear", "alpha_min": 0.5, "alpha_max_end": 0.2}, "end of the alpha schedule, alpha_min=0.5"),
+        ({"alpha_schedule": "linear", "alpha_max_end": 0.0, "alpha_schedule_steps": 0}, "alpha_schedule_steps=0 is out of"),
     ],
 )
 def test_bad_values_are_refused_by_name(tmp_path, given, message):
@@ -197,6 +215,44 @@ def test_an_unknown_field_is_refused(tmp_path):
 def test_a_weight_without_effect_warns(tmp_path):
     with pytest.warns(UserWarning, match="no effect"):
         config(tmp_path, fixed_alpha=0.3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"divergence": "skew_kl", "beta": 0.5}, "beta=0.5 has no effect without divergence='jsd'"),
+        ({"skew": 0.2}, "skew=0.2 has no effect without divergence='skew_kl'"),
+        ({"importance_clip": 3.0}, "importance_clip=3.0 has no effect without importance_correction"),
+        ({"alpha_max_end": 0.0}, "alpha_max_end=0.0 has no effect without alpha_schedule"),
+        ({"privilege_gap_tokens": 8}, "privilege_gap_tokens=8 has no effect without privilege_gap_steps"),
+        ({"num_iterations": 2, "save_strategy": "no"}, "num_iterations=2 without importance_correction trains on samples of"),
+        ({"importance_correction": "prefix", "top_p": 0.9}, "with top_p=0.9: what top_p never samples"),
+        ({"importance_correction": "prefix", "generation_kwargs": {"top_k": 5}}, "with top_k=5: what top_k never samples"),
+    ],
+)
+def test_what_has_no_effect_or_stays_biased_warns(tmp_path, given, message):
+    with pytest.warns(UserWarning, match=message):
+        config(tmp_path, **given)
+
+
+def test_what_is_in_order_does_not_warn(tmp_path, recwarn):
+    config(tmp_path, importance_correction="prefix", importance_clip=None, num_iterations=2, generation_kwargs={"top_k": -1})
+    config(tmp_path, teacher_signal="recompute", teacher_model_init_kwargs={"dtype": "bfloat16"})
+    config(tmp_path, alpha_schedule="cosine", alpha_max_end=0.0, divergence="skew_reverse_kl", skew=0.2, kl_clip=4.0)
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+def test_a_schedule_moves_the_bounds_and_keeps_their_order(tmp_path):
+    args = config(tmp_path, alpha_schedule="linear", alpha_min=0.1, alpha_max_end=0.1, alpha_schedule_steps=7)
+    steps = [args.schedule().at(step, max_steps=100) for step in range(12)]
+    assert steps[0] == args.mixing()
+    assert [mixing.alpha_max for mixing in steps[:8]] == pytest.approx([1 - 0.9 * step / 7 for step in range(8)])
+    assert all(mixing.alpha_min == pytest.approx(0.1) and mixing.alpha_min <= mixing.alpha_max for mixing in steps)
+    assert [mixing.alpha_max for mixing in steps[7:]] == pytest.approx([0.1] * 5)
+    fixed = config(tmp_path, alpha_method="fixed", alpha_schedule="cosine", fixed_alpha=1.0, fixed_alpha_end=0.0)
+    assert [fixed.schedule().at(step, 4).fixed_alpha for step in range(5)] == pytest.approx(
+        [1, 0.8536, 0.5, 0.1464, 0], abs=1e-4
+    )
 
 
 def test_engine_arguments_win_over_trls_fields(tmp_path):

@@ -17,6 +17,8 @@ from osd.engine.steady import SteadyInputs
 from tests.exact import NOISE, completion_logits, reference
 from tests.tiny import tiny_engine_kwargs
 
+pytestmark = pytest.mark.gpu
+
 # Blocks of 32: completions of 70 tokens enter new ones.
 PROMPTS = [PairPrompt(teacher_token_ids=[7 + i] * (3 * i + 1), student_token_ids=[30, 31 + i]) for i in range(6)]
 SAMPLING = dict(max_tokens=70, temperature=0.0, ignore_eos=True)
@@ -112,14 +114,33 @@ def test_requests_that_come_and_go_leave_the_others_alone(engine, monkeypatch, o
     assert not differing
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU, host and device share the block table")
 def test_a_block_table_that_is_not_uploaded_is_seen(engine, monkeypatch):
-    """The planted error: new blocks stay on the host. On a CPU both are one memory, so only the device can show it."""
-    if not torch.cuda.is_available():
-        pytest.skip("host and device share the block table on a CPU")
+    """The planted error: new blocks stay on the host."""
+    advance = SteadyInputs._advance
+
+    def without_upload(self, scheduler_output, num_rows):
+        with monkeypatch.context() as patch:
+            patch.setattr(self.runner.input_batch.block_table, "commit_block_table", lambda *args: None)
+            advance(self, scheduler_output, num_rows)
+
+    monkeypatch.setattr(SteadyInputs, "_advance", without_upload)
     differing = compare_with_stock(engine, monkeypatch)
-    monkeypatch.setattr(type(runners(engine)["teacher"].input_batch.block_table), "commit_block_table", lambda *args: None)
     engine.generate(PROMPTS, sampling=SAMPLING)
     assert "block_table" in differing
+    assert "slot_mapping" in differing
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no streams")
+def test_forwards_side_by_side_are_those_one_after_the_other(engine):
+    sampling = SAMPLING | {"temperature": 1.0, "seed": 3}
+    results = []
+    for on in (False, True):
+        assert engine.llm.collective_rpc("overlap_forwards", args=(on,)) == [on]
+        completions = engine.generate(PROMPTS, sampling=sampling)
+        results.append(([c.token_ids for c in completions], torch.cat([c.record.values_TR for c in completions])))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
 
 
 def errors(models, completions) -> float:

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from osd.core import MixingConfig
-from osd.engine import parts
+from osd.engine import parts, sampler
 from osd.engine.pair import PairCompletion, PairConfig, PairEngine, PairPrompt
 from osd.engine.rows import RowPlanner
 from tests.exact import NOISE, completion_logits, mixture, pit_chi_square, reference, solve
 from tests.tiny import tiny_engine_kwargs
+
+pytestmark = pytest.mark.gpu
 
 THRESHOLD = 160.0
 SEEN = 3 * THRESHOLD
@@ -34,6 +36,12 @@ def engine(tiny_pair):
 @pytest.fixture(scope="module")
 def models(tiny_pair):
     return tuple(map(reference, tiny_pair))
+
+
+def plant(monkeypatch, mix) -> None:
+    """Mix by this function, on a GPU too, where kernels would do it."""
+    monkeypatch.setattr(parts, "mix", mix)
+    monkeypatch.setattr(sampler, "fused", lambda *args: False)
 
 
 def prompt_pairs(count: int) -> list[PairPrompt]:
@@ -111,7 +119,7 @@ def test_a_truncated_student_is_seen(engine, models, monkeypatch):
         least = student.topk(20, dim=-1).values[:, -1:]
         return exact_mix(student.masked_fill(student < least, float("-inf")), teacher, config, **kwargs)
 
-    monkeypatch.setattr(parts, "mix", truncated)
+    plant(monkeypatch, truncated)
     assert statistic(engine, models) > SEEN
 
 
@@ -122,8 +130,16 @@ def test_alpha_off_by_a_twentieth_is_seen(engine, models, monkeypatch):
         alpha_B = (exact_mix(student, teacher, config, **kwargs).alpha_B + 0.05).clamp(0, 1)
         return exact_mix(student, teacher, config, alpha_B=alpha_B, **kwargs)
 
-    monkeypatch.setattr(parts, "mix", shifted)
+    plant(monkeypatch, shifted)
     assert statistic(engine, models) > SEEN
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
+def test_a_shifted_alpha_is_seen_through_the_kernels(engine, models, monkeypatch):
+    ours = engine._worker().sampler
+    monkeypatch.setattr(ours, "mixing", MixingConfig(alpha_method="fixed", fixed_alpha=0.7))
+    assert statistic(engine, models) > SEEN
+    assert ours._drawing._draw.replayed > 100
 
 
 def test_a_stale_alignment_of_rows_is_seen(engine, models, monkeypatch):

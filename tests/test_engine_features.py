@@ -12,6 +12,8 @@ from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from tests.exact import NOISE, completion_logits, mixture, reference, solve
 from tests.tiny import tiny_engine_kwargs
 
+pytestmark = pytest.mark.gpu
+
 # N sampled tokens, V vocabulary.
 
 

@@ -16,6 +16,8 @@ from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from tests.exact import NOISE, completion_logits, mixture, reference, solve
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 
+pytestmark = pytest.mark.gpu
+
 PROMPTS = [PairPrompt(teacher_token_ids=[7 + i, 9, 10, 11], student_token_ids=[30, 31 + i]) for i in range(6)]
 SAMPLING = dict(max_tokens=30, temperature=1.0, ignore_eos=True)
 

@@ -13,6 +13,8 @@ from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from osd.prompts import encode
 from tests.exact import completion_logits, reference
 
+pytestmark = pytest.mark.gpu
+
 QUESTIONS = [
     "What is the capital of France?",
     "Name three animals that live in the sea.",

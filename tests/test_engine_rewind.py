@@ -13,6 +13,8 @@ from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from tests.exact import NOISE, completion_logits, reference
 from tests.tiny import tiny_engine_kwargs
 
+pytestmark = pytest.mark.gpu
+
 MAX_TOKENS = 40
 
 

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from osd.core import MixingConfig
 from tests.tiny import tiny_engine_kwargs
 
+pytestmark = pytest.mark.gpu
+
 STUDENT_PROMPTS = [[1, 5, 7, 8], [1, 5, 9], [10, 11, 12, 13, 14]]
 TEACHER_PROMPTS = [[1, 4, 20, 21, 22, 5, 7, 8], [1, 4, 23, 5, 9], [24, 10, 11]]
 NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6

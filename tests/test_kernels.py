@@ -405,6 +405,27 @@ class TestOnAGpu:
             assert torch.equal(captured.token_P, direct.token_P)
             assert torch.equal(captured.values_PR, direct.values_PR)
 
+    def test_replays_are_what_launches_would_be(self) -> None:
+        """Two buffers in turn, as an allocator hands them out, with new contents each time."""
+        from osd.kernels.replay import ReplayedDraw
+
+        draw, uniform, ones = ReplayedDraw(), rand(1, 8), torch.ones(8, device=DEVICE)
+        buffers = [correlated(8, 32000, torch.bfloat16, seed=seed) for seed in range(2)]
+        given = dict(vocab_size=32000, rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, uniform=uniform)
+        earlier = []
+        for step in range(8):
+            theta, teacher = buffers[step % 2]
+            for side, new in zip((theta, teacher), correlated(8, 32000, torch.bfloat16, seed=20 + step), strict=True):
+                side.copy_(new)
+            uniform.copy_(rand(step, 8))
+            earlier.append(
+                (draw(theta, teacher, MixingConfig(), **given), mix_and_draw(theta, teacher, MixingConfig(), **given))
+            )
+        assert draw.replayed == 6
+        for (token, values), direct in earlier:
+            assert torch.equal(token, direct.token_P)
+            assert torch.equal(values, direct.values_PR)
+
     def test_it_is_deterministic_under_load(self) -> None:
         """A moving result would be a race between a row's programs."""
         theta, teacher = correlated(64, 151936, torch.bfloat16)

@@ -1,5 +1,6 @@
 """q and its diagnostics against their definitions in float64, and the configuration that chooses between them."""
 
+import dataclasses
 import math
 import re
 
@@ -233,6 +234,23 @@ def test_disjoint_supports_stay_on_policy() -> None:
         assert (mixture.kl_teacher_B == INF).all()
         assert (mixture.ess_teacher_B == 0).all()
     torch.testing.assert_close(mix(theta, teacher, fixed(1.0)).logq_BV, teacher.log_softmax(-1))
+
+
+@pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance", "fixed"])
+def test_a_token_masked_by_a_finite_number_is_masked(mask: float, method: str) -> None:
+    """On one side, the other, and both; the rest of the row must keep its probabilities."""
+    theta, teacher = 2 * torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(0))
+    results = []
+    for value in (mask, -torch.inf):
+        masked_theta, masked_teacher = theta.clone(), teacher.clone()
+        masked_theta[0, 7] = masked_theta[2, 9] = value
+        masked_teacher[1, 7] = masked_teacher[2, 9] = value
+        results.append(mix(masked_theta, masked_teacher, MixingConfig(alpha_method=method)))
+    for field in dataclasses.fields(results[0]):
+        finite, infinite = (getattr(result, field.name) for result in results)
+        if finite is not None:
+            torch.testing.assert_close(finite, infinite, atol=1e-6, rtol=1e-6)
 
 
 def test_temperature_divides_first_and_zero_means_one() -> None:

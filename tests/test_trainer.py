@@ -1,6 +1,7 @@
 """OSDTrainer on tiny models and the real engine: liveness, the loss, TRL's invariances, metrics, bad input."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
@@ -12,11 +13,13 @@ from trl import DistillationTrainer
 
 from tests.test_generation import disagreement
 from tests.tiny import tiny_engine_kwargs
+from tests.training import ROWS, build_trainer, logged, watch, weights_after
 from trainers import OSDConfig, OSDTrainer
-from trainers.losses import head_of, recorded_divergence
+from trainers.divergence import Divergence
+from trainers.heads import head_of
+from trainers.losses import batch_loss
 
 NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6
-ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "teacher_prompt": f"w50 w{i} w51"} for i in range(7, 23)]
 CHATS = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}], "privileged_context": f"w{i + 30}"} for i in range(7, 23)]
 
 
@@ -31,49 +34,7 @@ def engine(tiny_pair):
 
 @pytest.fixture
 def make(engine, tiny_pair, tmp_path):
-    def make_trainer(rows=ROWS, *, trainer_class=OSDTrainer, eval_dataset=None, callbacks=None, **fields):
-        settings = {
-            "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "learning_rate": 1e-2,
-            "max_steps": 3,
-            "max_completion_length": 8,
-            "per_device_train_batch_size": 4,
-            **fields,
-        }
-        data = Dataset.from_list(rows) if isinstance(rows, list) else rows
-        return trainer_class(
-            model=str(tiny_pair[1]),
-            args=OSDConfig(**settings),
-            train_dataset=data,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            engine=engine,
-        )
-
-    return make_trainer
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def watch(trainer, look):
-    """Call `look(student_prompts)` after every `generate`."""
-    generate = trainer.vllm_generation.generate
-
-    def watched(prompts, *args, **kwargs):
-        result = generate(prompts, *args, **kwargs)
-        look(prompts)
-        return result
-
-    trainer.vllm_generation.generate = watched
+    return partial(build_trainer, engine, tiny_pair[1], tmp_path)
 
 
 # -- liveness -----------------------------------------------------------------------------------------------------------
@@ -239,15 +200,14 @@ def test_recorded_loss_equals_the_loss_of_a_transformers_teacher(make, tiny_pair
         torch.cat([output["prompt_mask"], output["completion_mask"]], 1),
         output["completion_ids"].size(1),
     )
-    reference, _, _ = recorded_divergence(
+    reference = batch_loss(
         student_hidden,
         teacher_hidden_by_transformers(teacher, trainer, output),
         head_of(trainer.model.lm_head.weight, None, trainer.model.config),
         head_of(teacher.lm_head.weight.detach(), None, teacher.config),
         output["completion_mask"],
-        beta=beta,
-        temperature=temperature,
-    )
+        of=Divergence(beta=beta, temperature=temperature),
+    ).loss
     reference.backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-6)
@@ -267,11 +227,6 @@ def test_recorded_loss_equals_trls_own_with_the_same_prompts(make, tiny_pair, tm
     trls.model.train()
     ours, theirs = (t.compute_loss(t.model, output) for t in (trainer, trls))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def weights_after(trainer):
-    trainer.train()
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
 def test_batch_1_times_8_equals_8_times_1(make):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from trl import DistillationConfig, DistillationTrainer
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer import distillation_trainer
 from trl.trainer import utils as trl_utils
 
@@ -142,22 +143,29 @@ def test_the_batch_has_the_keys_that_osd_reads_and_replaces():
 def test_losses_are_computed_from_these_returned_values():
     assert "loss, entropy_sum, num_valid_tokens = self._forward_redirection(" in source(DistillationTrainer.compute_loss)
     assert 'inputs["num_items_in_batch"]' in source(DistillationTrainer.compute_loss)
-    assert parameters(distillation_trainer._chunked_divergence_loss) == [
-        "student_hidden_states",
-        "teacher_hidden_states",
-        "student_lm_head_weight",
-        "teacher_lm_head_weight",
-        "completion_mask",
+    assert parameters(ChunkedDivergenceFunction.forward)[1:] == [
+        "student_hidden",
+        "student_weight",
+        "student_bias",
+        "teacher_hidden",
+        "teacher_weight",
+        "teacher_bias",
         "beta",
-        "num_items_in_batch",
-        "student_lm_head_bias",
-        "teacher_lm_head_bias",
-        "student_logit_scale",
-        "teacher_logit_scale",
-        "student_final_logit_softcapping",
-        "teacher_final_logit_softcapping",
         "temperature",
-    ], "trainers.losses.recorded_divergence calls it with these"
+        "student_logit_scale",
+        "student_final_logit_softcapping",
+        "teacher_logit_scale",
+        "teacher_final_logit_softcapping",
+    ], "trainers.divergence.token_divergence calls it with these, in this order"
+    assert "return divergence, entropy" in source(ChunkedDivergenceFunction.forward), "both per token"
+
+
+def test_a_second_teacher_is_loaded_and_run_as_trl_does():
+    assert parameters(distillation_trainer.create_model_from_path) == ["model_id", "architecture", "kwargs"]
+    init, loss = source(DistillationTrainer.__init__), source(DistillationTrainer._compute_loss)
+    assert "self.teacher_model = prepare_deepspeed(teacher_model, self.accelerator)" in init
+    assert "self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)" in init
+    assert "self._forward_redirection( self.teacher_model, unwrapped_teacher, self._get_last_hidden_state," in loss
 
 
 def test_logit_scales_have_the_names_that_osd_looks_for():
@@ -192,7 +200,22 @@ def test_batch_first_tensors_are_shuffled_and_split_together():
 def test_the_batch_is_generated_once_per_optimizer_step():
     prepare = source(DistillationTrainer._prepare_inputs)
     assert "generate_every = self.args.gradient_accumulation_steps" in prepare
-    assert "self._step % generate_every == 0" in prepare
+    assert "self._step % generate_every == 0 or self._buffered_inputs is None" in prepare
+    assert "inputs = self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]" in prepare, (
+        "OSDTrainer hands out the same buffer again when num_iterations is over 1"
+    )
+
+
+def test_prompts_can_be_repeated_for_every_iteration():
+    assert "return RepeatSampler(" in source(DistillationTrainer._get_train_sampler)
+    repeats = source(trl_utils.RepeatSampler)
+    assert "for _ in range(self.repeat_count)" in repeats, "OSDTrainer multiplies repeat_count"
+    assert parameters(trl_utils.repeat_iterable_dataset) == ["dataset", "mini_repeat_count", "batch_size", "repeat_count"]
+    loader = source(DistillationTrainer.get_train_dataloader)
+    assert "dataset = self.train_dataset" in loader
+    assert loader.index("if self.shuffle_dataset: dataset = dataset.shuffle(seed=self.args.seed)") < loader.index(
+        "= repeat_iterable_dataset("
+    )
 
 
 # -- logging -------------------------------------------------------------------------------------------------------------

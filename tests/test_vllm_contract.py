@@ -26,7 +26,7 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.block_table import MultiGroupBlockTable
-from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -91,6 +91,7 @@ def test_classes_have_what_the_pair_uses(cls, names):
         (SamplingMetadata, "temperature all_greedy all_random top_k top_p generators logitsprocs max_num_logprobs"),
         (SamplingMetadata, "no_penalties allowed_token_ids_mask bad_words_token_ids logprob_token_ids"),
         (SamplingMetadata, "thinking_budget_state_holder"),
+        (CachedRequestState, "output_token_ids"),
         (FullAttentionSpec, "block_size num_kv_heads head_size dtype sliding_window"),
     ],
 )

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl import DistillationConfig
 
 from osd.core import MixingConfig
-from osd.prompts import template_fields
-
-# Fields of DistillationConfig that an OSD run cannot honour: (name, what to do instead).
-_REFUSED = (
-    ("vllm_server_base_url", "the student and the teacher are sampled in one engine inside the trainer's process"),
-    ("teacher_model_init_kwargs", "no transformers teacher is loaded; use teacher_engine_kwargs"),
-    ("vllm_structured_outputs_regex", "structured outputs are not supported by the paired engine"),
-    ("vllm_enable_sleep_mode", "sleep mode is not supported yet"),
-    ("cache_implementation", "completions come from vLLM, not from transformers"),
-    ("max_tool_calling_iterations", "tools are not supported"),
-)
+from trainers.checks import check
+from trainers.divergence import Divergence
+from trainers.schedule import AlphaSchedule
 
 
 @dataclass
 class OSDConfig(DistillationConfig):
     """Every field of [`trl.DistillationConfig`] (and of `transformers.TrainingArguments`), and these.
 
-    TRL's `beta`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`, `max_completion_length` and
-    `generation_kwargs` keep their meaning; those of sampling shape draws from q*, and `temperature` also divides the
-    logits in the loss. `vllm_gpu_memory_utilization` and `vllm_max_model_length` are those of the pair.
+    TRL's `beta` (of `divergence="jsd"`), `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
+    `max_completion_length` and `generation_kwargs` keep their meaning; those of sampling shape draws from q*, and
+    `temperature` also divides the logits in the loss. `vllm_gpu_memory_utilization` and `vllm_max_model_length` are those
+    of the pair.
 
     Raises:
         ValueError: on construction, before any model loads, naming the field, what was given and what to do.
@@ -67,6 +60,34 @@ class OSDConfig(DistillationConfig):
         metadata={"help": "'geometric': q* ∝ π_θ^(1-α) π_t^α. 'linear': q* = (1-α) π_θ + α π_t, the baseline of other papers."},
     )
 
+    alpha_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How α's bounds and fixed_alpha move over training to their *_end: 'constant' (they do not), 'linear' or "
+            "'cosine'. Annealing alpha_max to 0 goes from the teacher's company to the student alone."
+        },
+    )
+    alpha_min_end: float | None = field(default=None, metadata={"help": "alpha_min at the end; default: it does not move."})
+    alpha_max_end: float | None = field(default=None, metadata={"help": "alpha_max at the end; default: it does not move."})
+    fixed_alpha_end: float | None = field(default=None, metadata={"help": "fixed_alpha at the end; default: it does not move."})
+    alpha_schedule_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps until the end of the alpha schedule; default: all of the run's."},
+    )
+    mix_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Draw this many tokens of every completion from q*, and the rest from the student alone. Default: all "
+            "tokens from q*."
+        },
+    )
+    mix_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Probability, in [0, 1], that a completion is drawn from q*; the others are drawn from the student alone."
+        },
+    )
+
     # What each side reads
     teacher_system_prompt: str | None = field(
         default=None,
@@ -92,6 +113,56 @@ class OSDConfig(DistillationConfig):
         },
     )
 
+    # The loss
+    teacher_signal: str = field(
+        default="recorded",
+        metadata={
+            "help": "Where the loss gets the teacher from: 'recorded' (what the engine computed while sampling; no second "
+            "teacher) or 'recompute' (a transformers teacher in the trainer, loaded with teacher_model_init_kwargs)."
+        },
+    )
+    divergence: str = field(
+        default="jsd",
+        metadata={
+            "help": "'jsd': TRL's generalised JSD, with `beta` (0 forward KL, 1 reverse KL). 'skew_kl': "
+            "KL(teacher ‖ s·teacher + (1-s)·student). 'skew_reverse_kl': KL(student ‖ s·student + (1-s)·teacher)."
+        },
+    )
+    skew: float = field(default=0.1, metadata={"help": "s of the skewed divergences, in (0, 1)."})
+    kl_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "The largest divergence of one token, in nats: above it a token counts as this much and has no gradient. "
+            "Keeps what only a privileged teacher could know from dominating. Default: no limit."
+        },
+    )
+    importance_correction: str = field(
+        default="none",
+        metadata={
+            "help": "Weight tokens from what was sampled towards what the student alone would sample: 'none'; 'token' (the "
+            "ratio of the token before: biased, low variance); 'prefix' (the product of the ratios of all tokens before: "
+            "unbiased); 'sequence' (the product over the completion: unbiased, more variance). See trainers/importance.py."
+        },
+    )
+    importance_clip: float | None = field(
+        default=2.0,
+        metadata={"help": "The largest importance weight; a smaller clip has less variance and more bias. None: no limit."},
+    )
+    num_iterations: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps on each batch of completions before new ones are sampled."},
+    )
+    privilege_gap_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every this many optimizer steps (if it is one that samples), log how much the teacher's own prompt "
+            "changes its log-probabilities of the sampled tokens (`privilege/gap`, nats per token). 0: never."
+        },
+    )
+    privilege_gap_tokens: int = field(
+        default=64, metadata={"help": "Tokens per process that the gap is measured on; each is one request of one token."}
+    )
+
     # The paired engine
     engine_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -106,39 +177,7 @@ class OSDConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.mixing()
-        self.pair_kwargs()
-        self._check_sampling()
-        self._check_colocated()
-        for name, why in _REFUSED:
-            if getattr(self, name) != _default(name):
-                raise ValueError(f"{name}={getattr(self, name)!r} cannot be used: {why}")
-        if self.privileged_template is not None:
-            template_fields(self.privileged_template)
-
-    def _check_sampling(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature={self.temperature} divides the logits in the loss, so it must be positive; for greedy "
-                'sampling set generation_kwargs: {"temperature": 0}'
-            )
-        if self.max_completion_length is None or self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length={self.max_completion_length} must be at least 1 token")
-        if self.sampling_kwargs().get("n", 1) != 1:
-            raise ValueError("generation_kwargs['n'] must be 1: TRL trains on one completion per prompt")
-
-    def _check_colocated(self) -> None:
-        if not self.use_vllm:
-            raise ValueError("use_vllm=False: OSD samples from q* inside vLLM; leave it true")
-        if self.vllm_mode != "colocate":
-            raise ValueError(f"vllm_mode={self.vllm_mode!r}: only 'colocate' is supported, with the pair in the trainer")
-        if self.vllm_tensor_parallel_size != 1:
-            raise ValueError(
-                f"vllm_tensor_parallel_size={self.vllm_tensor_parallel_size}: every process owns a whole pair on its own "
-                "device; use 1, and more processes instead"
-            )
-        if not self.ds3_gather_for_generation:
-            raise ValueError("ds3_gather_for_generation=False is not compatible with vLLM generation; leave it true")
+        check(self)
 
     def mixing(self) -> MixingConfig:
         """How α is chosen and the policies are mixed.
@@ -153,6 +192,36 @@ class OSDConfig(DistillationConfig):
             alpha_max=self.alpha_max,
             mixture=self.mixture,
         )
+
+    def schedule(self) -> AlphaSchedule:
+        """The mixing at every optimizer step.
+
+        Raises:
+            ValueError: as `mixing`, at either end; a schedule with nowhere to go.
+        """
+        start, end = self.mixing(), self.mixing()
+        if self.alpha_schedule != "constant":
+            moving = {
+                name: getattr(self, f"{name}_end")
+                for name in ("alpha_min", "alpha_max", "fixed_alpha")
+                if getattr(self, f"{name}_end") is not None
+            }
+            wanted = ("fixed_alpha",) if self.alpha_method == "fixed" else ("alpha_min", "alpha_max")
+            if not set(wanted) & set(moving):
+                names = " or ".join(f"{name}_end" for name in wanted)
+                raise ValueError(
+                    f"alpha_schedule={self.alpha_schedule!r} has nothing to move with alpha_method={self.alpha_method!r}; set "
+                    f"{names}, or alpha_schedule='constant'"
+                )
+            try:
+                end = replace(start, **moving)
+            except ValueError as error:
+                raise ValueError(f"at the end of the alpha schedule, {error}") from None
+        return AlphaSchedule(start=start, end=end, shape=self.alpha_schedule, steps=self.alpha_schedule_steps)
+
+    def loss_divergence(self) -> Divergence:
+        """What the loss minimises at each token."""
+        return Divergence(kind=self.divergence, beta=self.beta, skew=self.skew, temperature=self.temperature, clip=self.kl_clip)
 
     def pair_kwargs(self) -> dict[str, dict[str, Any]]:
         """`engine_kwargs`, `teacher_kwargs` and `student_kwargs` of the paired engine."""
@@ -180,6 +249,10 @@ class OSDConfig(DistillationConfig):
         """TRL's `model_init_kwargs`: arguments of the student's `from_pretrained`."""
         return self._mapping("model_init_kwargs")
 
+    def teacher_kwargs(self) -> dict[str, Any]:
+        """TRL's `teacher_model_init_kwargs`: arguments of `from_pretrained` for the teacher of `teacher_signal="recompute"`."""
+        return self._mapping("teacher_model_init_kwargs")
+
     def _mapping(self, name: str) -> dict[str, Any]:
         value = getattr(self, name)
         if isinstance(value, str):  # the command line's JSON is parsed by now, if it was an object
@@ -189,9 +262,3 @@ class OSDConfig(DistillationConfig):
     def _largest_batch(self) -> int:
         train = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return max(train, self.per_device_eval_batch_size)
-
-
-def _default(name: str) -> Any:
-    value = next(f for f in fields(OSDConfig) if f.name == name).default
-    assert value is not MISSING
-    return value

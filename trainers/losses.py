@@ -1,136 +1,71 @@
-"""Recorded supervision: the divergence between the student and the teacher distribution that sampling computed.
+"""Supervision: the divergence between the student and the teacher distribution, over the tokens of a batch.
 
-Shape suffixes: B completions, T completion tokens (padded), V vocabulary shared by both models, V_own the rows of one
-model's `lm_head`, H hidden size of the model in question (teacher and student may differ).
+Shape suffixes: B completions, T completion tokens (padded), N unmasked tokens, H hidden size of the model in question.
 
-To draw y_n from q* the engine already computed π_t(· | teacher's prompt, y_<n), so no second teacher runs here. The record
-kept the teacher's final hidden state h_t; its distribution is softmax(head_t(h_t) / temperature), and the loss is TRL's
-generalised Jensen-Shannon divergence (`beta`: 0 forward KL(π_t‖π_θ), 1 reverse KL(π_θ‖π_t)), averaged over tokens.
+To draw y_n from q* the engine already computed π_t(· | teacher's prompt, y_<n), so no second teacher need run here. The
+record kept the teacher's final hidden state h_t; its distribution is softmax(head_t(h_t) / temperature).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+from trainers.divergence import Divergence, token_divergence
+from trainers.heads import Head, gathered, on_shared_vocabulary
 
 
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """How one model turns a final hidden state into logits.
+class BatchLoss(NamedTuple):
+    """loss: nats per token, differentiable in the student. The others are sums over unmasked tokens, without gradient.
 
-    Attributes:
-        weight_VH: the `lm_head` weight, by reference.
-        bias_V: its bias, or None.
-        scale: multiplier of the logits (Cohere, Granite, Falcon-H1, ...), applied before the soft cap.
-        softcap: `softcap * tanh(logits / softcap)` (Gemma), or None.
+    entropy: of the student, in nats. tokens: how many there are. clipped: how many were above the divergence's clip.
     """
 
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    scale: float
-    softcap: float | None
+    loss: Tensor
+    entropy: Tensor
+    tokens: Tensor
+    clipped: Tensor
 
 
-def head_of(weight_VH: Tensor, bias_V: Tensor | None, config: Any) -> Head:
-    """The head of a model with this (transformers) configuration."""
-    text = config.get_text_config()
-    return Head(
-        weight_VH=weight_VH,
-        bias_V=bias_V,
-        scale=logit_scale(text),
-        softcap=getattr(text, "final_logit_softcapping", None),
-    )
-
-
-def logit_scale(text_config: Any) -> float:
-    """The multiplier that an architecture applies to its logits, under whichever name its config has for it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        scale = getattr(text_config, name, None)
-        if scale is not None:
-            return scale
-    scaling = getattr(text_config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    # Granite and MiniCPM3 divide by the number of that name; HyperCLOVA X multiplies by it.
-    return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
-
-
-def on_shared_vocabulary(student: Head, teacher: Head) -> tuple[Head, Head]:
-    """Both heads cut to the ids that both models have.
-
-    One tokenizer is padded to different vocabulary sizes (Qwen2.5: 151,936 or 152,064); the ids past the shorter one
-    belong to no token. The engine mixes over the same ids.
-
-    Raises:
-        ValueError: the student's head would have to be cut while DeepSpeed ZeRO-3 keeps it in shards.
-    """
-    shared = min(_rows(student.weight_VH), _rows(teacher.weight_VH))
-    if hasattr(student.weight_VH, "ds_shape") and _rows(student.weight_VH) != shared:
-        raise ValueError(
-            f"the student's lm_head has {_rows(student.weight_VH)} rows and the teacher's {shared}; under DeepSpeed ZeRO-3 "
-            "the larger one cannot be the student's. Resize the student's embeddings, or train without ZeRO-3"
-        )
-    return _cut(student, shared), _cut(teacher, shared)
-
-
-def _rows(weight_VH: Tensor) -> int:
-    # ZeRO-3 leaves a placeholder of no elements and keeps the real shape beside it.
-    return getattr(weight_VH, "ds_shape", weight_VH.shape)[0]
-
-
-def _cut(head: Head, rows: int) -> Head:
-    if _rows(head.weight_VH) == rows:
-        return head
-    bias_V = None if head.bias_V is None else head.bias_V[:rows]
-    return Head(weight_VH=head.weight_VH[:rows], bias_V=bias_V, scale=head.scale, softcap=head.softcap)
-
-
-def recorded_divergence(
+def batch_loss(
     student_hidden_BTH: Tensor,
     teacher_hidden_BTH: Tensor,
     student: Head,
     teacher: Head,
     loss_mask_BT: Tensor,
     *,
-    beta: float,
-    temperature: float,
+    of: Divergence,
+    weight_BT: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """TRL's chunked divergence against the recorded teacher; full logits are never materialised.
+) -> BatchLoss:
+    """The (weighted) divergence of every unmasked token, summed and divided; full logits are never materialised.
 
     Args:
         student_hidden_BTH, teacher_hidden_BTH: final hidden states, aligned to the completion's tokens.
-        loss_mask_BT: 1 where a token is trained on.
-        beta: 0 forward KL, 1 reverse KL, between them the generalised JSD.
-        temperature: divides both models' logits.
-        num_items_in_batch: the loss is the sum divided by it; None divides by the number of unmasked tokens.
-
-    Returns:
-        the loss (nats per token, differentiable in the student), the summed entropy of the student over unmasked tokens
-        (nats), and how many tokens are unmasked.
+        loss_mask_BT: not 0 where a token is trained on.
+        of: which divergence, at which temperature, clipped where.
+        weight_BT: importance weights (trainers.importance); they multiply the divergence after it was clipped.
+        num_items_in_batch: the loss is the sum divided by it; None divides by the number of unmasked tokens. Weights do not
+            enter the divisor.
     """
     student, teacher = on_shared_vocabulary(student, teacher)
-    return _chunked_divergence_loss(
-        student_hidden_BTH,
-        teacher_hidden_BTH.to(student_hidden_BTH.device),
-        student.weight_VH,
-        teacher.weight_VH,
-        loss_mask_BT,
-        beta,
-        num_items_in_batch=num_items_in_batch,
-        student_lm_head_bias=student.bias_V,
-        teacher_lm_head_bias=teacher.bias_V,
-        student_logit_scale=student.scale,
-        teacher_logit_scale=teacher.scale,
-        student_final_logit_softcapping=student.softcap,
-        teacher_final_logit_softcapping=teacher.softcap,
-        temperature=temperature,
-    )
+    student, teacher = gathered(student, student_hidden_BTH.dtype), gathered(teacher, teacher_hidden_BTH.dtype)
+    kept_BT = loss_mask_BT.to(student_hidden_BTH.device) != 0
+    teacher_hidden_NH = teacher_hidden_BTH.to(student_hidden_BTH.device)[kept_BT]
+    divergence_N, entropy_N = token_divergence(student_hidden_BTH[kept_BT], teacher_hidden_NH, student, teacher, of)
+    tokens, clipped = kept_BT.sum(), torch.zeros_like(kept_BT.sum())
+    if of.clip is not None:
+        clipped = (divergence_N > of.clip).sum()
+        divergence_N = divergence_N.clamp(max=of.clip)
+    if weight_BT is not None:
+        divergence_N = divergence_N * weight_BT[kept_BT]
+    # A batch without a token is a finite zero, not 0 / 0.
+    divisor = tokens.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=tokens.device)
+    loss = divergence_N.sum() / divisor
+    return BatchLoss(loss, entropy_N.sum().detach(), tokens, clipped)
 
 
 def pad_hidden(hidden_TH: Sequence[Tensor | None], length: int, device: torch.device) -> Tensor:
@@ -150,3 +85,12 @@ def pad_hidden(hidden_TH: Sequence[Tensor | None], length: int, device: torch.de
         if h is not None:
             row[: h.size(0)] = h
     return padded_BTH
+
+
+def pad_column(column_T: Sequence[Tensor | None], length: int, device: torch.device) -> Tensor:
+    """Stack one column of the record of every completion (None: in error), right-padded with zeros, `[B, length]` float32."""
+    padded_BT = torch.zeros(len(column_T), length, device=device)
+    for row, column in zip(padded_BT, column_T, strict=True):
+        if column is not None:
+            row[: len(column)] = column
+    return padded_BT

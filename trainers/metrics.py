@@ -4,6 +4,10 @@
 `q/...`      of the mixture, means over tokens: KL(q*‖π_θ) and KL(q*‖π_t) in nats, entropy in nats, and
              ess_ratio = ESS(π_θ)/ESS(π_t), which is 1 where both policies are equally well covered by q*
 `engine/...` seconds of sync and sampling, cached share of each side's prompt tokens, version of the student's weights
+`loss/clipped`    share of tokens whose divergence was above kl_clip
+`importance/...`  of the weights as used: mean_weight; ess, the effective sample size (Σw)² / Σw² as a share of the tokens;
+             truncated, the share of tokens at importance_clip. The means over the passes of a step.
+`schedule/...`, `privilege/...`  see trainers.schedule and trainers.privilege
 `completions/failed`  completions that ended in an error; they are masked out of the loss and of the rest of these
 """
 
@@ -46,6 +50,23 @@ def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, floa
         "engine/weights_version": of["weights_version"].min().item(),
         "completions/failed": of["failed"].sum().item(),
     }
+
+
+def loss_metrics(sums: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:
+    """Metrics of one pass from its sums over tokens, each optional but `tokens`; a collective operation."""
+    if set(sums) <= {"tokens"}:
+        return {}  # nothing to say, so nothing to wait for
+    sums_K = torch.stack([value.detach().double().to(accelerator.device) for value in sums.values()])
+    of = dict(zip(sums, accelerator.gather(sums_K[None]).sum(0).tolist(), strict=True))
+    tokens = of["tokens"]
+    metrics = {}
+    if "clipped" in of:
+        metrics["loss/clipped"] = _ratio(of["clipped"], tokens)
+    if "weight" in of:
+        metrics["importance/mean_weight"] = _ratio(of["weight"], tokens)
+        metrics["importance/ess"] = _ratio(of["weight"] ** 2, of["weight_squared"] * tokens)
+        metrics["importance/truncated"] = _ratio(of["truncated"], tokens)
+    return metrics
 
 
 def _totals(batch: GeneratedBatch) -> dict[str, float]:

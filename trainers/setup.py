@@ -68,7 +68,8 @@ def planned_pair(model: Any, teacher_model: Any, args: OSDConfig, engine: PairEn
     from osd.engine.pair import PairConfig
 
     student = model if isinstance(model, str) else model.name_or_path
-    pair = PairConfig(teacher=teacher, student=student, mixing=args.mixing(), **args.pair_kwargs())
+    kwargs: dict[str, Any] = args.pair_kwargs()
+    pair = PairConfig(teacher=teacher, student=student, mixing=args.mixing(), **kwargs)
     check_models(pair)
     return pair
 

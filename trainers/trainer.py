@@ -1,14 +1,16 @@
 """OSDTrainer: on-policy distillation from q*, the optimal mixture of teacher and student, sampled fresh at every step.
 
 One step of training, and where each part is:
+    α's bounds and what is mixed at this step             trainers.schedule
     sync the student into its engine, sample from q*      osd.generation.OSDGeneration, called by TRL
-    teacher's hidden states out of the record             _generate_and_score_completions
-    divergence between student and recorded teacher       _compute_loss, trainers.losses
-    α, KLs, cache hits, times                             trainers.metrics
+    the teacher, from the record or computed again        trainers.teacher
+    weights from what was sampled towards π_θ             trainers.importance
+    divergence between student and teacher                _compute_loss, trainers.losses, trainers.divergence
+    α, KLs, cache hits, times, weights                    trainers.metrics, trainers.privilege
 
 Of TRL's DistillationTrainer these are overridden, all of them private to TRL and pinned by tests/test_trl_contract.py:
-`_generate_and_score_completions`, `_compute_loss`, `_set_signature_columns_if_needed`; and the public `evaluation_loop`
-and `log`.
+`_generate_and_score_completions`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`,
+`_set_signature_columns_if_needed`; and the public `compute_loss`, `get_train_dataloader`, `evaluation_loop` and `log`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoConfig
+from datasets import IterableDataset
 from trl import DistillationTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
 from osd.generation import OSDGeneration
 from osd.prompts import (
@@ -37,9 +39,15 @@ from osd.prompts import (
 )
 from trainers.completions import log_completions
 from trainers.config import OSDConfig
-from trainers.losses import Head, head_of, pad_hidden, recorded_divergence
-from trainers.metrics import batch_metrics
+from trainers.divergence import token_logprobs
+from trainers.heads import Head, gathered, head_of, on_shared_vocabulary
+from trainers.importance import importance_weights
+from trainers.losses import batch_loss, pad_column
+from trainers.metrics import batch_metrics, loss_metrics
+from trainers.privilege import privilege_gap
+from trainers.schedule import unmixed
 from trainers.setup import check_datasets, planned_pair, refuse_unsupported
+from trainers.teacher import RecomputedTeacher, RecordedTeacher, Teacher
 
 if TYPE_CHECKING:
     from osd.engine.pair import PairCompletion, PairConfig, PairEngine
@@ -50,7 +58,8 @@ class OSDTrainer(DistillationTrainer):
 
     The dataset has a `prompt` column (text or conversation) and, for a teacher that knows more, `teacher_prompt`, or
     `privileged_context`, or any columns that `args.privileged_template` names. Both engines run in this process; the
-    teacher exists only there. Evaluation samples from the student alone.
+    teacher exists only there (unless `args.teacher_signal="recompute"` loads another). Evaluation samples from the student
+    alone.
 
     Args:
         model: the student: path, model id, or a loaded causal language model (also with PEFT).
@@ -97,7 +106,8 @@ class OSDTrainer(DistillationTrainer):
         refuse_unsupported(tools=tools, quantization_config=quantization_config)
         check_datasets(train_dataset, eval_dataset, args.privileged_template)
         pair = planned_pair(model, teacher_model, args, engine)
-        with _no_inline_vllm(args):
+        # With `use_vllm` set, TRL's constructor would build its own generator inline; ours is put in its place below.
+        with _set(args, use_vllm=False):
             super().__init__(
                 model=model,
                 teacher_model=None,
@@ -114,7 +124,11 @@ class OSDTrainer(DistillationTrainer):
         self.vllm_generation = self._start_generation(pair)
         self.use_vllm = True
         self._last_loaded_step = -1  # TRL syncs whenever this is not the current step
-        self._teacher_head = self._find_teacher_head()
+        self._schedule, self._divergence = args.schedule(), args.loss_divergence()
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        recompute = args.teacher_signal == "recompute"
+        engine = self.vllm_generation.engine
+        self._teacher: Teacher = RecomputedTeacher(self, engine.config.teacher) if recompute else RecordedTeacher(engine, args)
         for name in ("alpha", "token_ids"):
             self._logs[name] = deque(maxlen=self._logs["prompt"].maxlen)
 
@@ -124,7 +138,8 @@ class OSDTrainer(DistillationTrainer):
             self.accelerator,
             self.processing_class,
             pair=pair,
-            hidden=True,
+            mix_tokens=self.args.mix_tokens,
+            hidden=self.args.teacher_signal == "recorded",
             on_error="keep",
             temperature=self.temperature,
             top_p=self.top_p,
@@ -135,19 +150,9 @@ class OSDTrainer(DistillationTrainer):
             generation_kwargs=self.args.sampling_kwargs(),
         )
 
-    def _find_teacher_head(self) -> Head:
-        engine = self.vllm_generation.engine
-        config = AutoConfig.from_pretrained(
-            engine.config.teacher,
-            revision=self.args.teacher_model_revision,
-            trust_remote_code=self.args.trust_remote_code,
-        )
-        weight_VH, bias_V = engine.teacher_lm_head()
-        return head_of(weight_VH, bias_V, config)
-
     def close(self) -> None:
         """Shut the paired engine down, if this trainer started it, and give its memory back."""
-        self.__dict__.pop("_teacher_head", None)  # it refers to the engine's memory
+        self.__dict__.pop("_teacher", None)  # it refers to the engine's memory
         self.vllm_generation.close()
 
     # -- completions and their supervision ----------------------------------------------------------------------------
@@ -156,19 +161,49 @@ class OSDTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         teacher_ids = [self._teacher_ids(row) for row in inputs]
         student_rows = [{**row, PROMPT_COLUMN: self._student_prompt(row)} for row in inputs]
-        alpha = None if mode == "train" else 0.0  # evaluation measures the student's own completions
-        with self.vllm_generation.teacher_reads(teacher_ids, alpha=alpha):
+        with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(len(inputs), mode)):
             output = super()._generate_and_score_completions(student_rows)
         batch = self.vllm_generation.last_batch
         assert batch is not None, "TRL called generate()"
         completions = batch.completions
-        output |= self._recorded_supervision(completions, output["completion_mask"])
-        for name, value in batch_metrics(self.vllm_generation, self.accelerator).items():
+        output |= self._recorded_columns(completions, output["completion_mask"])
+        output |= self._teacher.columns(completions, teacher_ids, output["completion_mask"])
+        metrics = batch_metrics(self.vllm_generation, self.accelerator)
+        if mode == "train":
+            metrics |= self._schedule_metrics() | self._privilege_metrics(output)
+        for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if self.log_completions:
             self._logs["alpha"].extend(gather_object([_alpha(c) for c in completions]))
             self._logs["token_ids"].extend(gather_object([list(c.token_ids) for c in completions]))
         return output
+
+    def _alphas(self, count: int, mode: str) -> float | list[float | None] | None:
+        """Set the mixing of this step, and return the weights of the completions that have their own."""
+        if mode == "eval":
+            return 0.0  # evaluation measures the student's own completions
+        self.vllm_generation.engine.set_mixing(self._schedule.at(self.state.global_step, self.state.max_steps))
+        return unmixed(count, self.args.mix_fraction, seed=self._step_seed)
+
+    @property
+    def _step_seed(self) -> str:
+        """For draws that are to be the same again in a resumed run, and to leave the global random state alone."""
+        return f"{self.args.seed} {self.state.global_step} {self.accelerator.process_index}"
+
+    def _schedule_metrics(self) -> dict[str, float]:
+        if self._schedule.shape == "constant":
+            return {}
+        mixing = self.vllm_generation.engine.mixing
+        names = ("fixed_alpha",) if mixing.alpha_method == "fixed" else ("alpha_min", "alpha_max")
+        return {f"schedule/{name}": getattr(mixing, name) for name in names}
+
+    def _privilege_metrics(self, output: dict[str, torch.Tensor]) -> dict[str, float]:
+        every = self.args.privilege_gap_steps
+        if not every or self.state.global_step % every:
+            return {}
+        plain = [ids[mask.bool()].tolist() for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
+        tokens = self.args.privilege_gap_tokens
+        return privilege_gap(self.vllm_generation, self.accelerator, plain, tokens=tokens, seed=self._step_seed)
 
     def _student_prompt(self, row: Mapping[str, Any]) -> Any:
         args = self.args
@@ -180,22 +215,30 @@ class OSDTrainer(DistillationTrainer):
         prompt = for_side(prompt, system_prompt=args.teacher_system_prompt, chat=args.enable_chat_template)
         return encode(self.vllm_generation.engine.tokenizer, prompt, **self.chat_template_kwargs)
 
-    def _recorded_supervision(
-        self, completions: list[PairCompletion], completion_mask_BT: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Batch-first tensors, which TRL shuffles and splits with the rest: `teacher_hidden` [B, T, H], `loss_mask` [B, T].
+    def _recorded_columns(self, completions: list[PairCompletion], completion_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Batch-first tensors, which TRL shuffles and splits with the rest: `loss_mask`, `logp_theta`, `logp_draw`, [B, T].
 
         A completion that ended in an error is masked out whole.
         """
-        device = completion_mask_BT.device
-        hidden_TH = [None if c.error or c.record is None else c.record.teacher_hidden_TH for c in completions]
-        good_B1 = torch.tensor([[0 if c.error else 1] for c in completions], device=device)
-        loss_mask_BT = completion_mask_BT * good_B1
+        length, device = completion_mask_BT.size(1), completion_mask_BT.device
+        records = [None if c.error else c.record for c in completions]
+        loss_mask_BT = completion_mask_BT * torch.tensor([[r is not None] for r in records], device=device)
         return {
-            "teacher_hidden": pad_hidden(hidden_TH, completion_mask_BT.size(1), device),
             "loss_mask": loss_mask_BT,
+            "logp_theta": pad_column([None if r is None else r.logp_theta for r in records], length, device),
+            "logp_draw": pad_column([None if r is None else r.logp_draw for r in records], length, device),
             "num_items_in_batch": self.accelerator.gather(loss_mask_BT.sum()).sum(),
         }
+
+    # -- the loss -----------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        # Here, and not in _compute_loss: a collective inside the wrapped forward pass could hang.
+        metrics = loss_metrics(self._loss_sums, self.accelerator)
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        return loss
 
     def _compute_loss(
         self, unwrapped_student: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any
@@ -207,17 +250,84 @@ class OSDTrainer(DistillationTrainer):
             inputs["completion_ids"].size(1),
         )
         lm_head = unwrapped_student.get_output_embeddings()
-        loss, entropy_sum, num_tokens = recorded_divergence(
-            student_hidden_BTH.to(lm_head.weight.device),
-            inputs["teacher_hidden"],
-            head_of(lm_head.weight, getattr(lm_head, "bias", None), unwrapped_student.config),
-            self._teacher_head,
+        student_hidden_BTH = student_hidden_BTH.to(lm_head.weight.device)
+        student = head_of(lm_head.weight, getattr(lm_head, "bias", None), unwrapped_student.config)
+        teacher_hidden_BTH, teacher = self._teacher.supervision(inputs)
+        weight_BT, weight_sums = self._importance_weights(student_hidden_BTH, student, teacher, inputs)
+        result = batch_loss(
+            student_hidden_BTH,
+            teacher_hidden_BTH,
+            student,
+            teacher,
             inputs["loss_mask"],
-            beta=self.beta,
-            temperature=self.temperature,
+            of=self._divergence,
+            weight_BT=weight_BT,
             num_items_in_batch=num_items_in_batch,
         )
-        return loss, entropy_sum.detach(), num_tokens
+        clipped = {} if self._divergence.clip is None else {"clipped": result.clipped}
+        self._loss_sums = {"tokens": result.tokens, **clipped, **weight_sums}
+        return result.loss, result.entropy, result.tokens
+
+    def _importance_weights(
+        self, student_hidden_BTH: torch.Tensor, student: Head, teacher: Head, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Weights [B, T] towards the student as it is now, or None; and their sums, for the metrics."""
+        args, mask_BT = self.args, inputs["loss_mask"]
+        if args.importance_correction == "none" or not self.model.training:  # evaluation samples from the student itself
+            return None, {}
+        logp_theta_BT = inputs["logp_theta"]
+        if args.num_iterations > 1:  # the student has moved on since it sampled
+            logp_theta_BT = self._logp_now(student_hidden_BTH, student, teacher, inputs)
+        weight_BT, truncated_BT = importance_weights(
+            logp_theta_BT, inputs["logp_draw"], mask_BT, correction=args.importance_correction, clip=args.importance_clip
+        )
+        weight_N = weight_BT[mask_BT != 0].double()
+        sums = {
+            "weight": weight_N.sum(),
+            "weight_squared": weight_N.square().sum(),
+            "truncated": truncated_BT[mask_BT != 0].sum(),
+        }
+        return weight_BT.to(student_hidden_BTH.device), sums
+
+    @torch.no_grad()
+    def _logp_now(
+        self, student_hidden_BTH: torch.Tensor, student: Head, teacher: Head, inputs: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """log π_θ of the completion's tokens under the weights being trained, tempered as in sampling, [B, T]."""
+        student, _ = on_shared_vocabulary(student, teacher)
+        student = gathered(student, student_hidden_BTH.dtype)
+        kept_BT = inputs["loss_mask"] != 0
+        hidden_NH, token_N = (x[kept_BT.to(x.device)] for x in (student_hidden_BTH, inputs["completion_ids"]))
+        logp_N = token_logprobs(hidden_NH, student, token_N.to(hidden_NH.device), self.vllm_generation.sampling_temperature)
+        logp_BT = torch.zeros_like(inputs["logp_draw"])
+        logp_BT[kept_BT] = logp_N.to(logp_BT.device)
+        return logp_BT
+
+    # -- the same completions for several optimizer steps -------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        buffered: list[dict[str, torch.Tensor]] | None = self._buffered_inputs
+        again = self.state.global_step % self.args.num_iterations != 0
+        if self.model.training and again and buffered is not None:
+            return buffered[self._step % self.args.gradient_accumulation_steps]
+        # TRL samples at the first pass of an optimizer step, and after a resume, when nothing is buffered.
+        return super()._prepare_inputs(generation_batch)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler: Any = super()._get_train_sampler(dataset)
+        sampler.repeat_count *= self.args.num_iterations  # prompts come again as often as their completions are used
+        return sampler
+
+    def get_train_dataloader(self) -> Any:
+        stream, iterations = self.train_dataset, self.args.num_iterations
+        if iterations == 1 or not isinstance(stream, IterableDataset):
+            return super().get_train_dataloader()
+        if self.shuffle_dataset:
+            stream = stream.shuffle(seed=self.args.seed)  # before it is repeated, where TRL would do it after
+        size = self.args.per_device_train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        repeated = repeat_iterable_dataset(stream, mini_repeat_count=1, batch_size=size, repeat_count=iterations)
+        with _set(self, train_dataset=repeated, shuffle_dataset=False):
+            return super().get_train_dataloader()
 
     # -- TRL's surroundings -------------------------------------------------------------------------------------------
 
@@ -244,13 +354,16 @@ class OSDTrainer(DistillationTrainer):
 
 
 @contextmanager
-def _no_inline_vllm(args: OSDConfig) -> Iterator[None]:
-    """TRL's constructor builds its own vLLM generator inline when `use_vllm` is set; ours is put in its place afterwards."""
-    args.use_vllm = False
+def _set(of: Any, **attributes: Any) -> Iterator[None]:
+    """Other values for some attributes, for as long as the context lasts."""
+    before = {name: getattr(of, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(of, name, value)
     try:
         yield
     finally:
-        args.use_vllm = True
+        for name, value in before.items():
+            setattr(of, name, value)
 
 
 def _alpha(completion: PairCompletion) -> list[float]:

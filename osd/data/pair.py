@@ -54,11 +54,12 @@ class EnginePair:
         from osd.engine.pair import PairConfig, checked_params
 
         self.mixing = settings.mixing()
+        kwargs: dict[str, Any] = settings.pair_kwargs()
         self.config: PairConfig = PairConfig(
             teacher=str(settings.teacher_model_name_or_path),
             student=str(settings.model_name_or_path),
             mixing=self.mixing,
-            **settings.pair_kwargs(),
+            **kwargs,
         )
         checked_params(settings.sampling())
         check_models(self.config)

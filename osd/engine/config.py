@@ -42,6 +42,7 @@ class PairConfig:
         engine_kwargs: vLLM ``EngineArgs`` for both sides (``max_model_len``, ``dtype``, ``gpu_memory_utilization``: the
             memory of both together, ...).
         teacher_kwargs, student_kwargs: overrides for one side (``quantization``, ``max_model_len``, ...).
+        overlap: on a GPU, run the student's forward beside the teacher's where the two can (one device, dense models).
 
     Raises:
         ValueError: an engine argument that the pair owns, cannot do, or that cannot differ between the sides.
@@ -53,6 +54,7 @@ class PairConfig:
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     student_kwargs: dict[str, Any] = field(default_factory=dict)
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         for name in ("engine_kwargs", "teacher_kwargs", "student_kwargs"):
@@ -87,12 +89,17 @@ class PairConfig:
 
     def _additional_config(self) -> dict[str, Any]:
         student = {**self.engine_kwargs, **self.student_kwargs, "model": self.student}
-        return {"student": student, "mixing": self.mixing.to_dict()}
+        return {"student": student, "mixing": self.mixing.to_dict(), "overlap": self.overlap}
 
 
 def mixing_config(teacher_config: VllmConfig) -> MixingConfig:
     """The mixing that the engine was built with."""
     return MixingConfig.from_dict(_pair_section(teacher_config)["mixing"])
+
+
+def wants_overlap(teacher_config: VllmConfig) -> bool:
+    """Whether the engine was asked to run the two forwards side by side."""
+    return _pair_section(teacher_config)["overlap"]
 
 
 def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
@@ -126,4 +133,4 @@ def _pair_section(teacher_config: VllmConfig) -> dict[str, Any]:
     return section
 
 
-__all__ = ["PairConfig", "mixing_config", "set_current_vllm_config", "share_block_size", "student_vllm_config"]
+__all__ = ["PairConfig", "mixing_config", "set_current_vllm_config", "share_block_size", "student_vllm_config", "wants_overlap"]

@@ -15,6 +15,7 @@ class PairOptions:
     Attributes:
         student_prompt_token_ids: the student's own prompt; None gives it the teacher's.
         alpha: the teacher's weight for this request, in [0, 1]; None lets the engine's α method decide per token.
+        mix_tokens: sample from q* for that many tokens and from the student alone (α = 0) after them; None: no limit.
         teacher_only: sample from the teacher and never run the student (its record has NaN in the student's columns).
         record: keep the per-token record on the device until ``take_records``.
         hidden: keep the teacher's final hidden state with it.
@@ -25,6 +26,7 @@ class PairOptions:
 
     student_prompt_token_ids: list[int] | None = None
     alpha: float | None = None
+    mix_tokens: int | None = None
     teacher_only: bool = False
     record: bool = False
     hidden: bool = False
@@ -37,13 +39,15 @@ class PairOptions:
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]; 0 samples from the student, 1 from the teacher")
+        if self.mix_tokens is not None and self.mix_tokens < 0:
+            raise ValueError(f"mix_tokens={self.mix_tokens} is negative; 0 samples from the student alone, None always mixes")
 
     @classmethod
     def of(cls, sampling_params: Any) -> PairOptions:
         """The options of a request.
 
         Raises:
-            ValueError: a key that is not an option, or an α outside [0, 1].
+            ValueError: a key that is not an option, an α outside [0, 1], or a negative ``mix_tokens``.
         """
         given = (getattr(sampling_params, "extra_args", None) or {}).get(EXTRA_ARGS_KEY)
         if not given:

@@ -135,7 +135,8 @@ class PairEngine:
         prompts: Sequence[PairPrompt],
         *,
         sampling: dict[str, Any] | Sequence[dict[str, Any]],
-        alpha: float | None = None,
+        alpha: float | Sequence[float | None] | None = None,
+        mix_tokens: int | None = None,
         teacher_only: bool = False,
         record: bool = True,
         hidden: bool = False,
@@ -148,7 +149,9 @@ class PairEngine:
             prompts: token ids of both sides.
             sampling: keyword arguments of ``vllm.SamplingParams`` for all prompts, or one dict per prompt. ``n`` must be 1:
                 repeat the prompt instead, it is in the prefix cache.
-            alpha: the teacher's weight for these requests, in [0, 1] (0 samples from the student); None: as configured.
+            alpha: the teacher's weight for these requests, in [0, 1] (0 samples from the student), one for all or one per
+                prompt; None: as configured.
+            mix_tokens: after that many tokens sample from the student alone; None: no limit.
             teacher_only: sample from the teacher, and leave the student idle.
             record: return the per-token record.
             hidden: with the teacher's final hidden state.
@@ -156,13 +159,16 @@ class PairEngine:
             on_finished: called with the number of tokens of every completion that finishes, while the others go on.
 
         Raises:
-            ValueError: an empty prompt, or one too long for either model; nothing has been sampled then.
+            ValueError: an empty prompt, one too long for either model, another number of α; nothing has been sampled then.
             RuntimeError: the last weight sync failed, so the student's weights are not to be sampled from.
         """
         self._check_open()
         if self._stale is not None:
             raise RuntimeError(f"the student's weights are incomplete since a failed sync ({self._stale}); sync again first")
-        options = PairOptions(alpha=alpha, teacher_only=teacher_only, record=record, hidden=hidden)
+        options = [
+            PairOptions(alpha=a, mix_tokens=mix_tokens, teacher_only=teacher_only, record=record, hidden=hidden)
+            for a in _one_each("alpha", alpha, len(prompts))
+        ]
         params = self._sampling_params(prompts, sampling, options)
         ids: dict[str, str] = {}
         try:
@@ -180,18 +186,19 @@ class PairEngine:
         ]
 
     def _sampling_params(
-        self, prompts: Sequence[PairPrompt], sampling: dict[str, Any] | Sequence[dict[str, Any]], options: PairOptions
+        self,
+        prompts: Sequence[PairPrompt],
+        sampling: dict[str, Any] | Sequence[dict[str, Any]],
+        options: PairOptions | Sequence[PairOptions],
     ) -> list[SamplingParams]:
-        per_prompt = [sampling] * len(prompts) if isinstance(sampling, dict) else list(sampling)
-        if len(per_prompt) != len(prompts):
-            raise ValueError(f"sampling has {len(per_prompt)} entries for {len(prompts)} prompts; give one each, or one dict")
         params = []
-        for index, (prompt, kwargs) in enumerate(zip(prompts, per_prompt, strict=True)):
-            extra = {**vars(options), "weights_version": self.weights_version}
+        per_prompt = (_one_each(name, given, len(prompts)) for name, given in (("sampling", sampling), ("options", options)))
+        for index, (prompt, kwargs, option) in enumerate(zip(prompts, *per_prompt, strict=True)):
+            extra = {**vars(option), "weights_version": self.weights_version}
             extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
             extra_args = {**(kwargs.get("extra_args") or {}), **PairOptions(**extra).to_extra_args()}
             params.append(checked_params({**kwargs, "extra_args": extra_args}))
-            self._check_request(index, prompt, params[-1], options.teacher_only)
+            self._check_request(index, prompt, params[-1], option.teacher_only)
         return params
 
     def _check_request(self, index: int, prompt: PairPrompt, params: SamplingParams, teacher_only: bool) -> None:
@@ -364,6 +371,15 @@ class PairEngine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _one_each(name: str, given: Any, count: int) -> list[Any]:
+    """One value per prompt, from one for all of them or a sequence."""
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(f"{name} has {len(given)} entries for {count} prompts; give one each, or one for all")
+    return list(given)
 
 
 def checked_params(kwargs: dict[str, Any]) -> SamplingParams:

@@ -6,6 +6,7 @@ B rows of the teacher's batch, P rows of one part, V the shared vocabulary, R re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,40 +66,62 @@ class TorchPart:
 
 
 class FusedPart:
-    """The same by the kernels, which draw as well if they are given a ``uniform`` number per row of the batch, [B].
+    """The same by the kernels, for what acts on log q* before a token is drawn; attributes as of :class:`TorchPart`."""
 
-    Attributes:
-        rows, solo, logq_PV, bad_side_P: as in :class:`TorchPart`; ``logq_PV`` is None if the tokens are drawn.
-        values_PR: the record, whose token is drawn or is to be.
-    """
-
-    def __init__(self, inputs: PartInputs, config: MixingConfig, uniform_B: torch.Tensor | None) -> None:
+    def __init__(self, inputs: PartInputs, config: MixingConfig) -> None:
         from osd.kernels.fused import mix_and_draw  # needs Triton
 
         self.rows, self.solo = inputs.rows, inputs.solo
-        self._mixture = mix_and_draw(
-            inputs.student,
-            inputs.teacher,
-            config,
-            vocab_size=inputs.vocab_size,
-            rows_theta=inputs.student_rows,
-            rows_teacher=inputs.rows,
-            temperature=inputs.temperature_B,
-            alpha=inputs.alpha,
-            uniform=None if uniform_B is None else take(uniform_B, inputs.rows),
-            write_logq=uniform_B is None,
-        )
-        self.logq_PV, self.values_PR = self._mixture.logq_PV, self._mixture.values_PR
+        self._mixture = mix_and_draw(inputs.student, inputs.teacher, config, **_for_kernels(inputs), write_logq=True)
+        assert self._mixture.logq_PV is not None
+        self.logq_PV = self._mixture.logq_PV
         self.bad_side_P = self._mixture.bad_side_P.clamp(max=2) if self.solo else self._mixture.bad_side_P
-
-    @property
-    def token_P(self) -> torch.Tensor:
-        """The drawn tokens, int32; in a bad row -1 - its side."""
-        assert self._mixture.token_P is not None
-        return self._mixture.token_P.clamp(min=-3) if self.solo else self._mixture.token_P
 
     def record(self, token_P: torch.Tensor, logp_draw_P: torch.Tensor) -> torch.Tensor:
         return self._mixture.record_at(token_P, logp_draw_P)
+
+
+class Draw:
+    """Draws from q* with the kernels: raw logits in, tokens and their record out."""
+
+    def __init__(self) -> None:
+        from osd.kernels.replay import ReplayedDraw  # needs Triton
+
+        self._draw = ReplayedDraw()
+        self._uniform = torch.empty(0)
+
+    def uniform(self, num_rows: int, device: torch.device, generators: dict[int, torch.Generator]) -> torch.Tensor:
+        """:func:`uniform`, in memory that stays where it is."""
+        if len(self._uniform) < num_rows:
+            self._uniform = torch.empty(num_rows, dtype=torch.float64, device=device)
+        return uniform(self._uniform[:num_rows], generators)
+
+    def __call__(self, inputs: PartInputs, config: MixingConfig, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(token_P, values_PR): ids, int32, -1 - its side where a row is bad, and the record."""
+        uniform_P = take(uniform_B, inputs.rows)
+        token_P, values_PR = self._draw(inputs.student, inputs.teacher, config, **_for_kernels(inputs), uniform=uniform_P)
+        return token_P.clamp(min=-3) if inputs.solo else token_P, values_PR
+
+
+def _for_kernels(inputs: PartInputs) -> dict[str, Any]:
+    return dict(
+        vocab_size=inputs.vocab_size,
+        rows_theta=inputs.student_rows,
+        rows_teacher=inputs.rows,
+        temperature=inputs.temperature_B,
+        alpha=inputs.alpha,
+    )
+
+
+def uniform(out_B: torch.Tensor, generators: dict[int, torch.Generator]) -> torch.Tensor:
+    """Fill with one number in [0, 1) per row, from the row's own generator where it has one.
+
+    A seeded request's draws then depend on nothing but its own steps.
+    """
+    out_B.uniform_()
+    for row, generator in generators.items():
+        out_B[row : row + 1].uniform_(generator=generator)
+    return out_B
 
 
 def fused(config: MixingConfig, device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,16 +48,23 @@ class RowPlanner:
         self.device = device
         self._key: tuple[Any, ...] | None = None
         self._plan: RowPlan | None = None
+        self._still_mixed: dict[str, int] = {}  # requests of the plan that are yet to reach their mix_tokens, and that number
 
     def plan(self, teacher: Any, student: Any, step: PairStep) -> RowPlan:
         """Align the rows of both runners' persistent batches for the requests that are ready in ``step``."""
         teacher_ids, student_ids = list(teacher.input_batch.req_ids), list(student.input_batch.req_ids)
         key = (teacher_ids, student_ids, step.ready, step.teacher_ahead, step.student_ahead)
-        if self._plan is None or key != self._key:
+        if self._plan is None or key != self._key or self._someone_is_past(teacher):
             options = {i: PairOptions.of(teacher.requests[i].sampling_params) for i in teacher_ids}
+            limits = {i: o.mix_tokens for i, o in options.items() if o.mix_tokens is not None}
+            self._still_mixed = {i: limit for i, limit in limits.items() if _num_sampled(teacher, i) < limit}
+            options |= {i: replace(options[i], alpha=0.0) for i in limits.keys() - self._still_mixed.keys()}
             self._plan = self._build(teacher_ids, student_ids, step, options)
             self._key = key
         return self._plan
+
+    def _someone_is_past(self, teacher: Any) -> bool:
+        return any(_num_sampled(teacher, i) >= limit for i, limit in self._still_mixed.items())
 
     def _build(
         self, teacher_ids: list[str], student_ids: list[str], step: PairStep, options: dict[str, PairOptions]
@@ -104,6 +111,10 @@ class RowPlanner:
             return None
         values = [float("nan") if alpha is None else alpha for alpha in fixed]
         return torch.tensor(values, dtype=torch.float32).to(self.device, non_blocking=True)
+
+
+def _num_sampled(runner: Any, request_id: str) -> int:
+    return len(runner.requests[request_id].output_token_ids)
 
 
 def _mask(rows: list[int], size: int) -> np.ndarray:

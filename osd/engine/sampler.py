@@ -25,7 +25,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
 from osd.core import RECORD_FIELDS, MixingConfig
-from osd.engine.parts import GREEDY_BELOW, FusedPart, PartInputs, TorchPart, as_index, fused, take
+from osd.engine.parts import GREEDY_BELOW, Draw, FusedPart, PartInputs, TorchPart, as_index, fused, take, uniform
 
 # B rows of the teacher's batch, P rows where both sides are ready, V vocabulary, R record fields.
 
@@ -67,6 +67,7 @@ class PairSampler(Sampler):
         self.values_BR: torch.Tensor | None = None
         self.token_B: torch.Tensor | None = None
         self._logp_draw_B: torch.Tensor | None = None
+        self._drawing: Draw | None = None
 
     def forward(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> SamplerOutput:
         if self.rows is None:
@@ -75,11 +76,9 @@ class PairSampler(Sampler):
         if not fused(self.mixing, logits.device):
             parts: list[Any] = [TorchPart(part, self.mixing) for part in inputs]
         elif self.constrain is None and _nothing_acts_on_q(sampling_metadata):
-            uniform_B = _uniform(len(logits), logits.device, sampling_metadata.generators)
-            parts = [FusedPart(part, self.mixing, uniform_B) for part in inputs]
-            return self._drawn(logits, parts)
+            return self._draw(logits, inputs, sampling_metadata.generators)
         else:
-            parts = [FusedPart(part, self.mixing, None) for part in inputs]
+            parts = [FusedPart(part, self.mixing) for part in inputs]
         # vLLM's processors write into what they are given, and the record still needs log q* as it was.
         logq_BV = self._scatter(logits, parts).clone()
         if self.constrain is not None:
@@ -107,16 +106,19 @@ class PairSampler(Sampler):
             inputs.append(mixed(student=logits, student_rows=rows.solo, rows=rows.solo, alpha=ones, solo=True))
         return inputs
 
-    def _drawn(self, logits: torch.Tensor, parts: list[FusedPart]) -> SamplerOutput:
-        """The output of a step whose tokens the kernels have drawn."""
-        if len(parts) == 1 and parts[0].rows is None:
-            sampled_B, self.values_BR = parts[0].token_P, parts[0].values_PR
+    def _draw(self, logits: torch.Tensor, inputs: list[PartInputs], generators: dict[int, torch.Generator]) -> SamplerOutput:
+        """A step whose tokens the kernels draw."""
+        self._drawing = self._drawing or Draw()
+        uniform_B = self._drawing.uniform(len(logits), logits.device, generators)
+        drawn = [self._drawing(part, self.mixing, uniform_B) for part in inputs]
+        if len(inputs) == 1 and inputs[0].rows is None:
+            sampled_B, self.values_BR = drawn[0]
         else:
             sampled_B = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
             self.values_BR = torch.full((len(logits), len(RECORD_FIELDS)), float("nan"), device=logits.device)
-            for part in parts:
-                sampled_B[as_index(part.rows)] = part.token_P
-                self.values_BR[as_index(part.rows)] = _without_student(part.values_PR) if part.solo else part.values_PR
+            for part, (token_P, values_PR) in zip(inputs, drawn, strict=True):
+                sampled_B[as_index(part.rows)] = token_P
+                self.values_BR[as_index(part.rows)] = _without_student(values_PR) if part.solo else values_PR
         self.token_B = sampled_B.clamp(min=0)  # a negative id is a failure, see FAILED_TOKEN
         return SamplerOutput(sampled_token_ids=sampled_B.unsqueeze(-1), logprobs_tensors=None)
 
@@ -222,17 +224,6 @@ def _is_idle(processor: LogitsProcessor) -> bool:
     return isinstance(processor, MinTokensLogitsProcessor) and not processor.min_toks
 
 
-def _uniform(num_rows: int, device: torch.device, generators: dict[int, torch.Generator]) -> torch.Tensor:
-    """One number in [0, 1) per row, float64 [B], from the row's own generator where it has one.
-
-    A seeded request's draws then depend on nothing but its own steps.
-    """
-    uniform_B = torch.rand(num_rows, dtype=torch.float64, device=device)
-    for row, generator in generators.items():
-        uniform_B[row : row + 1].uniform_(generator=generator)
-    return uniform_B
-
-
 def draw(logits_BV: torch.Tensor, generators: dict[int, torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
     """One draw per row by inverting the cumulative distribution; returns ids [B] int64 and their log-probabilities [B].
 
@@ -241,9 +232,9 @@ def draw(logits_BV: torch.Tensor, generators: dict[int, torch.Generator]) -> tup
     peak = logits_BV.amax(dim=-1, keepdim=True)
     cdf = (logits_BV - peak).exp_().cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:]
-    uniform = _uniform(len(cdf), cdf.device, generators).unsqueeze(-1)
+    uniform_B1 = uniform(torch.empty(len(cdf), dtype=torch.float64, device=cdf.device), generators).unsqueeze(-1)
     # The first id whose cumulative weight exceeds the target: an id of weight zero can never be it.
-    token = torch.searchsorted(cdf, uniform * total, right=True).clamp_(max=cdf.shape[-1] - 1)
+    token = torch.searchsorted(cdf, uniform_B1 * total, right=True).clamp_(max=cdf.shape[-1] - 1)
     logp = logits_BV.gather(-1, token) - peak - total.log().to(logits_BV.dtype)
     return token[:, 0], logp[:, 0]
 

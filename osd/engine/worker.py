@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from osd.core import MixingConfig
-from osd.engine.config import mixing_config, share_block_size, student_vllm_config
+from osd.engine.config import mixing_config, share_block_size, student_vllm_config, wants_overlap
 from osd.engine.options import PairOptions
 from osd.engine.parts import as_index, take
 from osd.engine.record import RecordLog, dump_records
@@ -28,7 +28,7 @@ from osd.engine.rows import RowPlan, RowPlanner
 from osd.engine.sampler import FedSampler, PairSampler
 from osd.engine.scheduler import PairStep, student_kv_cache_config
 from osd.engine.steady import SteadyInputs
-from osd.engine.weights import keep_weights_live, load_all_weights, load_weights
+from osd.engine.weights import WeightMap, keep_weights_live, load_weights
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -59,18 +59,26 @@ class PairWorker(Worker):
         self.records = RecordLog()
         self.weights_loaded = True
         self.weights_version = 0
+        self._student_graph_pool: Any = None
 
     @contextmanager
     def _as_student(self) -> Iterator[None]:
-        """Run the body with the student in the teacher's place, so that vLLM's own worker code serves both."""
+        """Run the body with the student in the teacher's place, so that vLLM's own worker code serves both.
+
+        CUDA graphs that it makes get a memory pool of their own: vLLM gives all graphs of a process one, which is right
+        only for graphs that never run at the same time.
+        """
+        platform: Any = type(current_platform)
         mine = {name: getattr(self, name) for name in ("vllm_config", "model_runner", *_CONFIG_ATTRIBUTES)}
         self.vllm_config, self.model_runner = self.student_config, self.student_runner
         for name in _CONFIG_ATTRIBUTES:
             setattr(self, name, getattr(self.student_config, name))
+        graph_pool, platform._global_graph_pool = platform._global_graph_pool, self._student_graph_pool
         try:
             with set_current_vllm_config(self.student_config):
                 yield
         finally:
+            self._student_graph_pool, platform._global_graph_pool = platform._global_graph_pool, graph_pool
             for name, value in mine.items():
                 setattr(self, name, value)
 
@@ -98,7 +106,7 @@ class PairWorker(Worker):
         profile_teacher = self.model_runner.profile_run
 
         def profile_both(*args: Any, **kwargs: Any) -> None:
-            with set_current_vllm_config(self.student_config):
+            with self._as_student():
                 self.student_runner.profile_run(*args, **kwargs)
             profile_teacher(*args, **kwargs)
 
@@ -138,6 +146,7 @@ class PairWorker(Worker):
             super().compile_or_warm_up_model()
         times = super().compile_or_warm_up_model()
         self._install_samplers()
+        self.student_weights = WeightMap(self.student_runner.get_model())
         for runner in (self.model_runner, self.student_runner):
             runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes after a NaN
             runner._prepare_inputs = SteadyInputs(runner)
@@ -150,6 +159,34 @@ class PairWorker(Worker):
         self.student_sampler = FedSampler()
         self.model_runner.sampler, self.student_runner.sampler = self.sampler, self.student_sampler
         self.planner = RowPlanner(self.device)
+        self.overlap_forwards(wants_overlap(self.vllm_config))
+
+    def overlap_forwards(self, on: bool) -> bool:
+        """Run the student's forward beside the teacher's, on a stream of its own, or before it; returns which it will be.
+
+        Decoding a few rows leaves much of a GPU idle in either forward. Where the two would share more than the device they
+        run one after the other: tensor parallel ranks (their collectives), mixtures of experts (vLLM's workspace).
+        """
+        configs = (self.vllm_config, self.student_config)
+        alone = self.parallel_config.world_size == 1 and not any(config.model_config.is_moe for config in configs)
+        on = on and alone and self.device.type == "cuda"
+        self.student_stream = torch.cuda.Stream(self.device) if on else None
+        return on
+
+    @contextmanager
+    def _beside_the_teacher(self) -> Iterator[None]:
+        """Run the body on the student's stream, after everything that has been launched so far."""
+        if self.student_stream is None:
+            yield
+            return
+        self.student_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.student_stream):
+            yield
+
+    def _join_student(self) -> None:
+        """What is launched from here on may read what the student's forward wrote."""
+        if self.student_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.student_stream)
 
     def set_mixing(self, mixing: dict[str, Any]) -> None:
         """From the next step on, choose α and mix as this ``MixingConfig.to_dict()`` says."""
@@ -168,10 +205,12 @@ class PairWorker(Worker):
         self._note_admissions(scheduler_output, step)
         self.step = step
         with self._dropping_the_step_on_error():
-            self.student_runner.execute_model(step.student_output)
+            with self._beside_the_teacher():
+                self.student_runner.execute_model(step.student_output)
             output = super().execute_model(scheduler_output)
             if output is not None:
                 # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
+                self._join_student()
                 self._finish_student(self.planner.plan(self.model_runner, self.student_runner, step))
         return output
 
@@ -189,6 +228,7 @@ class PairWorker(Worker):
         teacher, student = self.model_runner, self.student_runner
         state, student_state = teacher.execute_model_state, student.execute_model_state
         plan = self.planner.plan(teacher, student, self.step)
+        self._join_student()
         self._set_up_sampler(plan, student_state)
         self._constrain(state, grammar_output)
         with self._dropping_the_step_on_error():
@@ -262,7 +302,7 @@ class PairWorker(Worker):
         if isinstance(named_tensors, bytes):
             named_tensors = load_weights(named_tensors)
         with self._as_student(), torch.no_grad():
-            load_all_weights(self.student_runner.get_model(), named_tensors)
+            self.student_weights.load(named_tensors)
         self.weights_loaded = True
         self.weights_version += 1
         return self.weights_version

@@ -24,7 +24,7 @@ class Cut:
     """How one pass is cut. tile: tokens of a program, a power of two; warps: of 32 threads; registers: most per thread."""
 
     tile: int = 2048
-    warps: int = 8
+    warps: int = 4
     registers: int | None = None
 
     def launch(self, vocab: int) -> tuple[int, dict[str, int]]:
@@ -38,9 +38,9 @@ class Cut:
 class Tuning:
     """The cuts of the three passes; benchmarks/mixing.py --sweep finds them."""
 
-    meet: Cut = Cut(registers=80)
-    refine: Cut = Cut(registers=80)
-    draw: Cut = Cut(registers=64)
+    meet: Cut = Cut()
+    refine: Cut = Cut()
+    draw: Cut = Cut()
 
 
 DEFAULT = Tuning()

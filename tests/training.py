@@ -1,0 +1,57 @@
+"""A trainer of tiny models on a running engine, and what its tests look at."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+
+ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "teacher_prompt": f"w50 w{i} w51"} for i in range(7, 23)]
+
+
+def build_trainer(engine, student, output_dir, rows=ROWS, *, trainer_class=None, eval_dataset=None, callbacks=None, **fields):
+    from trainers import OSDConfig, OSDTrainer
+
+    settings = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "max_steps": 3,
+        "max_completion_length": 8,
+        "per_device_train_batch_size": 4,
+        **fields,
+    }
+    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    return (trainer_class or OSDTrainer)(
+        model=str(student),
+        args=OSDConfig(**settings),
+        train_dataset=data,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        engine=engine,
+    )
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def watch(trainer, look):
+    """Call `look(student_prompts)` after every `generate`."""
+    generate = trainer.vllm_generation.generate
+
+    def watched(prompts, *args, **kwargs):
+        result = generate(prompts, *args, **kwargs)
+        look(prompts)
+        return result
+
+    trainer.vllm_generation.generate = watched
+
+
+def weights_after(trainer):
+    trainer.train()
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}

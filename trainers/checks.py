@@ -1,0 +1,165 @@
+"""What OSDConfig refuses, and what it warns of, before a model loads: always by field, with what was given and what to do."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from osd.prompts import template_fields
+from trainers.divergence import DIVERGENCES
+from trainers.importance import CORRECTIONS
+from trainers.schedule import SHAPES
+
+if TYPE_CHECKING:
+    from trainers.config import OSDConfig
+
+TEACHER_SIGNALS = ("recorded", "recompute")
+
+# Fields of DistillationConfig that an OSD run cannot honour: (name, what to do instead).
+_REFUSED = (
+    ("vllm_server_base_url", "the student and the teacher are sampled in one engine inside the trainer's process"),
+    ("vllm_structured_outputs_regex", "structured outputs are not supported by the paired engine"),
+    ("vllm_enable_sleep_mode", "sleep mode is not supported yet"),
+    ("cache_implementation", "completions come from vLLM, not from transformers"),
+    ("max_tool_calling_iterations", "tools are not supported"),
+)
+
+
+def check(args: OSDConfig) -> None:
+    """Check every field that OSD adds or cannot honour.
+
+    Raises:
+        ValueError: naming the field, what was given and what to do.
+    """
+    _choices(args)
+    _ranges(args)
+    args.schedule()
+    args.pair_kwargs()
+    _sampling(args)
+    _importance(args)
+    _colocated(args)
+    _refused(args)
+    _no_effect(args)
+
+
+def _choices(args: OSDConfig) -> None:
+    for name, known in (
+        ("teacher_signal", TEACHER_SIGNALS),
+        ("divergence", DIVERGENCES),
+        ("importance_correction", CORRECTIONS),
+        ("alpha_schedule", SHAPES),
+    ):
+        if getattr(args, name) not in known:
+            raise ValueError(f"{name}={getattr(args, name)!r} is unknown; use one of {', '.join(known)}")
+
+
+def _ranges(args: OSDConfig) -> None:
+    for name, good, fix in (
+        ("skew", 0 < args.skew < 1, "use a number between 0 and 1; for the plain KL, divergence='jsd' with beta 0 or 1"),
+        ("kl_clip", args.kl_clip is None or args.kl_clip > 0, "use a positive number of nats, or null for no limit"),
+        ("importance_clip", args.importance_clip is None or args.importance_clip > 0, "use a positive weight, or null"),
+        ("num_iterations", args.num_iterations >= 1, "use at least 1"),
+        ("privilege_gap_steps", args.privilege_gap_steps >= 0, "use a number of steps, or 0 for never"),
+        ("privilege_gap_tokens", args.privilege_gap_tokens >= 1, "use at least 1; privilege_gap_steps=0 turns it off"),
+        ("mix_tokens", args.mix_tokens is None or args.mix_tokens >= 0, "use a number of tokens, or null for all"),
+        ("mix_fraction", 0 <= args.mix_fraction <= 1, "use a probability"),
+        (
+            "alpha_schedule_steps",
+            args.alpha_schedule_steps is None or args.alpha_schedule_steps >= 1,
+            "use a number of steps, or null for all",
+        ),
+    ):
+        if not good:
+            raise ValueError(f"{name}={getattr(args, name)!r} is out of range; {fix}")
+
+
+def _importance(args: OSDConfig) -> None:
+    sampling = {"temperature": args.temperature, **args.sampling_kwargs()}
+    if args.importance_correction == "none":
+        if args.num_iterations > 1:
+            warnings.warn(
+                f"num_iterations={args.num_iterations} without importance_correction trains on samples of older weights "
+                "as if they were new; set importance_correction to 'prefix'",
+                stacklevel=5,
+            )
+        return
+    if sampling["temperature"] == 0:
+        raise ValueError(
+            f"importance_correction={args.importance_correction!r} with generation_kwargs temperature 0: greedy samples "
+            "have no importance weights; sample with a temperature, or use 'none'"
+        )
+    cuts = {"top_p": (args.top_p, 1.0), "top_k": (args.top_k, 0), "min_p": (args.min_p or 0.0, 0.0)}
+    for name, (value, off) in cuts.items():
+        value = sampling.get(name, value)
+        if value != off and not (name == "top_k" and value == -1):
+            warnings.warn(
+                f"importance_correction={args.importance_correction!r} with {name}={value!r}: what {name} never samples, "
+                f"no weight can bring back, so the estimate stays biased; use {name}={off!r}",
+                stacklevel=5,
+            )
+
+
+def _no_effect(args: OSDConfig) -> None:
+    skewed, corrected = args.divergence != "jsd", args.importance_correction != "none"
+    for name, used, unless in (
+        ("beta", not skewed, "divergence='jsd'"),
+        ("skew", skewed, "divergence='skew_kl' or 'skew_reverse_kl'"),
+        ("importance_clip", corrected, "importance_correction"),
+        ("alpha_min_end", args.alpha_schedule != "constant", "alpha_schedule"),
+        ("alpha_max_end", args.alpha_schedule != "constant", "alpha_schedule"),
+        ("fixed_alpha_end", args.alpha_schedule != "constant", "alpha_schedule"),
+        ("alpha_schedule_steps", args.alpha_schedule != "constant", "alpha_schedule"),
+        ("privilege_gap_tokens", args.privilege_gap_steps > 0, "privilege_gap_steps"),
+    ):
+        if not used and getattr(args, name) != _default(args, name):
+            warnings.warn(f"{name}={getattr(args, name)!r} has no effect without {unless}", stacklevel=5)
+    between = args.save_steps >= 1 and args.save_steps % args.num_iterations != 0  # below 1 it is a share of the run
+    if args.save_strategy == "steps" and between:
+        warnings.warn(
+            f"save_steps={args.save_steps} is not a multiple of num_iterations={args.num_iterations}: a run resumed from "
+            "between two samplings samples again, and so leaves the unbroken run's path",
+            stacklevel=5,
+        )
+
+
+def _sampling(args: OSDConfig) -> None:
+    if args.temperature <= 0:
+        raise ValueError(
+            f"temperature={args.temperature} divides the logits in the loss, so it must be positive; for greedy "
+            'sampling set generation_kwargs: {"temperature": 0}'
+        )
+    if args.max_completion_length is None or args.max_completion_length < 1:
+        raise ValueError(f"max_completion_length={args.max_completion_length} must be at least 1 token")
+    if args.sampling_kwargs().get("n", 1) != 1:
+        raise ValueError("generation_kwargs['n'] must be 1: TRL trains on one completion per prompt")
+
+
+def _colocated(args: OSDConfig) -> None:
+    if not args.use_vllm:
+        raise ValueError("use_vllm=False: OSD samples from q* inside vLLM; leave it true")
+    if args.vllm_mode != "colocate":
+        raise ValueError(f"vllm_mode={args.vllm_mode!r}: only 'colocate' is supported, with the pair in the trainer")
+    if args.vllm_tensor_parallel_size != 1:
+        raise ValueError(
+            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: every process owns a whole pair on its own "
+            "device; use 1, and more processes instead"
+        )
+    if not args.ds3_gather_for_generation:
+        raise ValueError("ds3_gather_for_generation=False is not compatible with vLLM generation; leave it true")
+
+
+def _refused(args: OSDConfig) -> None:
+    for name, why in _REFUSED:
+        if getattr(args, name) != _default(args, name):
+            raise ValueError(f"{name}={getattr(args, name)!r} cannot be used: {why}")
+    if args.teacher_signal == "recorded" and args.teacher_kwargs():
+        raise ValueError(
+            f"teacher_model_init_kwargs={args.teacher_model_init_kwargs!r} cannot be used: no transformers teacher is "
+            "loaded; use teacher_engine_kwargs, or teacher_signal='recompute'"
+        )
+    if args.privileged_template is not None:
+        template_fields(args.privileged_template)
+
+
+def _default(args: OSDConfig, name: str) -> Any:
+    return args.__dataclass_fields__[name].default

@@ -1,0 +1,53 @@
+"""What changes over a run of training: α's bounds, and which completions are mixed at all."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+from osd.core import MixingConfig
+
+SHAPES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaSchedule:
+    """The mixing at every optimizer step: the bounds of α and its fixed value move from `start` to `end`.
+
+    Attributes:
+        start, end: alike but for `alpha_min`, `alpha_max` and `fixed_alpha`.
+        shape: "constant" stays at `start`; "linear"; "cosine" is slow at both ends.
+        steps: optimizer steps until `end` is reached; None: all of the run's.
+    """
+
+    start: MixingConfig
+    end: MixingConfig
+    shape: str = "constant"
+    steps: int | None = None
+
+    def at(self, step: int, max_steps: int) -> MixingConfig:
+        """The mixing for completions that are sampled before optimizer step `step` (from 0) of `max_steps`."""
+        if self.shape == "constant":
+            return self.start
+        progress = min(1.0, step / max(1, self.steps or max_steps))
+        weight = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+        # This form keeps the order of the bounds under rounding: both factors are shared and not negative.
+        return replace(
+            self.start,
+            **{
+                name: (1 - weight) * getattr(self.start, name) + weight * getattr(self.end, name)
+                for name in ("alpha_min", "alpha_max", "fixed_alpha")
+            },
+        )
+
+
+def unmixed(count: int, mix_fraction: float, *, seed: str) -> list[float | None] | None:
+    """α of each of `count` completions: None (as configured) with probability `mix_fraction`, else 0: the student alone.
+
+    None for all of them if every one is mixed. Depends on nothing but its arguments, so that a resumed run draws the same.
+    """
+    if mix_fraction == 1:
+        return None
+    draw = random.Random(seed)
+    return [None if draw.random() < mix_fraction else 0.0 for _ in range(count)]

@@ -1,0 +1,99 @@
+"""Where the loss gets the teacher's distribution from: out of the record, or from a second teacher in transformers.
+
+Both give final hidden states, aligned to the completion's tokens, and the output layer that belongs to them. Shape suffixes:
+B completions, T completion tokens (padded), P tokens of the teacher's prompt (padded on the left), H the teacher's hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import create_model_from_path, pad
+
+from trainers.heads import Head, head_of
+from trainers.losses import pad_hidden
+
+if TYPE_CHECKING:
+    from osd.engine.pair import PairCompletion, PairEngine
+    from trainers.config import OSDConfig
+    from trainers.trainer import OSDTrainer
+
+
+class Teacher(Protocol):
+    """One way to the teacher's distribution."""
+
+    def columns(
+        self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
+    ) -> dict[str, Tensor]:
+        """What the batch must carry for `supervision`, batch first; `prompts` are the teacher's."""
+
+    def supervision(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Head]:
+        """The teacher's hidden states [B, T, H] for a batch that carries `columns`, and its output layer."""
+
+
+class RecordedTeacher:
+    """The hidden states that the engine computed to draw each token, and the engine's own output layer."""
+
+    def __init__(self, engine: PairEngine, args: OSDConfig) -> None:
+        config = AutoConfig.from_pretrained(
+            engine.config.teacher, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+        )
+        self.head = head_of(*engine.teacher_lm_head(), config)
+
+    def columns(
+        self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
+    ) -> dict[str, Tensor]:
+        hidden_TH = [None if c.error or c.record is None else c.record.teacher_hidden_TH for c in completions]
+        return {"teacher_hidden": pad_hidden(hidden_TH, completion_mask_BT.size(1), completion_mask_BT.device)}
+
+    def supervision(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Head]:
+        return inputs["teacher_hidden"], self.head
+
+
+class RecomputedTeacher:
+    """A transformers teacher beside the engine's, which reads the teacher's prompt before the completion."""
+
+    def __init__(self, trainer: OSDTrainer, path: str) -> None:
+        self.trainer = trainer
+        args = trainer.args
+        kwargs = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            kwargs["device_map"] = None  # as in TRL: "auto" would spread it over every process's devices
+        model = create_model_from_path(path, **kwargs | args.teacher_kwargs())
+        if trainer.is_deepspeed_enabled:
+            self.model = prepare_deepspeed(model, trainer.accelerator)
+        else:
+            self.model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+        self.model.eval()
+
+    def columns(
+        self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
+    ) -> dict[str, Tensor]:
+        device = completion_mask_BT.device
+        ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+        padding = self.trainer._tokenizer.pad_token_id
+        return {
+            "teacher_prompt_ids": pad(ids, padding_value=padding, padding_side="left"),
+            "teacher_prompt_mask": pad([torch.ones_like(x) for x in ids], padding_value=0, padding_side="left"),
+        }
+
+    @torch.no_grad()
+    def supervision(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Head]:
+        trainer = self.trainer
+        teacher: Any = trainer.accelerator.unwrap_model(self.model)
+        # Through its wrapper, as TRL does, so that FSDP and DeepSpeed gather its parameters first.
+        hidden_BTH = trainer._forward_redirection(
+            self.model,
+            teacher,
+            trainer._get_last_hidden_state,
+            teacher,
+            torch.cat([inputs["teacher_prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["teacher_prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+        )
+        lm_head = teacher.get_output_embeddings()
+        return hidden_BTH, head_of(lm_head.weight, getattr(lm_head, "bias", None), teacher.config)
