@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"python", "bash", "yaml", "text"}
+LANGUAGES = {"python", "bash", "yaml", "json", "text"}
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 # Kept beside the page while its blocks run, so that relative paths of the repository work.
 LINKED = ("configs", "examples", "trainers", "benchmarks", "requirements", "pyproject.toml", "Makefile", "scripts")
@@ -25,12 +25,20 @@ LINKED = ("configs", "examples", "trainers", "benchmarks", "requirements", "pypr
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, the line it begins on, and why it is not run (or None)."""
+    """A fenced block.
+
+    Attributes:
+        language, text: as in the page.
+        line: where it begins.
+        not_run: why it is not run, or None.
+        file: the file that the line before it names, for blocks that are one.
+    """
 
     language: str
     text: str
     line: int
-    not_run: str | None
+    not_run: str | None = None
+    file: str | None = None
 
 
 def headings(text: str) -> list[tuple[int, str]]:
@@ -48,7 +56,8 @@ def blocks(text: str) -> list[Block]:
         elif line == "```" and start is not None:
             marker = NOT_RUN.search(lines[start - 1]) if start else None
             body = "\n".join(lines[start + 1 : number])
-            found.append(Block(lines[start][3:], body, start + 1, marker[1] if marker else None))
+            named = re.match(r"`([\w.]+\.(?:yaml|jsonl))` ", lines[start - 2]) if start > 1 else None
+            found.append(Block(lines[start][3:], body, start + 1, marker[1] if marker else None, named[1] if named else None))
             start = None
     assert start is None, f"the block of line {start} does not end"
     return found

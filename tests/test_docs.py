@@ -212,6 +212,11 @@ class Runner:
                 assert self.namespace["trainer"].state.global_step == 2
         elif block.language == "yaml":
             check_yaml(text)
+            if block.file:  # tiny models have no right answers, and never stop by themselves
+                Path(block.file).write_text(re.sub(r"^filter_.*$", "", text, flags=re.MULTILINE))
+        elif block.language == "json":
+            assert json.loads(text), "one object on one line"
+            Path(str(block.file)).write_text(text + "\n")
         elif block.language == "bash":
             for words, body in commands(text):
                 self.command(words, body, parse_only=block.not_run is not None)
@@ -323,7 +328,7 @@ def test_a_wrong_block_is_found(tiny_world, monkeypatch):
         ("yaml", "model_name_or_path: a\ndataset_name: b\nalpha_metod: fixed", ValueError),
     ):
         with pytest.raises(error):
-            runner.run(Block(language, text, 1, None))
+            runner.run(Block(language, text, 1))
 
 
 def test_documented_settings_are_checked_before_they_are_cut(tiny_world):
