@@ -305,12 +305,13 @@ def check_yaml(text: str) -> None:
 
     path = Path("documented.yaml")
     path.write_text(text)
-    parse(["--config", str(path)])
+    flags = ["--config", str(path), "--dataset_name", "problems.jsonl"]
+    parse(flags)
     for settings in (GenerateConfig, CompareConfig):
-        parse_data(settings, ["--config", str(path), "--output", "anywhere"], training_keys=training_keys)
+        parse_data(settings, [*flags, "--output", "anywhere"], training_keys=training_keys)
     with pytest.raises(ValueError, match="never_heard_of_it"):
         path.write_text(f"{text}\nnever_heard_of_it: 1\n")
-        parse_data(GenerateConfig, ["--config", str(path), "--output", "anywhere"], training_keys=training_keys)
+        parse_data(GenerateConfig, [*flags, "--output", "anywhere"], training_keys=training_keys)
 
 
 # -- what the tests themselves would miss ---------------------------------------------------------------------------------------
