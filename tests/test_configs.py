@@ -1,5 +1,7 @@
 """OSDConfig refuses what cannot work before a model loads; every shipped YAML parses; unknown keys are errors."""
 
+import re
+import shlex
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -9,9 +11,12 @@ import yaml
 from trl import DistillationConfig
 
 from osd.core import MixingConfig
+from osd.data.parse import data_keys, split_sections
+from osd.data.parse import parse as parse_data
+from osd.data.settings import CompareConfig, GenerateConfig
 from trainers import OSDConfig
 from trainers._compat import check_trl
-from trainers.train_osd import DataArguments, load_data, parse
+from trainers.train_osd import DataArguments, load_data, parse, training_keys
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
 CPU = ["--use_cpu", "true", "--bf16", "false"]
@@ -29,7 +34,7 @@ def test_every_shipped_config_parses(path):
     data, args, model = parse(["--config", str(path), *CPU])
     written = yaml.safe_load(path.read_text())
     holders = (data, args, model)
-    for key, value in written.items():
+    for key, value in split_sections(written)[0].items():
         if key in ("bf16", "report_to"):  # overridden above; and transformers turns "none" into a list
             continue
         [got] = [getattr(holder, key) for holder in holders if hasattr(holder, key)]
@@ -39,12 +44,81 @@ def test_every_shipped_config_parses(path):
     assert data.dataset_name
 
 
+@pytest.mark.parametrize("settings_class", [GenerateConfig, CompareConfig])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_serves_the_data_commands(path, settings_class):
+    argv = ["--config", str(path), "--output", "data"]
+    settings = parse_data(settings_class, argv, training_keys=training_keys)
+    written = yaml.safe_load(path.read_text())
+    top, sections = split_sections(written)
+    assert sections["generate"], "a shipped config shows what generation can be told"
+    for key, value in {**top, **sections["generate"]}.items():
+        if hasattr(settings, key):
+            assert getattr(settings, key) == value, key
+    assert settings.model_name_or_path == written["model_name_or_path"]
+
+
+def test_the_commands_of_the_usage_page_parse(tmp_path, monkeypatch):
+    text = (CONFIGS[0].parent.parent / "docs" / "usage.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    [written] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    Path("generate.yaml").write_text(written)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) >= 7
+    for line in lines:
+        program, command, *argv = shlex.split(line)
+        assert program == "osd"
+        if command != "inspect":
+            settings_class = {"generate": GenerateConfig, "compare": CompareConfig}[command]
+            settings = parse_data(settings_class, argv, training_keys=set)
+            assert settings.teacher_template_list()[1].startswith("{prompt}")
+    for key in re.findall(r"`--(\w+)", text):
+        assert key in data_keys() | {"input", "num_processes", "help"}, key
+
+
+def test_each_command_reads_its_own_keys(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIGS[0].read_text() + "  seed: 7\ncompare:\n  num_samples: 3\nnum_samples: 5\nseed: 6\n")
+    _, train, _ = parse(["--config", str(path), *CPU])
+    generate, compare = (
+        parse_data(settings_class, ["--config", str(path), "--output", "data"], training_keys=training_keys)
+        for settings_class in (GenerateConfig, CompareConfig)
+    )
+    assert (train.seed, generate.seed, compare.seed) == (6, 7, 7)
+    assert (generate.num_samples, compare.num_samples) == (1, 3)  # a section wins over the top level
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [("alpha_metod: fixed", "alpha_metod"), ("  num_sample: 2", "num_sample"), ("compare:\n  shard: 0/2", "shard")],
+)
+def test_a_key_that_no_command_knows_is_refused_by_every_command(tmp_path, line, key):
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIGS[0].read_text() + line + "\n")
+    for settings_class in (GenerateConfig, CompareConfig):
+        with pytest.raises(ValueError, match=key):
+            parse_data(settings_class, ["--config", str(path), "--output", "data"], training_keys=training_keys)
+    with pytest.raises(ValueError, match=key):
+        parse(["--config", str(path), *CPU])
+
+
+def test_shared_keys_mean_the_same_to_training():
+    """A data setting that training has too must have training's type, and its default unless there is a reason."""
+    ours = {f.name: f for f in fields(GenerateConfig)}
+    shared = data_keys() & {f.name for f in fields(OSDConfig)}
+    assert len(shared) >= 20
+    differing = {f.name for f in fields(OSDConfig) if f.name in shared and f.name in ours and f.default != ours[f.name].default}
+    assert differing == {"vllm_gpu_memory_utilization"}  # generation has the GPU to itself
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_key_of_a_shipped_config_is_commented(path):
     previous = ""
     for line in path.read_text().splitlines():
         if ":" in line.split("#")[0]:
-            commented = "#" in line or previous.startswith("#") or "system_prompt" in line
+            commented = (
+                "#" in line or line.rstrip().endswith("generate:") or previous.startswith("#") or "system_prompt" in line
+            )
             assert commented, f"{path.name}: {line}"
         previous = line
 

@@ -255,12 +255,11 @@ def sentence(result: dict[str, Any]) -> tuple[str, str]:
         "no": "Not worth it: q* goes further from the student than it gains",
         "undecided": "Undecided: q* gains about as much as it goes away from the student",
     }[v["worth_it"]]
-    more = {True: "above", False: "below"}[v["over_linear"] >= 0]
-    low, high = v["over_linear_interval"]
+    more = "above" if v["over_linear"] >= 0 else "below"
+    (low, high), (least, most) = v["over_linear_interval"], v["margin_interval"]
     return headline, (
         f"The teacher's lead is {lead}. q* has {v['gain_share']:.0%} of it at {v['distance_share']:.0%} of the teacher's "
-        f"distance from the student (difference, 95 %: {v['margin_interval'][0]:+.0%} to {v['margin_interval'][1]:+.0%}). "
-        f"It is "
+        f"distance from the student (difference, 95 %: {least:+.0%} to {most:+.0%}). It is "
         f"{abs(v['over_linear']):.3f} {more} the line through student, linear mixtures and teacher at the same distance "
         f"(95 %: {low:+.3f} to {high:+.3f}). {result['prompts']} prompts."
     )
@@ -328,12 +327,17 @@ def _qualities(result: dict[str, Any]) -> list[tuple[str, str]]:
     return both if result["quality"] == "accuracy" else both[1:]
 
 
+def _label(arm: str, result: dict[str, Any]) -> str | None:
+    """An arm's name in the legend; the linear mixtures have one entry together."""
+    linear = [row["arm"] for row in result["arms"] if row["arm"].startswith("linear ")]
+    return arm if arm not in linear else "linear mixtures" if arm == linear[0] else None
+
+
 def _trade_off(axes: Any, *, result: dict[str, Any], quality: str) -> None:
     shown = {row["arm"]: row for row in result["arms"]}
     line = sorted((row for name, row in shown.items() if name != "q*"), key=lambda row: row["kl_theta"])
-    axes.plot(
-        [r["kl_theta"] for r in line], [r[quality] for r in line], color=INK, alpha=0.35, linewidth=1.2, linestyle=(0, (4, 3))
-    )
+    xs, ys = ([row[key] for row in line] for key in ("kl_theta", quality))
+    axes.plot(xs, ys, color=INK, alpha=0.35, linewidth=1.2, linestyle=(0, (4, 3)))
     for name, row in shown.items():
         colour = {"student": STUDENT, "teacher": TEACHER, "q*": FOURTH}.get(name, THIRD)
         x, y = row["kl_theta"], row[quality]
@@ -342,8 +346,12 @@ def _trade_off(axes: Any, *, result: dict[str, Any], quality: str) -> None:
         bars = {"yerr": [[max(y - low, 0)], [max(high - y, 0)]], "xerr": [[max(x - near, 0)], [max(far - x, 0)]]}
         marker = "*" if name == "q*" else "o"
         size = 15 if name == "q*" else 7
-        axes.errorbar(x, y, **bars, color=colour, marker=marker, markersize=size, elinewidth=1, capsize=0, alpha=0.95)
-        axes.annotate(name, (x, y), xytext=(8, 7), textcoords="offset points", fontsize=10.5, color=colour, fontweight="bold")
-    axes.margins(x=0.14, y=0.14)
+        axes.errorbar(
+            x, y, **bars, color=colour, marker=marker, markersize=size, elinewidth=1, capsize=0, label=_label(name, result)
+        )
+        if name.startswith("linear "):
+            axes.annotate(name.split()[1], (x, y), xytext=(7, -13), textcoords="offset points", fontsize=8.5, color=colour)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9.5, handletextpad=0.3, columnspacing=1.2)
+    axes.margins(x=0.1, y=0.12)
     axes.set_xlabel("distance: mean KL(arm ‖ student) per token, nats")
     axes.set_ylabel("accuracy" if quality == "accuracy" else "mean log π_t per token, nats")

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -209,8 +209,11 @@ def describe(settings: GenerateConfig | CompareConfig, rows: Rows, processes: in
 
 
 def _versions(*names: str) -> Mapping[str, str]:
-    installed = {dist.name.lower(): dist.version for dist in metadata.distributions() if dist.name}
-    return {name: installed[name] for name in names if name in installed}
+    installed = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def _check_usable(counts: Counts, rows: Rows, place: tuple[int, int]) -> None:

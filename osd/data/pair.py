@@ -86,8 +86,9 @@ class EnginePair:
         return self._engine
 
     def refusal(self, request: Request, sampling: dict[str, Any]) -> str | None:
+        engine = self.engine  # a failure to start it is no fault of the request's
         try:
-            self.engine.check([_prompt(request)], sampling=sampling)
+            engine.check([_prompt(request)], sampling=sampling)
         except ValueError as error:
             return str(error).removeprefix("prompt 0: ")
         return None

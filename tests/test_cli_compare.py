@@ -1,0 +1,234 @@
+"""`osd compare`: every arm is what its name says, its figures are those of its tokens, and the verdict follows from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from osd import cli
+from osd.core import RECORD_FIELDS
+from osd.data import comparison
+from osd.data.comparison import compare, sentence
+from osd.data.generate import NothingUsable
+from osd.data.settings import CompareConfig
+from tests.fake_pair import FakePair
+from tests.tiny import tiny_engine_kwargs
+
+ROWS = [{"question": f"w{i} w{i + 1}", "answer": f"w{i % 7 + 20}"} for i in range(7, 23)]
+
+
+def config(tmp_path, rows=ROWS, **given):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = dict(
+        model_name_or_path="student",
+        teacher_model_name_or_path="teacher",
+        prompt_column="question",
+        privileged_template="{prompt} {answer}",
+        max_completion_length=8,
+        input=str(path),
+        output=str(tmp_path / "out"),
+    )
+    return CompareConfig(**{**settings, **given})
+
+
+# -- the verdict, on figures made up for it -----------------------------------------------------------------------------
+
+
+def made_up(worth, far, *, prompts=400, accuracy=True, noise=0.3, seed=0):
+    """Samples of one token each whose arms have these means; the arms share each prompt's luck."""
+    chance = np.random.default_rng(seed)
+    luck, spread = chance.random(prompts), chance.normal(0, noise, prompts)
+    drawn = {}
+    for name in worth:
+        drawn[name] = [
+            {
+                "id": f"row{i}",
+                "num_tokens": 1,
+                "logp_theta": [-1.0],
+                "logp_teacher": [worth[name] + spread[i]],
+                "kl_theta": [far[name]],
+                "kl_teacher": [0.0],
+                "alpha": [0.5],
+                "finish_reason": "stop",
+                "answer": "42" if accuracy else None,
+                "completion": "42" if luck[i] < worth[name] else "41",
+            }
+            for i in range(prompts)
+        ]
+    return comparison._scores(drawn)
+
+
+FAR = {"student": 0.0, "linear 0.5": 0.5, "q*": 0.2, "teacher": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("worth", "expected"),
+    [
+        ({"student": 0.2, "linear 0.5": 0.5, "q*": 0.6, "teacher": 0.8}, "yes"),
+        ({"student": 0.2, "linear 0.5": 0.5, "q*": 0.22, "teacher": 0.8}, "no"),
+        ({"student": 0.2, "linear 0.5": 0.5, "q*": 0.35, "teacher": 0.8}, "undecided"),
+        ({"student": 0.5, "linear 0.5": 0.5, "q*": 0.5, "teacher": 0.5}, "no lead"),
+        ({"student": 0.6, "linear 0.5": 0.5, "q*": 0.5, "teacher": 0.4}, "no lead"),
+    ],
+)
+def test_the_verdict(worth, expected):
+    result = made_up(worth, FAR)
+    assert result["quality"] == "accuracy"
+    assert result["verdict"]["worth_it"] == expected
+    headline, reasons = sentence(result)
+    start = {"yes": "Worth it", "no": "Not worth it", "undecided": "Undecided", "no lead": "The teacher is not"}[expected]
+    assert headline.startswith(start)
+    assert "400 prompts" in reasons
+
+
+def test_the_shares_are_those_of_the_table():
+    worth = {"student": 0.2, "linear 0.5": 0.4, "q*": 0.6, "teacher": 0.8}
+    result = made_up(worth, FAR)
+    got = {row["arm"]: row for row in result["arms"]}
+    lead = got["teacher"]["accuracy"] - got["student"]["accuracy"]
+    verdict = result["verdict"]
+    assert verdict["gain_share"] == pytest.approx((got["q*"]["accuracy"] - got["student"]["accuracy"]) / lead)
+    assert verdict["distance_share"] == pytest.approx(0.2)
+    on_the_line = got["student"]["accuracy"] + 0.4 * (got["linear 0.5"]["accuracy"] - got["student"]["accuracy"])
+    assert verdict["over_linear"] == pytest.approx(got["q*"]["accuracy"] - on_the_line)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    """Of 60 made-up comparisons, 95 % intervals should hold the true accuracy in 57; fewer than 51 is a chance of 1e-3."""
+    worth = {"student": 0.3, "linear 0.5": 0.4, "q*": 0.5, "teacher": 0.6}
+    held = 0
+    for seed in range(60):
+        row = next(row for row in made_up(worth, FAR, prompts=100, seed=seed)["arms"] if row["arm"] == "q*")
+        held += row["accuracy_interval"][0] <= 0.5 <= row["accuracy_interval"][1]
+    assert 51 <= held <= 60
+
+
+@pytest.mark.parametrize("worth", [-1.0, 0.0])
+def test_without_right_answers_the_teacher_judges(worth):
+    arms = dict.fromkeys(FAR, worth) | {"teacher": worth + 0.5, "q*": worth + 0.4}
+    for accuracy in (True, False):  # no answer right tells nobody apart, and neither do no answers
+        result = made_up({name: min(value, 0.0) - 1 for name, value in arms.items()}, FAR, accuracy=accuracy)
+        assert result["quality"] == "logp_teacher"
+
+
+# -- the run, without models --------------------------------------------------------------------------------------------
+
+
+def test_the_files_and_their_figures(tmp_path):
+    settings = config(tmp_path, num_samples=2, answer_column="answer")
+    result = compare(settings, FakePair)
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [row["arm"] for row in written["arms"]] == ["student", "linear 0.25", "linear 0.5", "linear 0.75", "q*", "teacher"]
+    assert (written["prompts"], written["samples"], written["rejected"]) == (len(ROWS), 2 * len(ROWS), [])
+    assert written["config_hash"] == result["config_hash"]
+    for row in written["arms"]:
+        data = pd.read_parquet(tmp_path / "out" / f"completions-{comparison.file_name(row['arm'])}.parquet")
+        every = {name: np.concatenate(data[name]) for name in RECORD_FIELDS}
+        for name in ("alpha", "kl_theta", "kl_teacher", "logp_theta", "logp_teacher"):
+            assert row[name] == pytest.approx(every[name].mean(), rel=1e-5)
+        assert row["perplexity_student"] == pytest.approx(math.exp(-every["logp_theta"].mean()), rel=1e-5)
+        assert row["perplexity_teacher"] == pytest.approx(math.exp(-every["logp_teacher"].mean()), rel=1e-5)
+        assert row["length"] == data["num_tokens"].mean()
+        assert row["finished"] == (data["finish_reason"] == "stop").mean()
+    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    for row in written["arms"]:
+        assert page.count(row["arm"]) >= 2
+    assert sentence(result)[0] in page
+    assert not re.search(
+        r'(?:src|href)="|url\((?!#)|@import|https?://(?!www\.w3\.org)', page.replace("xlink:href", "").replace('href="#', "")
+    )
+
+
+def test_completions_are_escaped(tmp_path):
+    class Hostile(FakePair):
+        def _completion(self, *args):
+            completion = super()._completion(*args)
+            completion.text = "<script>alert(1)</script>"
+            return completion
+
+    compare(config(tmp_path), Hostile)
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script>" not in page
+
+
+def test_bad_rows_and_failed_completions_are_left_out_of_every_arm(tmp_path):
+    rows = [*ROWS[:5], {"question": "", "answer": "w8"}, {"question": "w9 " * 50, "answer": "w9"}]
+    seen = []
+
+    class Failing(FakePair):
+        def sample(self, requests, *args, **kwargs):
+            seen.append([request.row.id for request in requests])
+            self.fails = (requests[0].row.id,) if len(seen) == 2 else ()  # one completion of the second arm
+            return super().sample(requests, *args, **kwargs)
+
+    result = compare(config(tmp_path, rows), Failing)
+    assert [entry["row"] for entry in result["rejected"]] == [5, 6]
+    assert "the prompt is empty" in result["rejected"][0]["reason"]
+    assert result["prompts"] == result["samples"] == 4
+    for path in (tmp_path / "out").glob("completions-*"):
+        assert seen[0][0] not in set(pd.read_parquet(path)["id"])
+
+
+def test_a_hundred_rows_are_read_unless_told(tmp_path):
+    rows = [{"question": f"w{7 + i % 50}", "answer": f"w{i}"} for i in range(130)]
+    assert compare(config(tmp_path, rows), FakePair)["prompts"] == 100
+    assert compare(config(tmp_path, rows, limit=120), FakePair)["prompts"] == 120
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"linear_weights": [0.5, 1.0]}, "linear_weights: 1.0 is not between 0"),
+        ({"linear_weights": 0.5}, "linear_weights=0.5 is not a list"),
+        ({"mixture": "linear", "alpha_method": "fixed"}, "would compare the linear mixture with itself"),
+        ({"num_samples": 0}, "num_samples=0"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **given)
+
+
+def test_nothing_usable_fails(tmp_path):
+    with pytest.raises(NothingUsable, match="all 1 rows were rejected"):
+        compare(config(tmp_path, [{"question": "", "answer": "w8"}]), FakePair)
+
+
+# -- real models --------------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_is_what_its_name_says(tmp_path, tiny_pair, capfd):
+    """With tiny models, through the command: one engine for all arms, told by their records."""
+    settings = config(tmp_path)
+    kwargs = json.dumps(tiny_engine_kwargs(async_scheduling=False))
+    flags = ["--teacher_model_name_or_path", tiny_pair[0], "--model_name_or_path", tiny_pair[1], "--engine_kwargs", kwargs]
+    flags += ["--input", settings.input, "--output", settings.output, "--prompt_column", "question", "--num_samples", "2"]
+    flags += ["--privileged_template", "{prompt} {answer}", "--max_completion_length", "8", "--linear_weights", "0.3"]
+    cli.main(["compare", *map(str, flags)])
+    assert "compare.html" in capfd.readouterr().out
+    arms = {path.stem.removeprefix("completions-"): pd.read_parquet(path) for path in Path(settings.output).glob("*.parquet")}
+    assert set(arms) == {"student", "linear-0.3", "q-star", "teacher"}
+    every = {arm: {name: np.concatenate(data[name]) for name in RECORD_FIELDS} for arm, data in arms.items()}
+    student, teacher, linear, mixed = (every[arm] for arm in ("student", "teacher", "linear-0.3", "q-star"))
+    assert set(student["alpha"]) == {0}
+    assert student["logp_draw"] == pytest.approx(student["logp_theta"], abs=1e-4)
+    assert abs(student["kl_theta"]).max() < 1e-4 < student["kl_teacher"].min()
+    assert set(teacher["alpha"]) == {1}
+    assert teacher["logp_draw"] == pytest.approx(teacher["logp_teacher"], abs=1e-4)
+    assert abs(teacher["kl_teacher"]).max() < 1e-4 < teacher["kl_theta"].min()
+    arithmetic = np.log(0.3 * np.exp(linear["logp_teacher"]) + 0.7 * np.exp(linear["logp_theta"]))
+    assert linear["logp_draw"] == pytest.approx(arithmetic, abs=1e-4)
+    geometric = mixed["alpha"] * mixed["logp_teacher"] + (1 - mixed["alpha"]) * mixed["logp_theta"]
+    assert mixed["kl_theta"] == pytest.approx(mixed["kl_teacher"], abs=1e-3)
+    assert (mixed["logp_draw"] - geometric > 0.01).mean() > 0.9  # minus log Z: a geometric mean of distributions sums to < 1
+    seeds = [set(data["seed"]) for data in arms.values()]
+    assert all(some == seeds[0] for some in seeds)

@@ -1,0 +1,779 @@
+"""`osd generate`: what is read, what is drawn, what is written, and what a kill can take away (nothing).
+
+Most tests use a pair without models (tests/fake_pair.py), whose draws depend on the seed and the prompts alone; the last
+ones start the command with real tiny models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+import yaml
+
+from osd import cli
+from osd.core import RECORD_FIELDS
+from osd.data import answers, store
+from osd.data import generate as running
+from osd.data.generate import NothingUsable, generate
+from osd.data.parse import parse
+from osd.data.prompting import sample_seed
+from osd.data.samples import SCHEMA
+from osd.data.settings import GenerateConfig
+from tests.fake_pair import FakePair
+from tests.tiny import tiny_engine_kwargs, tiny_model
+
+ROOT = Path(__file__).parent.parent
+ROWS = [{"question": f"w{i} w{i + 1}", "answer": f"w{i % 7 + 20}"} for i in range(7, 30)]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(tmp_path, **given):
+    settings = dict(
+        model_name_or_path="student",
+        teacher_model_name_or_path="teacher",
+        prompt_column="question",
+        privileged_template="{prompt} {answer}",
+        max_completion_length=6,
+        num_samples=2,
+        shard_size=5,
+        batch_size=3,
+        output=str(tmp_path / "out"),
+    )
+    if "input" not in given:
+        given["input"] = str(write_rows(tmp_path / "in.jsonl", ROWS))
+    return GenerateConfig(**{**settings, **given})
+
+
+def read_output(folder):
+    files = sorted(Path(folder).glob("data-*"))
+    frames = [pd.read_parquet(f) if f.suffix == ".parquet" else pd.read_json(f, lines=True, dtype=False) for f in files]
+    return [row for frame in frames for row in frame.to_dict("records")]
+
+
+def keys(samples):
+    return [(sample["id"], sample["sample"]) for sample in samples]
+
+
+def content(samples):
+    """What was drawn, by id and sample."""
+    return {(s["id"], s["sample"]): (s["seed"], list(s["token_ids"]), s["teacher_prompt"]) for s in samples}
+
+
+def rejected(folder):
+    return [json.loads(line) for line in (Path(folder) / "rejected.jsonl").read_text().splitlines()]
+
+
+# -- input --------------------------------------------------------------------------------------------------------------
+
+
+def write_as(kind, tmp_path):
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        return write_rows(path, ROWS)
+    if kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "csv":
+        pd.DataFrame(ROWS).to_csv(path, index=False)
+    elif kind == "parquet":
+        pd.DataFrame(ROWS).to_parquet(path)
+    elif kind == "saved":
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    elif kind == "splits":
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(path)
+    elif kind == "folder":
+        path.mkdir()
+        write_rows(path / "train.jsonl", ROWS)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved", "splits", "folder"])
+def test_every_format_gives_the_same_data(tmp_path, kind):
+    expected = config(tmp_path, output=str(tmp_path / "expected"))
+    generate(expected, FakePair)
+    settings = config(tmp_path, input=str(write_as(kind, tmp_path)))
+    counts = generate(settings, FakePair)
+    assert (counts.kept, counts.rejected) == (2 * len(ROWS), 0)
+    assert content(read_output(settings.output)) == content(read_output(expected.output))
+
+
+def test_bad_rows_are_rejected_with_the_reason_and_the_run_goes_on(tmp_path):
+    lines = [json.dumps(row) for row in ROWS[:4]]
+    lines[1:1] = ["{not json", "[1, 2]", json.dumps({"question": "w7"}), json.dumps({"question": "", "answer": "w8"})]
+    lines.append(json.dumps({"question": "w9 " * 50, "answer": "w9"}))
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(lines))
+    settings = config(tmp_path, input=str(path), num_samples=1)
+    failing = generate_id(ROWS[0])
+    counts = generate(settings, lambda settings: FakePair(settings, fails=(failing,)))
+    found = {entry["row"]: entry["reason"] for entry in rejected(settings.output)}
+    for row, reason in [
+        (0, "NaN in the student's logits"),
+        (1, "it is not JSON"),
+        (2, "not an object with columns: [1, 2]"),
+        (3, "needs 'answer'"),
+        (4, "the prompt is empty"),
+        (8, "the prompt has 51 tokens"),
+    ]:
+        assert reason in found.pop(row)
+    assert found == {}
+    assert (counts.rejected, counts.drawn, counts.kept) == (6, 3, 3)
+    assert len(read_output(settings.output)) == 3
+
+
+def generate_id(row):
+    from osd.data.source import _digest
+
+    return _digest(row)[:16]
+
+
+def test_csv_lines_of_another_width_are_rejected(tmp_path):
+    path = tmp_path / "in.csv"
+    path.write_text("question,answer\nw7,w8\nw9\nw10,w11,w12\n")
+    settings = config(tmp_path, input=str(path), num_samples=1)
+    assert generate(settings, FakePair).kept == 1
+    assert [entry["reason"][:18] for entry in rejected(settings.output)] == ["it has fewer field", "it has more fields"]
+
+
+def test_a_second_row_of_the_same_id_is_rejected(tmp_path):
+    rows = [{"question": "w7", "answer": "w8", "name": name} for name in ("a", "b", "a")]
+    settings = config(tmp_path, input=str(write_rows(tmp_path / "x.jsonl", rows)), id_column="name", num_samples=1)
+    assert generate(settings, FakePair).kept == 2
+    [entry] = rejected(settings.output)
+    assert (entry["row"], entry["id"]) == (2, "a-2")
+    assert "ids must differ" in entry["reason"]
+
+
+def test_repeated_rows_without_ids_are_different_samples(tmp_path):
+    settings = config(tmp_path, input=str(write_rows(tmp_path / "x.jsonl", ROWS[:1] * 3)), num_samples=1)
+    generate(settings, FakePair)
+    samples = read_output(settings.output)
+    assert len({s["id"] for s in samples}) == len({s["seed"] for s in samples}) == 3
+
+
+@pytest.mark.parametrize("lines", ["{no\n{json\n", '{"question": ""}\n{"question": "", "answer": "w8"}\n'])
+def test_a_run_with_every_row_bad_fails(tmp_path, lines):
+    path = tmp_path / "in.jsonl"
+    path.write_text(lines)
+    settings = config(tmp_path, input=str(path), num_samples=1)
+    FakePair.started = 0
+    with pytest.raises(NothingUsable, match="all 2 rows were rejected"):
+        generate(settings, FakePair)
+    assert FakePair.started == 0
+    assert len(rejected(settings.output)) == 2
+    with pytest.raises(NothingUsable):  # and it does not come right by asking again
+        generate(dataclasses.replace(settings, resume=True), FakePair)
+
+
+# -- what is refused before a model loads -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt_column": "problem"}, r"prompt_column='problem' is not a column of the input; its columns are \['answer'"),
+        ({"columns": {"problem": "qestion"}}, r"columns\['problem'\]='qestion' is not a column"),
+        ({"answer_column": "anser"}, "answer_column='anser' is not a column"),
+        ({"id_column": "name"}, "id_column='name' is not a column"),
+        ({"privileged_template": "{prompt} {anser}"}, "'anser', which the dataset does not have"),
+        ({"student_template": "Solve {problem}"}, "student_template names {problem}"),
+        ({"teacher_chat_template": "no-such-file.jinja"}, "teacher_chat_template='no-such-file.jinja' is neither a file"),
+        ({"input": "no-such-file.jsonl"}, "input='no-such-file.jsonl' does not exist"),
+    ],
+)
+def test_what_does_not_fit_the_input_is_refused(tmp_path, given, message):
+    def no_pair(settings):
+        raise AssertionError("the models were started")
+
+    with pytest.raises(ValueError, match=message):
+        generate(config(tmp_path, **given), no_pair)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0 must be at least 1"),
+        ({"num_samples": "two"}, "num_samples='two' is not a whole number"),
+        ({"temperature": True}, "temperature=True is not a number"),
+        ({"alpha_method": "kl_simmetry"}, "alpha_method='kl_simmetry' is unknown"),
+        ({"format": "csv"}, "format='csv' is unknown; use parquet or jsonl"),
+        ({"filter_answer": "match"}, "filter_answer='match' needs the reference answer; set answer_column"),
+        ({"filter_finish_reasons": ["stopp"]}, "filter_finish_reasons='stopp' is unknown"),
+        ({"shard": "4/4"}, "shard='4/4' is not i/n"),
+        ({"teacher_templates": ["{prompt}"]}, "teacher_templates and privileged_template are both set"),
+        ({"privileged_template": "{}"}, "a literal brace is written twice"),
+        ({"generation_kwargs": {"seed": 1}}, "would give every sample the same noise"),
+        ({"output": None}, "output is not set"),
+        ({"model_name_or_path": None}, "model_name_or_path is not set"),
+        ({"engine_kwargs": "dtype"}, "engine_kwargs='dtype' is not a mapping"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **given)
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_side_reads_its_own_template_and_columns_have_further_names(tmp_path):
+    settings = config(
+        tmp_path,
+        columns={"problem": "question"},
+        student_template="w40 {problem}",
+        privileged_template="{prompt} w41 {answer}",
+        teacher_system_prompt="w50",
+        student_system_prompt="w51",
+        num_samples=1,
+    )
+    generate(settings, FakePair)
+    sample = next(s for s in read_output(settings.output) if json.loads(s["source"]) == ROWS[0])
+    assert sample["student_prompt"] == "w51\n\nw40 w7 w8"
+    assert sample["teacher_prompt"] == "w50\n\nw40 w7 w8 w41 w20"
+    assert list(sample["student_prompt_ids"]) == [51, 40, 7, 8]
+    assert list(sample["teacher_prompt_ids"]) == [50, 40, 7, 8, 41, 20]
+
+
+def test_each_model_has_its_own_chat_template(tmp_path):
+    own = tmp_path / "chat.jinja"
+    own.write_text("{% for m in messages %}{{ 'w60 ' + m['content'] }}{% endfor %}")
+    settings = config(tmp_path, enable_chat_template=True, teacher_chat_template=str(own), num_samples=1)
+    generate(settings, FakePair)
+    sample = read_output(settings.output)[0]
+    assert sample["teacher_prompt"].startswith("w60 ")
+    assert sample["student_prompt"].startswith("<bos> user w")
+
+
+def test_teacher_templates_take_turns_and_do_not_depend_on_the_order(tmp_path):
+    templates = ["{prompt} w41 {answer}", "{prompt} w42 {answer}", "{prompt} w43 {answer}"]
+    settings = config(tmp_path, privileged_template=None, teacher_templates=templates, num_samples=3)
+    generate(settings, FakePair)
+    by_row = {}
+    for sample in read_output(settings.output):
+        assert f" w4{int(sample['teacher_template']) + 1} " in sample["teacher_prompt"]
+        by_row.setdefault(sample["id"], []).append(sample["teacher_template"])
+    assert all(sorted(used) == [0, 1, 2] for used in by_row.values())
+    assert len({used[0] for used in by_row.values()}) > 1  # rows begin with different ones
+
+
+# -- determinism --------------------------------------------------------------------------------------------------------
+
+
+def test_samples_do_not_depend_on_batch_size_shard_size_or_order(tmp_path):
+    expected = config(tmp_path, output=str(tmp_path / "expected"))
+    generate(expected, FakePair)
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    path = write_rows(tmp_path / "shuffled.jsonl", shuffled)
+    other = config(tmp_path, input=str(path), batch_size=100, shard_size=17)
+    generate(other, FakePair)
+    assert keys(read_output(other.output)) != keys(read_output(expected.output))
+    assert content(read_output(other.output)) == content(read_output(expected.output))
+
+
+def test_another_seed_gives_other_samples_and_every_sample_has_its_own(tmp_path):
+    first, second = config(tmp_path), config(tmp_path, seed=43, output=str(tmp_path / "second"))
+    for settings in (first, second):
+        generate(settings, FakePair)
+    seeds = [{s["seed"] for s in read_output(settings.output)} for settings in (first, second)]
+    assert len(seeds[0]) == len(seeds[1]) == 2 * len(ROWS)
+    assert not seeds[0] & seeds[1]
+    assert sample_seed(42, "a", 11) != sample_seed(421, "a", 1)
+
+
+# -- output -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_says_everything_that_was_known(tmp_path):
+    settings = config(tmp_path, answer_column="answer", alpha_max=0.8)
+    generate(settings, FakePair)
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["settings"]["alpha_max"] == 0.8
+    samples = read_output(settings.output)
+    assert set(samples[0]) == set(SCHEMA.names)
+    for sample in samples:
+        length = sample["num_tokens"]
+        assert {len(sample[name]) for name in ("token_ids", "tokens", *RECORD_FIELDS)} == {length}
+        assert "".join(sample["tokens"]) == sample["completion"]
+        assert sample["alpha_mean"] == pytest.approx(sum(sample["alpha"]) / length)
+        assert (sample["alpha_min"], sample["alpha_max"]) == pytest.approx((min(sample["alpha"]), max(sample["alpha"])))
+        assert sample["kl_theta_mean"] == pytest.approx(sum(sample["kl_theta"]) / length)
+        assert sample["answer"] == json.loads(sample["source"])["answer"]
+        assert sample["config_hash"] == run["config_hash"]
+        assert (sample["teacher_model"], sample["student_model"], sample["weights_version"]) == ("teacher", "student", 0)
+
+
+def test_jsonl_holds_the_same_as_parquet(tmp_path):
+    both = [config(tmp_path, output=str(tmp_path / kind), format=kind) for kind in ("parquet", "jsonl")]
+    for settings in both:
+        generate(settings, FakePair)
+    parquet, jsonl = (read_output(settings.output) for settings in both)
+    assert content(parquet) == content(jsonl)
+    assert list(jsonl[0]["logq"]) == pytest.approx(list(parquet[0]["logq"]), rel=1e-8)
+
+
+def test_json_has_no_infinities():
+    line = json.loads(store._json_line({"logq": [-0.5, float("-inf"), float("nan")]}))
+    assert line == {"logq": [-0.5, None, None]}
+
+
+def test_the_hash_is_of_what_makes_the_data(tmp_path):
+    def hash_of(**given):
+        settings = config(tmp_path, **given)
+        return running.describe(settings, running.read_rows(settings, limit=None), 1)["config_hash"]
+
+    same = hash_of()
+    assert hash_of(batch_size=7, shard_size=9, format="jsonl", vllm_gpu_memory_utilization=0.5) == same
+    others = {hash_of(**given) for given in ({"seed": 1}, {"alpha_max": 0.5}, {"filter_min_tokens": 2}, {"num_samples": 3})}
+    write_rows(tmp_path / "other.jsonl", ROWS[:-1])
+    others.add(hash_of(input=str(tmp_path / "other.jsonl")))
+    assert len(others) == 5
+    assert same not in others
+
+
+# -- filters ------------------------------------------------------------------------------------------------------------
+
+
+def test_filters_remove_and_count(tmp_path):
+    everything = config(tmp_path, output=str(tmp_path / "all"), num_samples=20)
+    generate(everything, FakePair)
+    samples = read_output(everything.output)
+    settings = config(
+        tmp_path,
+        num_samples=20,
+        answer_column="answer",
+        filter_min_tokens=3,
+        filter_finish_reasons=["stop"],
+        filter_answer="contains",
+        filter_max_kl=0.5,
+    )
+    counts = generate(settings, FakePair)
+    remaining, removed = samples, {}
+    for name, keep in [
+        ("filter_min_tokens", lambda s: s["num_tokens"] >= 3),
+        ("filter_finish_reasons", lambda s: s["finish_reason"] == "stop"),
+        ("filter_answer", lambda s: json.loads(s["source"])["answer"] in s["completion"].split()),
+        ("filter_max_kl", lambda s: s["kl_theta_mean"] <= 0.5),
+    ]:
+        kept = [s for s in remaining if keep(s)]
+        removed[name] = len(remaining) - len(kept)
+        remaining = kept
+    assert all(removed.values())
+    assert counts.removed == removed
+    assert keys(read_output(settings.output)) == keys(remaining)
+    assert remaining
+    assert counts.drawn == len(samples) == counts.kept + sum(removed.values())
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["removed"] == removed
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "contained", "matched"),
+    [
+        (r"so \boxed{1,234}", "1234", True, True),
+        (r"\boxed{\frac{1}{2}} is it", r"\boxed{\frac{1}{2}}", True, True),
+        ("The answer is 72.", "He sold 48 and 24.\n#### 72", True, True),
+        ("First 72, then 73", "72", True, False),
+        ("that makes 172", "72", False, False),
+        ("that makes 7.25", "7", False, False),
+        ("The answer is **Paris**.", "paris", False, True),
+        ("I would say Paris, but London is close", "Paris", True, False),
+        ("it costs $5.00", "5", False, True),
+        ('{"a": 1}', '{"a": 1}', True, True),
+        ("", "5", False, False),
+        ("no idea", "5", False, False),
+    ],
+)
+def test_answers(completion, answer, contained, matched):
+    assert answers.contains(completion, answer) == contained
+    assert answers.matches(completion, answer) == matched
+
+
+# -- kills and resuming -------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_kill_at_every_step_of_writing_loses_at_most_a_shard(tmp_path, monkeypatch, kind):
+    """Stop before each system call that completes a file, resume, and compare with an undisturbed run."""
+    rows = [*ROWS[:2], {"question": "", "answer": "w8"}, *ROWS[2:4]]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    undisturbed = config(tmp_path, input=path, output=str(tmp_path / "undisturbed"), format=kind, shard_size=4)
+    generate(undisturbed, FakePair)
+    expected = keys(read_output(undisturbed.output)), rejected(undisturbed.output)
+    calls = []
+
+    def counted(name):
+        real = getattr(os, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == kill_at:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "fsync", "truncate"):
+        monkeypatch.setattr(store.os, name, counted(name))
+    kill_at = 10**9
+    generate(config(tmp_path, input=path, format=kind, shard_size=4), FakePair)
+    steps = len(calls)
+    assert steps > 20
+    for kill_at in range(1, steps + 1):
+        shutil.rmtree(tmp_path / "out")
+        calls.clear()
+        settings = config(tmp_path, input=path, format=kind, shard_size=4)
+        with pytest.raises(Killed):
+            generate(settings, FakePair)
+        before = keys(read_output(settings.output)) if (tmp_path / "out").exists() else []
+        assert before == expected[0][: len(before)]  # only whole shards are ever visible
+        kill_at = 10**9
+        counts = generate(dataclasses.replace(settings, resume=True), FakePair)
+        assert (keys(read_output(settings.output)), rejected(settings.output)) == expected
+        assert (counts.kept, counts.rejected) == (len(expected[0]), len(expected[1]))
+        assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def launch(*argv, module="tests.fake_pair", **environment):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-m", module, *map(str, argv)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, timeout=300):
+    out, _ = process.communicate(timeout=timeout)
+    return process.returncode, out
+
+
+def flags(settings, *names):
+    """The command line of some settings."""
+    argv = []
+    for name in ("model_name_or_path", "teacher_model_name_or_path", "prompt_column", "privileged_template", "input", *names):
+        argv += [f"--{name}", str(getattr(settings, name))]
+    return argv
+
+
+SIZES = ("max_completion_length", "num_samples", "shard_size", "batch_size", "output")
+
+
+def kill_until_done(argv, moments, folder, **environment):
+    """Run, kill at a random moment after the first shard, resume, ... and at last let it finish; returns its output."""
+    for moment in moments:
+        done = len(list(Path(folder).glob("data-*")))
+        process = launch(*argv, "--resume", **environment)
+        while len(list(Path(folder).glob("data-*"))) == done and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    status, out = finish(launch(*argv, "--resume", **environment))
+    assert status == 0, out
+    return out
+
+
+def test_sigkill_at_random_moments(tmp_path):
+    settings = config(tmp_path, num_samples=12, shard_size=4, batch_size=2)
+    expected = config(tmp_path, num_samples=12, shard_size=4, batch_size=2, output=str(tmp_path / "expected"))
+    generate(expected, FakePair)
+    moments = [random.Random(7).uniform(0, 0.15) for _ in range(3)]
+    argv = ["generate", *flags(settings, *SIZES)]
+    kill_until_done(argv, moments, settings.output, FAKE_SECONDS="0.005")
+    samples = read_output(settings.output)
+    assert keys(samples) == keys(read_output(expected.output))
+    assert content(samples) == content(read_output(expected.output))
+
+
+def begun(tmp_path):
+    """A run that was killed after its second shard."""
+
+    class Dying(FakePair):
+        def sample(self, requests, *args, **kwargs):
+            if len(self.sizes) == 4:
+                raise Killed
+            return super().sample(requests, *args, **kwargs)
+
+    settings = config(tmp_path)
+    with pytest.raises(Killed):
+        generate(settings, Dying)
+    assert len(read_output(settings.output)) == 10
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": 1}, "made with seed=42, and this run has seed=1"),
+        ({"shard_size": 6}, "made with shard_size=5, and this run has shard_size=6"),
+        ({"temperature": 0.5}, "made with temperature=1.0, and this run has temperature=0.5"),
+        ({"engine_kwargs": {"dtype": "float32"}}, "made with engine_kwargs=None, and this run has engine_kwargs={'dtype'"),
+        ({"shard": "0/2"}, "made with processes=1, and this run has processes=2"),
+        ({"teacher_model_name_or_path": "other"}, "made with teacher_model_name_or_path='teacher'"),
+    ],
+)
+def test_resuming_with_another_setting_is_refused_by_name(tmp_path, given, message):
+    settings = begun(tmp_path)
+    FakePair.started = 0
+    with pytest.raises(ValueError, match=message):
+        generate(dataclasses.replace(settings, resume=True, **given), FakePair)
+    assert FakePair.started == 0
+    assert len(read_output(settings.output)) == 10
+
+
+def test_resuming_with_other_rows_is_refused(tmp_path):
+    settings = begun(tmp_path)
+    write_rows(tmp_path / "in.jsonl", ROWS[1:])
+    with pytest.raises(ValueError, match="made with input rows="):
+        generate(dataclasses.replace(settings, resume=True), FakePair)
+
+
+def test_resuming_may_change_what_does_not_change_the_data(tmp_path):
+    settings = begun(tmp_path)
+    moved = shutil.copy(tmp_path / "in.jsonl", tmp_path / "moved.jsonl")
+    resumed = dataclasses.replace(settings, resume=True, batch_size=50, vllm_gpu_memory_utilization=0.3, input=str(moved))
+    assert generate(resumed, FakePair).kept == 2 * len(ROWS)
+
+
+def test_a_run_is_not_overwritten_without_resume(tmp_path):
+    settings = begun(tmp_path)
+    with pytest.raises(ValueError, match="add --resume"):
+        generate(settings, FakePair)
+
+
+def test_a_run_that_never_wrote_a_shard_may_be_corrected(tmp_path):
+    class Refusing(FakePair):
+        def sample(self, *args, **kwargs):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(config(tmp_path), Refusing)
+    assert generate(config(tmp_path, engine_kwargs={"max_model_len": 64}), FakePair).kept == 2 * len(ROWS)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    settings = config(tmp_path)
+    first = generate(settings, FakePair)
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    FakePair.started = 0
+    assert generate(dataclasses.replace(settings, resume=True), FakePair) == first
+    assert FakePair.started == 0
+    assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+# -- several processes --------------------------------------------------------------------------------------------------
+
+
+def test_processes_share_the_work_and_their_outputs_merge(tmp_path):
+    rows = [*ROWS[:9], {"question": "", "answer": "w8"}, *ROWS[9:]]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    alone = config(tmp_path, input=path, output=str(tmp_path / "alone"))
+    counts = generate(alone, FakePair)
+    shared = config(tmp_path, input=path)
+    parts = [generate(dataclasses.replace(shared, shard=f"{i}/3"), FakePair) for i in (2, 0, 1)]
+    assert all(part.kept for part in parts)
+    merged = read_output(shared.output)
+    assert len(merged) == len(set(keys(merged))) == counts.kept
+    assert content(merged) == content(read_output(alone.output))
+    assert rejected(shared.output) == rejected(alone.output)
+    summaries = [json.loads((Path(folder) / "summary.json").read_text()) for folder in (alone.output, shared.output)]
+    for name, value in summaries[0].items():
+        assert summaries[1][name] == (value if name == "removed" else pytest.approx(value, rel=1e-9))
+
+
+def test_the_launchers_place_and_gpus(monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert running.process_place(gpus_each=2) == (3, 4)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} & set(os.environ)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert running.process_place() == (0, 1)
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_launched_processes_share_the_work(tmp_path):
+    """Two processes of torchrun, which is what `accelerate launch` starts on several GPUs."""
+    settings = config(tmp_path)
+    argv = ["--nproc_per_node", "2", "-m", "tests.fake_pair", "generate", *flags(settings, *SIZES)]
+    status, out = finish(launch(*argv, module="torch.distributed.run"))
+    assert status == 0, out
+    samples = read_output(settings.output)
+    assert len(samples) == len(set(keys(samples))) == 2 * len(ROWS)
+    assert {path.name[5:19] for path in (tmp_path / "out").glob("data-*")} == {"00000-of-00002", "00001-of-00002"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["kept"] == 2 * len(ROWS)
+
+
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = "import sys, osd.cli; osd.cli.main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert time.perf_counter() - start < 5
+    for word in ("generate", "inspect", "compare"):
+        assert word in done.stdout
+    assert not {"torch", "vllm", "transformers", "trl"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_help_of_a_command_lists_every_setting_and_imports_no_torch(command):
+    code = (
+        "import sys, osd.cli\ntry: osd.cli.main(sys.argv[1:])\n"
+        "except SystemExit as e: print(e.code, *sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    settings_class = GenerateConfig if command == "generate" else cli_compare_config()
+    for field in dataclasses.fields(settings_class):
+        assert f"--{field.name} " in done.stdout
+        assert field.metadata["help"], field.name
+    assert done.stderr.split()[0] == "0"
+    assert not {"torch", "vllm"} & set(done.stderr.split())
+
+
+def cli_compare_config():
+    from osd.data.settings import CompareConfig
+
+    return CompareConfig
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generat"], "unknown command 'generat'"),
+        (["generate", "--num_sample", "2"], "unknown argument '--num_sample' (did you mean '--num_samples'?)"),
+        (["generate", "--config", "absent.yaml"], "config='absent.yaml' does not exist"),
+        (["generate", "--engine_kwargs", "{dtype"], "engine_kwargs='{dtype' is not a JSON object"),
+        (["generate"], "model_name_or_path is not set"),
+        (["generate", "--num_samples", "two"], "argument --num_samples"),
+        (["inspect", "absent"], "'absent' has no data"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in err
+    assert err.startswith("osd")
+    assert err.count("\n") == 1
+
+
+def test_every_row_bad_ends_with_status_1(tmp_path):
+    settings = config(tmp_path, input=str(write_rows(tmp_path / "x.jsonl", [{"question": "", "answer": "w8"}])))
+    status, out = finish(launch("generate", *flags(settings, "output")))
+    assert status == 1
+    assert "osd generate: failed: nothing was sampled: all 1 rows were rejected" in out
+
+
+def test_flags_win_over_the_file_and_mappings_are_json(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("num_samples: 2\nalpha_max: 0.5\nengine_kwargs: {dtype: float32}\ngenerate: {num_samples: 3}\n")
+    argv = ["--config", path, "--model_name_or_path", "s", "--teacher_model_name_or_path", "t", "--input", "x", "--output", "y"]
+    argv = [*map(str, argv), "--columns", '{"problem": "question"}', "--num_samples", "4", "--linear-is-not-a-flag"]
+    settings = parse(GenerateConfig, argv[:-1], training_keys=set)
+    assert (settings.num_samples, settings.alpha_max) == (4, 0.5)
+    assert settings.engine_kwargs == {"dtype": "float32"}
+    assert settings.columns == {"problem": "question"}
+
+
+# -- real models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(tmp_path, tiny_pair):
+    """The settings of a run with tiny models, and their YAML file."""
+    settings = dict(
+        model_name_or_path=str(tiny_pair[1]),
+        teacher_model_name_or_path=str(tiny_pair[0]),
+        prompt_column="question",
+        privileged_template="{prompt} {answer}",
+        enable_chat_template=True,
+        max_completion_length=12,
+        num_samples=2,
+        shard_size=8,
+        engine_kwargs=tiny_engine_kwargs(async_scheduling=False),
+        input=str(write_rows(tmp_path / "in.jsonl", ROWS)),
+    )
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return settings, path
+
+
+def test_real_models_draw_the_same_whatever_the_batch(tmp_path, real):
+    from osd.data.pair import EnginePair
+
+    settings, _ = real
+    by_batch = []
+    for size in (1024, 5):
+        given = GenerateConfig(**settings, batch_size=size, output=str(tmp_path / f"out{size}"))
+        counts = generate(given, EnginePair)
+        assert counts.kept == 2 * len(ROWS)
+        by_batch.append(read_output(given.output))
+    assert content(by_batch[0]) == content(by_batch[1])
+    for sample in by_batch[0]:
+        assert list(sample["kl_theta"]) == pytest.approx(list(sample["kl_teacher"]), abs=1e-3)  # α balances the two
+        logq = sample["alpha"] * sample["logp_teacher"] + (1 - sample["alpha"]) * sample["logp_theta"]
+        assert (sample["logq"] >= logq - 1e-4).all()  # the geometric mean of two distributions sums to at most 1
+        assert list(sample["teacher_prompt_ids"])[:-5] != list(sample["student_prompt_ids"])[:-5]
+
+
+def test_models_with_different_tokenizers_are_refused_and_nothing_is_written(tmp_path, real):
+    from osd.data.pair import EnginePair
+
+    settings, _ = real
+    other = tiny_model(tmp_path / "other", vocab=64, tokenizer_vocab=60)
+    with pytest.raises(ValueError, match="different tokenizers: id 60"):
+        generate(GenerateConfig(**{**settings, "model_name_or_path": str(other)}, output=str(tmp_path / "out")), EnginePair)
+    with pytest.raises(ValueError, match="top_q"):
+        generate(GenerateConfig(**settings, generation_kwargs={"top_q": 1}, output=str(tmp_path / "out")), EnginePair)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_does_not_start_is_no_fault_of_the_rows(tmp_path, real, monkeypatch):
+    from osd.data.pair import EnginePair
+    from osd.engine import pair
+
+    def no_memory(config):
+        raise ValueError("no memory for the KV cache")
+
+    monkeypatch.setattr(pair, "PairEngine", no_memory)
+    settings, _ = real
+    with pytest.raises(ValueError, match="no memory for the KV cache"):
+        generate(GenerateConfig(**settings, output=str(tmp_path / "out")), EnginePair)
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_sigkill_with_real_models(tmp_path, real, kills):
+    from osd.data.pair import EnginePair
+
+    settings, path = real
+    expected = GenerateConfig(**settings, output=str(tmp_path / "expected"))
+    generate(expected, EnginePair)
+    chance = random.Random(kills)
+    moments = [chance.uniform(0, 0.3) for _ in range(kills)]
+    argv = ["generate", "--config", path, "--output", tmp_path / "out"]
+    out = kill_until_done(argv, moments, tmp_path / "out", module="osd")
+    assert "46 kept" in out
+    assert content(read_output(tmp_path / "out")) == content(read_output(expected.output))
+    assert keys(read_output(tmp_path / "out")) == keys(read_output(expected.output))

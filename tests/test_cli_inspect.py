@@ -1,0 +1,215 @@
+"""`osd inspect`: the page's numbers against the data, its bounded size, and that a browser runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from osd import cli
+from osd.core import RECORD_FIELDS
+from osd.data import inspection, tally
+from osd.data.inspection import inspect
+from osd.data.samples import SCHEMA
+from osd.data.store import _json_line
+
+WORDS = [" the", " sum", "\n", " is", ".", " ähm", " 数", ' "quoted"', " </script><script>alert(1)</script>", " &amp;", " 7"]
+
+
+def samples(count, *, seed=0, longest=30):
+    chance = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        length = int(chance.integers(1, longest + 1))
+        record = {name: chance.random(length).tolist() for name in RECORD_FIELDS}
+        record["logp_theta"] = (-5 * chance.random(length)).tolist()
+        record["logp_teacher"] = (-3 * chance.random(length)).tolist()
+        tokens = [WORDS[j] for j in chance.integers(len(WORDS), size=length)]
+        made.append(
+            {
+                "id": f"row{i}",
+                "sample": 0,
+                "student_prompt": "<b>student</b>",
+                "teacher_prompt": "teacher",
+                "completion": "".join(tokens),
+                "finish_reason": "stop" if i % 4 else "length",
+                "num_tokens": length,
+                "tokens": tokens,
+                "teacher_model": "big",
+                "student_model": "small",
+                "config_hash": "abc",
+                **record,
+            }
+        )
+    return made
+
+
+def save(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_bytes(b"".join(map(_json_line, rows)))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    return path
+
+
+def page_data(page):
+    text = page.read_text()
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def every(rows, name):
+    return np.concatenate([row[name] for row in rows])
+
+
+def test_the_tally_counts_every_token(tmp_path):
+    rows = samples(300)
+    save(tmp_path / "data-00000-of-00002-000000.parquet", rows[:120])
+    save(tmp_path / "data-00001-of-00002-000000.parquet", rows[120:])
+    (tmp_path / "rejected.jsonl").write_text("{}\n")
+    result = tally.tally(tally.data_files(tmp_path), shown=10, extremes=5)
+    assert (result.completions, result.tokens) == (300, len(every(rows, "alpha")))
+    for name, edges in tally.BINS.items():
+        assert result.histograms[name].tolist() == np.histogram(every(rows, name), edges)[0].tolist(), name
+        assert result.sums[name] == pytest.approx(every(rows, name).sum(), rel=1e-5)
+    assert result.finish_reasons == {"stop": 225, "length": 75}
+    assert sum(length * count for length, count in result.lengths.items()) == result.tokens
+    assert result.place_counts.sum() == result.tokens
+    assert result.place_sums["kl_theta"].sum() == pytest.approx(every(rows, "kl_theta").sum(), rel=1e-5)
+    assert result.early_sums[3] == pytest.approx(sum(row["kl_theta"][3] for row in rows if row["num_tokens"] > 3), rel=1e-5)
+    assert sum(sums.count for sums in result.by_token.values()) == result.tokens
+    dots = [
+        (t - s)
+        for row in rows
+        for text, t, s in zip(row["tokens"], row["logp_teacher"], row["logp_theta"], strict=True)
+        if text == "."
+    ]
+    assert result.by_token["."].gap == pytest.approx(sum(dots), rel=1e-4)
+
+
+def test_the_most_extreme_tokens_are_found(tmp_path):
+    rows = samples(200)
+    path = save(tmp_path / "x.parquet", rows)
+    result = tally.tally([path], shown=5, extremes=4)
+    gaps = sorted(
+        (t - s, row["id"], i)
+        for row in rows
+        for i, (t, s) in enumerate(zip(row["logp_teacher"], row["logp_theta"], strict=True))
+    )
+    found = [[(e.id, e.place) for e in inspection._by_score(heap)] for heap in (result.teacher_side, result.student_side)]
+    assert found[0] == [(name, place) for _, name, place in gaps[:-5:-1]]
+    assert found[1] == [(name, place) for _, name, place in gaps[:4]]
+    extreme = inspection._by_score(result.teacher_side)[0]
+    tokens = next(row for row in rows if row["id"] == extreme.id)["tokens"]
+    assert extreme.token == tokens[extreme.place]
+    assert "".join(tokens).startswith(extreme.before + extreme.token) or extreme.place > tally.CONTEXT
+
+
+def test_jsonl_gives_the_same_page_as_parquet_and_survives_zero_probabilities(tmp_path):
+    rows = samples(20)
+    rows[3]["logp_theta"][0] = -math.inf
+    rows[3]["kl_theta"][0] = math.inf
+    pages = [inspect(save(tmp_path / f"x.{kind}", rows), tmp_path / kind / "page.html") for kind in ("parquet", "jsonl")]
+    data = [page_data(page) for page in pages]
+    assert data[0]["vocab"] == data[1]["vocab"]
+    assert data[0]["samples"][3]["lp"][0] is data[1]["samples"][3]["lp"][0] is None
+    assert [s["a"] for s in data[0]["samples"]] == [s["a"] for s in data[1]["samples"]]
+
+
+def test_the_page_shows_what_was_recorded(tmp_path):
+    rows = samples(12)
+    data = page_data(inspect(save(tmp_path / "x.parquet", rows)))
+    assert len(data["samples"]) == 12
+    for shown, row in zip(data["samples"], rows, strict=True):
+        assert [data["vocab"][v] for v in shown["t"]] == row["tokens"]
+        assert shown["a"] == pytest.approx(row["alpha"], abs=6e-4)
+        assert shown["k"] == pytest.approx(row["kl_theta"], abs=6e-4)
+        assert shown["ma"] == pytest.approx(np.mean(row["alpha"]), abs=6e-4)
+
+
+def test_no_markup_of_a_completion_reaches_the_page(tmp_path):
+    page = inspect(save(tmp_path / "x.parquet", samples(50))).read_text()
+    assert "alert(1)" in page
+    assert "<script>alert" not in page
+    assert "<b>student" not in page
+    assert not re.search(
+        r'(?:src|href)="|url\((?!#)|@import|https?://(?!www\.w3\.org)', page.replace("xlink:href", "").replace('href="#', "")
+    )
+
+
+def test_the_page_is_bounded_whatever_the_data(tmp_path):
+    """Ten times the data makes no larger page; long completions and prompts are cut."""
+    sizes = []
+    for count in (250, 2500):
+        page = inspect(save(tmp_path / str(count) / "x.parquet", samples(count, longest=40)))
+        assert len(page_data(page)["samples"]) == 200
+        sizes.append(page.stat().st_size)
+    assert sizes[1] < 1.1 * sizes[0] < 2e6
+    long = samples(1)[0]
+    whole = {name: [0.5] * 3_000 for name in RECORD_FIELDS} | {"tokens": [" w"] * 3_000, "student_prompt": "p" * 10**6}
+    page = inspect(save(tmp_path / "long.parquet", [long | whole] * 40))
+    assert page.stat().st_size < 4e6
+    assert "long ones are cut after 2000 tokens" in page.read_text()
+
+
+def test_every_section_is_there_once(tmp_path):
+    page = inspect(save(tmp_path / "x.parquet", samples(30))).read_text()
+    titles = ["How far apart they are", "The most extreme tokens", "Tokens on which they disagree", "Completions"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == titles
+    assert page.count("<svg") == 6
+
+
+def test_completions_are_drawn_evenly(tmp_path):
+    path = save(tmp_path / "x.parquet", samples(2000, longest=2))
+    shown = [int(s["id"][3:]) for s in tally.tally([path], shown=200, extremes=1).shown]
+    assert len(set(shown)) == 200
+    assert abs(np.mean(shown) - 1000) < 4 * 577 / math.sqrt(200)  # standard error of a uniform mean, four of them
+    assert max(shown) > 1800
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.parquet", b"not parquet", "is not a Parquet file"),
+        ("x.jsonl", b'{"id": 1}\n', "has no 'tokens'"),
+        ("x.txt", b"hello", "is neither .parquet nor .jsonl"),
+        ("folder/readme", b"hello", "has no data"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, name, content, message, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["inspect", str(path.parent if "/" in name else path)])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_says_where_the_page_is(tmp_path, capsys):
+    save(tmp_path / "data-00000-of-00001-000000.parquet", samples(5))
+    cli.main(["inspect", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "inspect.html")
+    cli.main(["inspect", str(tmp_path), "--output", str(tmp_path / "there.html"), "--shown", "2"])
+    assert len(page_data(tmp_path / "there.html")["samples"]) == 2
+
+
+CHROME = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(CHROME is None, reason="no browser on this machine")
+def test_a_browser_renders_the_completions_a_few_at_a_time(tmp_path):
+    page = inspect(save(tmp_path / "x.parquet", samples(120)))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,800", "--dump-dom"]
+    done = subprocess.run([CHROME, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
+    cards = re.findall(r'<article class="card sample">', done.stdout)
+    assert 20 <= len(cards) < 120
+    assert re.search(r'class="tok"[^>]*style="background: rgb', done.stdout)
+    assert "<script>alert" not in done.stdout
