@@ -8,11 +8,12 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import RepeatSampler
 
 from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import ROWS, build_trainer, logged, watch
 from trainers import OSDConfig, OSDTrainer
-from trainers.resume import RUN_FILE, check_same_run, resolve
+from trainers.resume import RUN_FILE, EpochSampler, check_same_run, resolve
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,12 @@ def test_resuming_a_built_trainer_is_checked_too(make, checkpoint):
     (checkpoint / RUN_FILE).write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="alpha_method='entropy', and this one's has 'kl_symmetry'"):
         make().train(resume_from_checkpoint=True)
+
+
+def test_the_order_of_an_unbroken_run_is_trls():
+    trls = RepeatSampler(range(20), mini_repeat_count=1, batch_size=4, repeat_count=2, seed=3)
+    ours = EpochSampler(trls, times=1, epoch=lambda: epoch)
+    for epoch in range(3):  # noqa: B007
+        assert list(ours) == list(trls)
+    once, thrice = (list(EpochSampler(trls, times=times, epoch=lambda: 0)) for times in (1, 3))
+    assert thrice[:24] == once[:8] * 3

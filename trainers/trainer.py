@@ -168,6 +168,7 @@ class OSDTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         teacher_ids = [self._teacher_ids(row) for row in inputs]
+        self.vllm_generation.model = self.model  # FSDP1 wraps it anew when training begins
         student_rows = [{**row, PROMPT_COLUMN: self._student_prompt(row)} for row in inputs]
         with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(len(inputs), mode)):
             output = super()._generate_and_score_completions(student_rows)
@@ -179,7 +180,7 @@ class OSDTrainer(DistillationTrainer):
         metrics = batch_metrics(self.vllm_generation, self.accelerator)
         metrics["engine/weights_version"] += self._earlier_syncs
         if mode == "train":
-            metrics |= self._schedule_metrics() | self._privilege_metrics(output)
+            metrics |= self._schedule.metrics(self.vllm_generation.engine.mixing) | self._privilege_metrics(output)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if self.log_completions:
@@ -198,13 +199,6 @@ class OSDTrainer(DistillationTrainer):
     def _step_seed(self) -> str:
         """For draws that are to be the same again in a resumed run, and to leave the global random state alone."""
         return f"{self.args.seed} {self.state.global_step} {self.accelerator.process_index}"
-
-    def _schedule_metrics(self) -> dict[str, float]:
-        if self._schedule.shape == "constant":
-            return {}
-        mixing = self.vllm_generation.engine.mixing
-        names = ("fixed_alpha",) if mixing.alpha_method == "fixed" else ("alpha_min", "alpha_max")
-        return {f"schedule/{name}": getattr(mixing, name) for name in names}
 
     def _privilege_metrics(self, output: dict[str, torch.Tensor]) -> dict[str, float]:
         every = self.args.privilege_gap_steps
