@@ -72,7 +72,7 @@ def test_a_student_in_shards_and_the_engines_teacher(zero3, kind, bias):
         expected.sum().backward()
         wanted = theta.grad
 
-    sharded = replace(student, weight_VH=in_shards(student.weight_VH))
+    sharded = replace(student, weight_VH=in_shards(student.weight_VH), bias_V=in_shards(student.bias_V) if bias else None)
     theta, pi_t = hidden()
     got, _ = token_divergence(theta, pi_t, sharded, teacher, Divergence(kind=kind, beta=0.5))
     assert sharded.weight_VH.numel() == 0  # in shards again
