@@ -1,0 +1,114 @@
+"""Markdown as the tests of the documents see it: headings, links, code blocks; and how a block is run.
+
+Documented models, sizes and paths are replaced by tiny ones (MODELS, Shrunk); everything else runs as it is written.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"python", "bash", "yaml", "json", "text"}
+NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
+# Kept beside the page while its blocks run, so that relative paths of the repository work.
+LINKED = ("configs", "examples", "trainers", "benchmarks", "requirements", "pyproject.toml", "Makefile", "scripts")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        language, text: as in the page.
+        line: where it begins.
+        not_run: why it is not run, or None.
+        file: the file that the line before it names, for blocks that are one.
+    """
+
+    language: str
+    text: str
+    line: int
+    not_run: str | None = None
+    file: str | None = None
+
+
+def headings(text: str) -> list[tuple[int, str]]:
+    """Level and text of every heading outside code."""
+    bare = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.+)$", bare, flags=re.MULTILINE)]
+
+
+def blocks(text: str) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    found, lines, start = [], text.splitlines(), None
+    for number, line in enumerate(lines):
+        if line.startswith("```") and start is None:
+            start = number
+        elif line == "```" and start is not None:
+            marker = NOT_RUN.search(lines[start - 1]) if start else None
+            body = "\n".join(lines[start + 1 : number])
+            named = re.match(r"`([\w.]+\.(?:yaml|jsonl))` ", lines[start - 2]) if start > 1 else None
+            found.append(Block(lines[start][3:], body, start + 1, marker[1] if marker else None, named[1] if named else None))
+            start = None
+    assert start is None, f"the block of line {start} does not end"
+    return found
+
+
+def links(text: str) -> list[str]:
+    """Targets of the links and images of a page."""
+    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def anchor(title: str) -> str:
+    """The name that a Markdown host gives a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+
+
+# -- shell ----------------------------------------------------------------------------------------------------------------
+
+
+def commands(script: str) -> Iterator[tuple[list[str], str | None]]:
+    """Words of every command of a shell block, and the here-document it reads."""
+    lines = iter(script.replace("\\\n", " ").splitlines())
+    for line in lines:
+        heredoc = re.search(r"<<'(\w+)'", line)
+        body = None
+        if heredoc:
+            end = heredoc[1]
+            body = "".join(f"{part}\n" for part in iter(lambda: next(lines), end))  # noqa: B023
+            line = line.replace(heredoc[0], "")
+        if words := shlex.split(line, comments=True):
+            yield words, body
+
+
+def check_make(words: list[str]) -> None:
+    targets = [word for word in words[1:] if "=" not in word]
+    known = re.findall(r"^(\S+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert targets
+    assert set(targets) <= set(known), f"make {targets}: the targets are {known}"
+
+
+def check_pip(words: list[str]) -> None:
+    """`pip install`, `uv pip install`: requirements parse, extras and files exist."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    for word in words[words.index("install") + 1 :]:
+        if word.endswith(".txt"):
+            assert (ROOT / word).is_file(), word
+        elif word.startswith("."):
+            assert all(f"\n{extra} = [" in pyproject for extra in word[2:-1].split(",") if word != "."), word
+        elif not word.startswith("-"):
+            Requirement(word)
+
+
+def script_main(path: str) -> Any:
+    """The `main` of a script of the repository, loaded as Python would load it to run it."""
+    return runpy.run_path(str(ROOT / path))["main"]

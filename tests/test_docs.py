@@ -1,0 +1,339 @@
+"""The documents do what they say: every code block runs, links resolve, quoted messages are the code's, translations agree.
+
+A page's blocks run in order, in one folder and (Python) one namespace, as a reader would try them. Documented models are
+replaced by tiny ones, and lengths, batches and steps are cut (see `tiny_world`); flags, keys and names are as written.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.documents import (
+    LANGUAGES,
+    LINKED,
+    PAGES,
+    ROOT,
+    Block,
+    anchor,
+    blocks,
+    check_make,
+    check_pip,
+    commands,
+    headings,
+    links,
+    script_main,
+)
+from tests.tiny import tiny_engine_kwargs
+
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+BY_NAME = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in PAGES]
+WITH_CODE = [path for path in PAGES if any(b.language in ("python", "bash", "yaml") for b in blocks(path.read_text()))]
+
+
+# -- what can be checked by reading -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [*BY_NAME, pytest.param(CHINESE, id="README.zh-CN.md")])
+def test_links_resolve(path):
+    text = path.read_text()
+    for target in links(text):
+        if re.match(r"https?://", target):
+            continue
+        name, _, fragment = target.partition("#")
+        linked = (path.parent / name).resolve() if name else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        if fragment:
+            assert fragment in {anchor(title) for _, title in headings(linked.read_text())}, f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", BY_NAME)
+def test_every_block_has_a_language_that_is_tested(path):
+    for block in blocks(path.read_text()):
+        assert block.language in LANGUAGES, f"{path.name}:{block.line}: {block.language!r}"
+
+
+def test_few_blocks_are_not_run_and_each_says_why():
+    marked = [(path.name, block) for path in PAGES for block in blocks(path.read_text()) if block.not_run]
+    assert len(marked) <= 5, [(name, block.line) for name, block in marked]
+    for name, block in marked:
+        assert len(block.not_run) > 15, f"{name}:{block.line}"
+
+
+def test_the_chinese_readme_keeps_step_with_the_english():
+    english, chinese = ENGLISH.read_text(), CHINESE.read_text()
+    assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
+    assert [(b.language, b.text) for b in blocks(english)] == [(b.language, b.text) for b in blocks(chinese)]
+    other = {ENGLISH.name, CHINESE.name}
+    assert [link for link in links(english) if link not in other] == [link for link in links(chinese) if link not in other]
+    tables = [[line.count("|") for line in text.splitlines() if line.startswith("|")] for text in (english, chinese)]
+    assert tables[0] == tables[1]
+    numbers = [set(re.findall(r"\d+\.\d+", text)) for text in (english, chinese)]
+    assert numbers[0] == numbers[1]
+
+
+def test_the_readme_can_be_read_in_five_minutes():
+    assert len(re.findall(r"\w+", ENGLISH.read_text())) < 2000
+
+
+def test_docs_name_every_module():
+    text = (ROOT / "docs" / "structure.md").read_text()
+    for folder in ("osd", "trainers", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name != "__init__.py":
+                assert f"`{path.relative_to(ROOT)}`" in text or re.search(rf"`{path.name}`", text), path
+    for name in re.findall(r"`((?:osd|trainers|benchmarks|theory)/[\w/]+\.\w+)`", text):
+        assert (ROOT / name).is_file(), name
+
+
+@cache
+def messages_of_the_code() -> str:
+    """Every string constant of our code, f-strings with … where a value goes, one per line."""
+
+    def flat(node: ast.expr) -> str | None:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        if isinstance(node, ast.JoinedStr):
+            return "".join("…" if isinstance(part, ast.FormattedValue) else str(part.value) for part in node.values)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            left, right = flat(node.left), flat(node.right)
+            return None if left is None or right is None else left + right
+        return None
+
+    sources = [path for folder in ("osd", "trainers") for path in (ROOT / folder).rglob("*.py")]
+    trees = (ast.parse(path.read_text()) for path in sources)
+    return "\n".join(text for tree in trees for node in ast.walk(tree) if isinstance(node, ast.expr) and (text := flat(node)))
+
+
+def in_the_code(message: str) -> bool:
+    """Whether each piece between the … of a message stands in the code."""
+    return all(piece.strip() in messages_of_the_code() for piece in re.split(r"…", message) if len(piece.strip()) > 1)
+
+
+def test_quoted_messages_are_the_codes():
+    quoted = [block.text for block in blocks((ROOT / "docs" / "troubleshooting.md").read_text()) if block.language == "text"]
+    assert len(quoted) > 20
+    missing = [message for message in quoted if not in_the_code(message)]
+    assert not missing
+    assert not in_the_code("the student's prompt has … tokens, which nobody says")
+
+
+# -- what is run --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_world(tiny_pair, tmp_path, monkeypatch):
+    """A folder like a clone with tiny models under the documented names, and runs that are short; returns a substitution."""
+    from osd.engine.config import PairConfig
+    from trainers import OSDConfig
+
+    for name in LINKED:
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    teacher, student = map(str, tiny_pair)
+    models = {
+        "Qwen/Qwen2.5-7B-Instruct": teacher,
+        "Qwen/Qwen2.5-3B-Instruct": teacher,
+        "Qwen/Qwen2.5-1.5B-Instruct": student,
+        "Qwen/Qwen2.5-0.5B-Instruct": student,
+        "models/SmolLM2-135M-Instruct": student,
+    }
+    tiny = tiny_engine_kwargs(max_model_len=512)
+    check_pair, check_args = PairConfig.__post_init__, OSDConfig.__post_init__
+
+    def tiny_pair_config(self):
+        check_pair(self)  # as documented
+        self.engine_kwargs.update({**tiny, "seed": self.engine_kwargs.get("seed", 0)})
+
+    def short_run(self):
+        self.max_steps, self.max_completion_length, self.warmup_steps = 2, min(8, self.max_completion_length), 0
+        self.use_cpu, self.bf16, self.report_to = not torch.cuda.is_available(), False, "none"
+        check_args(self)
+
+    monkeypatch.setattr(PairConfig, "__post_init__", tiny_pair_config)
+    monkeypatch.setattr(OSDConfig, "__post_init__", short_run)
+    _short_trl(monkeypatch)
+
+    def substituted(text: str) -> str:
+        for name, path in models.items():
+            text = text.replace(name, path)
+        return text
+
+    return substituted
+
+
+def _short_trl(monkeypatch):
+    from trl import DistillationConfig
+
+    check_args = DistillationConfig.__post_init__
+
+    def short_run(self):
+        self.max_steps, self.max_completion_length, self.report_to = 2, min(8, self.max_completion_length), "none"
+        self.use_cpu, self.bf16 = not torch.cuda.is_available(), False
+        check_args(self)
+
+    monkeypatch.setattr(DistillationConfig, "__post_init__", short_run)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in WITH_CODE])
+def test_the_blocks_of_a_page_run(path, tiny_world, monkeypatch):
+    runner = Runner(tiny_world, monkeypatch)
+    for block in blocks(path.read_text()):
+        try:
+            runner.run(block)
+        except SystemExit as end:
+            assert not end.code, f"{path.name}:{block.line} ended with {end.code}"
+        except Exception as error:
+            error.add_note(f"in {path.name}, line {block.line}")
+            raise
+
+
+class Runner:
+    """Runs the blocks of one page."""
+
+    def __init__(self, substituted, monkeypatch):
+        self.substituted, self.monkeypatch = substituted, monkeypatch
+        self.namespace = {"__name__": "__main__"}
+
+    def run(self, block: Block) -> None:
+        text = self.substituted(block.text)
+        if block.language == "python" and not block.not_run:
+            exec(compile(text, f"line {block.line}", "exec"), self.namespace)
+            if ".train()" in text:  # a data set smaller than a batch would be trained on without a word
+                assert self.namespace["trainer"].state.global_step == 2
+        elif block.language == "yaml":
+            check_yaml(text)
+            if block.file:  # tiny models have no right answers, and never stop by themselves
+                Path(block.file).write_text(re.sub(r"^filter_.*$", "", text, flags=re.MULTILINE))
+        elif block.language == "json":
+            assert json.loads(text), "one object on one line"
+            Path(str(block.file)).write_text(text + "\n")
+        elif block.language == "bash":
+            for words, body in commands(text):
+                self.command(words, body, parse_only=block.not_run is not None)
+
+    def command(self, words: list[str], body: str | None, parse_only: bool = False) -> None:
+        while re.match(r"[A-Z_0-9]+=", words[0]):
+            name, value = words.pop(0).split("=", 1)
+            self.monkeypatch.setenv(name, value)
+        program, *rest = words
+        if program == "cat" and body is not None:
+            Path(rest[rest.index(">") + 1]).write_text(body)
+        elif program == "make":
+            check_make(words)
+        elif program in ("pip", "uv"):
+            check_pip(words)
+        elif program == "source":
+            assert rest == [".venv/bin/activate"]
+        elif program == "bash":
+            assert (ROOT / rest[0]).is_file()
+        elif program == "osd":
+            run_osd(rest)
+        elif program == "accelerate":
+            run_accelerate(rest)
+        elif program == "python":
+            run_script(rest, parse_only)
+        else:
+            raise AssertionError(f"{program!r} is a command that no test knows how to run")
+
+
+def run_osd(arguments: list[str]) -> None:
+    from osd.cli import main
+
+    try:
+        main(cut(arguments))
+    except SystemExit as end:
+        assert not end.code, f"osd {arguments}: {end.code}"
+
+
+def cut(arguments: list[str]) -> list[str]:
+    """The same command, for models that never stop by themselves."""
+    return arguments if arguments[0] not in ("generate", "compare") else [*arguments, "--max_completion_length", "8"]
+
+
+def run_accelerate(arguments: list[str]) -> None:
+    """What `accelerate launch` would run, in this process: tests/test_entry_points.py launches it for good."""
+    from accelerate.commands.launch import launch_command_parser
+
+    from trainers.train_osd import main, parse
+
+    assert arguments[0] == "launch"
+    launch = launch_command_parser().parse_args(arguments[1:])
+    assert launch.config_file is None or Path(launch.config_file).is_file(), launch.config_file
+    assert launch.training_script == "trainers/train_osd.py"
+    config = launch.training_script_args[launch.training_script_args.index("--config") + 1]
+    name = yaml.safe_load(Path(config).read_text())["dataset_name"]
+    if Path(name).is_file():
+        main(launch.training_script_args)
+    else:  # a dataset of the Hub
+        parse(launch.training_script_args)
+
+
+SCRIPTS_PARSED = ("benchmarks/sampling.py", "benchmarks/mixing.py", "examples/smollm2.py", "examples/demo.py")
+
+
+def run_script(arguments: list[str], parse_only: bool) -> None:
+    script, *flags = arguments
+    assert (ROOT / script).is_file(), script
+    if parse_only or script in SCRIPTS_PARSED:
+        check_flags(script, flags)
+    else:
+        script_main(script)([*flags, *(["--cpu"] if "--cpu" in (ROOT / script).read_text() and "--cpu" not in flags else [])])
+
+
+def check_flags(script: str, flags: list[str]) -> None:
+    """Every flag of a script that is not run is one of its own."""
+    text = (ROOT / script).read_text()
+    for flag in flags:
+        assert not flag.startswith("-") or f'"{flag}"' in text, f"{script} has no {flag}"
+
+
+def check_yaml(text: str) -> None:
+    """Both readers of a YAML file take it, key by key."""
+    from osd.data.parse import parse as parse_data
+    from osd.data.settings import CompareConfig, GenerateConfig
+    from trainers.train_osd import parse, training_keys
+
+    path = Path("documented.yaml")
+    path.write_text(text)
+    flags = ["--config", str(path), "--dataset_name", "problems.jsonl"]
+    parse(flags)
+    for settings in (GenerateConfig, CompareConfig):
+        parse_data(settings, [*flags, "--output", "anywhere"], training_keys=training_keys)
+    with pytest.raises(ValueError, match="never_heard_of_it"):
+        path.write_text(f"{text}\nnever_heard_of_it: 1\n")
+        parse_data(GenerateConfig, [*flags, "--output", "anywhere"], training_keys=training_keys)
+
+
+# -- what the tests themselves would miss ---------------------------------------------------------------------------------------
+
+
+def test_a_wrong_block_is_found(tiny_world, monkeypatch):
+    runner = Runner(tiny_world, monkeypatch)
+    for language, text, error in (
+        ("python", "from osd import OptimalSamplingV2", ImportError),
+        ("bash", "osd generate --no_such_flag 1", AssertionError),
+        ("bash", "make no-such-target", AssertionError),
+        ("bash", "curl https://example.com", AssertionError),
+        ("bash", "pip install -e '.[no_such_extra]'", AssertionError),
+        ("bash", "python benchmarks/sampling.py --no_such_flag", AssertionError),
+        ("yaml", "model_name_or_path: a\ndataset_name: b\nalpha_metod: fixed", ValueError),
+    ):
+        with pytest.raises(error):
+            runner.run(Block(language, text, 1))
+
+
+def test_documented_settings_are_checked_before_they_are_cut(tiny_world):
+    from osd.engine.config import PairConfig
+
+    with pytest.raises(ValueError, match="is not an engine argument"):
+        PairConfig(teacher="t", student="s", engine_kwargs={"max_model_length": 1})
