@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "api.md"
 HEAD = """\
 # API
 
-Written by `python docs/make_api.py` from the docstrings; edit those. What begins with an underscore is not listed and may change.
+Written by `python docs/make_api.py` from the docstrings; edit those. Names that begin with an underscore are not listed.
 """
 
 
@@ -51,7 +51,14 @@ def _class(home: str, cls: type) -> str:
         if name.startswith("_") or not getattr(function, "__doc__", None):
             continue
         if inspect.isfunction(function):
-            lines += [f"### {cls.__name__}.{name}", "", _code(f"{name}{_signature(function)}"), "", _prose(function.__doc__), ""]
+            lines += [
+                f"### {cls.__name__}.{name}",
+                "",
+                _code(f"{name}{_signature(function)}"),
+                "",
+                _prose(function.__doc__),
+                "",
+            ]
         elif isinstance(member, property):
             lines += [f"- `{name}`: {_one_line(member.__doc__)}", ""]
     return "\n".join(lines)
@@ -64,7 +71,9 @@ def _function(home: str, function: Any) -> str:
 
 def _options(home: str, cls: Any) -> str:
     """A class of options with help texts: only what it adds to its base."""
-    base = {field.name for parent in cls.__mro__[1:] if dataclasses.is_dataclass(parent) for field in dataclasses.fields(parent)}
+    base = {
+        field.name for parent in cls.__mro__[1:] if dataclasses.is_dataclass(parent) for field in dataclasses.fields(parent)
+    }
     own = [field for field in dataclasses.fields(cls) if field.name not in base]
     rows = [f"| `{field.name}` | `{_default(field)}` | {_cell(field.metadata['help'])} |" for field in own]
     return "\n".join([f"## {home}.{cls.__name__}", "", _prose(cls.__doc__), "", _table(rows), ""])

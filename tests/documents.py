@@ -1,6 +1,6 @@
 """Markdown as the tests of the documents see it: headings, links, code blocks; and how a block is run.
 
-Documented models, sizes and paths are replaced by tiny ones (MODELS, Shrunk); everything else runs as it is written.
+tests/test_docs.py runs them on tiny models; everything but the size is as it is written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "json", "text"}
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 # Kept beside the page while its blocks run, so that relative paths of the repository work.
-LINKED = ("configs", "examples", "trainers", "benchmarks", "requirements", "pyproject.toml", "Makefile", "scripts")
+LINKED = ("examples", "trainers", "benchmarks", "requirements", "pyproject.toml", "Makefile", "scripts")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def commands(script: str) -> Iterator[tuple[list[str], str | None]]:
         body = None
         if heredoc:
             end = heredoc[1]
-            body = "".join(f"{part}\n" for part in iter(lambda: next(lines), end))  # noqa: B023
+            body = "".join(f"{part}\n" for part in iter(lambda: next(lines), end))
             line = line.replace(heredoc[0], "")
         if words := shlex.split(line, comments=True):
             yield words, body

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +35,13 @@ from tests.tiny import tiny_engine_kwargs
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 BY_NAME = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in PAGES]
-WITH_CODE = [path for path in PAGES if any(b.language in ("python", "bash", "yaml") for b in blocks(path.read_text()))]
+# Each page as Python, and as a shell with its files. The usage page's shell is the README's at length.
+RUNS = [
+    pytest.param(path, languages, id=f"{path.stem}-{languages[0]}", marks=[pytest.mark.slow] if path.stem == slow else [])
+    for languages, slow in ((("python",), ""), (("bash", "yaml", "json"), "usage"))
+    for path in PAGES
+    if any(block.language in languages for block in blocks(path.read_text()))
+]
 
 
 # -- what can be checked by reading -----------------------------------------------------------------------------------------
@@ -130,8 +134,42 @@ def test_quoted_messages_are_the_codes():
 # -- what is run --------------------------------------------------------------------------------------------------------------
 
 
+class Engines:
+    """Starts pairs, and hands one that is running to the next block that wants the same models."""
+
+    def __init__(self):
+        from osd.engine.pair import PairEngine
+
+        self.pair_engine, self.running = PairEngine, None
+
+    def start(self, config):
+        from osd.engine.models import check_models
+
+        check_models(config)
+        old = self.running
+        same = old is not None and (old.config.teacher, old.config.student) == (config.teacher, config.student)
+        if not same or old.weights_version:  # a trained student is no longer the documented one
+            self.close()
+            self.running = self.pair_engine(config)
+            self.running.close = lambda: None
+        self.running.set_mixing(config.mixing)
+        return self.running
+
+    def close(self):
+        if self.running is not None:
+            type(self.running).close(self.running)
+            self.running = None
+
+
+@pytest.fixture(scope="module")
+def engines():
+    started = Engines()
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def tiny_world(tiny_pair, tmp_path, monkeypatch):
+def tiny_world(tiny_pair, tmp_path, monkeypatch, engines):
     """A folder like a clone with tiny models under the documented names, and runs that are short; returns a substitution."""
     from osd.engine.config import PairConfig
     from trainers import OSDConfig
@@ -159,6 +197,7 @@ def tiny_world(tiny_pair, tmp_path, monkeypatch):
         self.use_cpu, self.bf16, self.report_to = not torch.cuda.is_available(), False, "none"
         check_args(self)
 
+    monkeypatch.setattr("osd.engine.pair.PairEngine", engines.start)
     monkeypatch.setattr(PairConfig, "__post_init__", tiny_pair_config)
     monkeypatch.setattr(OSDConfig, "__post_init__", short_run)
     _short_trl(monkeypatch)
@@ -168,6 +207,11 @@ def tiny_world(tiny_pair, tmp_path, monkeypatch):
             text = text.replace(name, path)
         return text
 
+    (tmp_path / "configs").mkdir()
+    for path in (ROOT / "configs").glob("*.yaml"):
+        (tmp_path / "configs" / path.name).write_text(substituted(path.read_text()))
+    if (ROOT / "configs" / "accelerate").is_dir():
+        (tmp_path / "configs" / "accelerate").symlink_to(ROOT / "configs" / "accelerate")
     return substituted
 
 
@@ -184,14 +228,12 @@ def _short_trl(monkeypatch):
     monkeypatch.setattr(DistillationConfig, "__post_init__", short_run)
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in WITH_CODE])
-def test_the_blocks_of_a_page_run(path, tiny_world, monkeypatch):
+@pytest.mark.parametrize(("path", "languages"), RUNS)
+def test_the_blocks_of_a_page_run(path, languages, tiny_world, monkeypatch):
     runner = Runner(tiny_world, monkeypatch)
-    for block in blocks(path.read_text()):
+    for block in (block for block in blocks(path.read_text()) if block.language in languages):
         try:
             runner.run(block)
-        except SystemExit as end:
-            assert not end.code, f"{path.name}:{block.line} ended with {end.code}"
         except Exception as error:
             error.add_note(f"in {path.name}, line {block.line}")
             raise
@@ -252,7 +294,8 @@ def run_osd(arguments: list[str]) -> None:
     try:
         main(cut(arguments))
     except SystemExit as end:
-        assert not end.code, f"osd {arguments}: {end.code}"
+        if end.code:
+            raise AssertionError(f"osd {arguments}: {end.code}") from end
 
 
 def cut(arguments: list[str]) -> list[str]:
@@ -309,12 +352,12 @@ def check_yaml(text: str) -> None:
     parse(flags)
     for settings in (GenerateConfig, CompareConfig):
         parse_data(settings, [*flags, "--output", "anywhere"], training_keys=training_keys)
+    path.write_text(f"{text}\nnever_heard_of_it: 1\n")
     with pytest.raises(ValueError, match="never_heard_of_it"):
-        path.write_text(f"{text}\nnever_heard_of_it: 1\n")
         parse_data(GenerateConfig, [*flags, "--output", "anywhere"], training_keys=training_keys)
 
 
-# -- what the tests themselves would miss ---------------------------------------------------------------------------------------
+# -- what the tests themselves would miss -----------------------------------------------------------------------------------
 
 
 def test_a_wrong_block_is_found(tiny_world, monkeypatch):
@@ -337,3 +380,25 @@ def test_documented_settings_are_checked_before_they_are_cut(tiny_world):
 
     with pytest.raises(ValueError, match="is not an engine argument"):
         PairConfig(teacher="t", student="s", engine_kwargs={"max_model_length": 1})
+
+
+# -- the generated page and the tutorial ------------------------------------------------------------------------------------
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    import runpy
+
+    made = runpy.run_path(str(ROOT / "docs" / "make_api.py"))
+    assert made["PAGE"].read_text() == made["page"](), "run `python docs/make_api.py`"
+
+
+def test_the_tutorial_trains_a_student(tiny_world, tiny_pair, monkeypatch, capfd):
+    import runpy
+
+    for name, value in {"MODEL_TEACHER": tiny_pair[0], "MODEL_STUDENT": tiny_pair[1], "OSD_TUTORIAL_OUTPUT": "out"}.items():
+        monkeypatch.setenv(name, str(value))
+    cells = runpy.run_path(str(ROOT / "examples" / "tutorial.py"), run_name="__main__")
+    assert cells["trainer"].state.global_step == 2
+    assert len(cells["alone"].generated_texts) == len(cells["FACTS"])
+    assert (Path("out") / "model.safetensors").is_file()
+    assert "largest |KL" in capfd.readouterr().out
