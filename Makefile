@@ -20,8 +20,9 @@ demo: export MALLOC_TOP_PAD_ = 268435456
 demo: setup  ## train SmolLM2 to do what a teacher with the answers does; writes outputs/demo/
 	$(BIN)/python examples/demo.py
 
+# Two files at a time; an engine is its file's own, so a file stays in one process.
 test: setup  ## everything but the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: setup
 	$(BIN)/python -m pytest

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -25,6 +26,7 @@ from accelerate.utils import is_peft_model
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import ensure_master_addr_port
 
+from osd.live import checked, expected_shapes, merged_parameters
 from osd.prompts import Prompt, encode
 
 if TYPE_CHECKING:
@@ -159,21 +161,44 @@ class OSDGeneration(VLLMGeneration):
         """Push the live student into its engine, in one call; its prefix cache is reset, the teacher's is not.
 
         The next batch says how long it took. If it fails, `generate` refuses to sample until a sync succeeds.
+
+        Raises:
+            ValueError: a parameter that the engine's student does not have, or in another shape; parameters missing.
         """
         start = time.perf_counter()
         self._synced = False
+        # A generator, so that sharded parameters are gathered one at a time while vLLM copies them.
+        parameters = self._iter_named_params()
+        if self._shapes is not None:
+            parameters = checked(parameters, self._shapes, self.engine.config.student)
         try:
-            # A generator, so that sharded parameters are gathered one at a time while vLLM copies them.
-            self.engine.load_student_weights(self._iter_named_params())
+            self.engine.load_student_weights(parameters)
         except BaseException:
             self._unmerge_adapter()
             raise
         self._synced = True
         self.sync_seconds += time.perf_counter() - start
 
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size] | None:
+        config = self.engine.config
+        return expected_shapes(config.student, {**config.engine_kwargs, **config.student_kwargs})
+
+    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if is_peft_model(self.model) and not self._sharded:
+            return merged_parameters(self.model)
+        return super()._iter_named_params()
+
+    def _fix_param_name_to_vllm(self, name: str, extra_prefixes: list[str] | None = None) -> str:
+        return super()._fix_param_name_to_vllm(name, [*(extra_prefixes or []), "_orig_mod."])  # torch.compile's
+
+    @property
+    def _sharded(self) -> bool:
+        return self._dist.is_fsdp or self._dist.is_zero3
+
     def _unmerge_adapter(self) -> None:
         # TRL's walk merges LoRA before it and unmerges after it; a failure in between would leave the trained model merged.
-        if is_peft_model(self.model):
+        if is_peft_model(self.model) and self._sharded:
             self.model.unmerge_adapter()  # type: ignore[operator]
 
     # -- completions --------------------------------------------------------------------------------------------------

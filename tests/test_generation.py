@@ -289,41 +289,6 @@ def test_a_completion_in_error_can_be_kept_for_a_caller_that_masks_it(make, brok
     assert generation.last_batch.completions[0].record.logp_theta.isfinite().all()
 
 
-# -- without OSDTrainer -------------------------------------------------------------------------------------------------
-
-
-def test_inside_a_ten_line_distillation_trainer(engine, tiny_pair, tmp_path):
-    from datasets import Dataset
-    from trl import DistillationConfig, DistillationTrainer
-
-    from osd.generation import OSDGeneration
-
-    class OptimalSampling(DistillationTrainer):
-        def __init__(self, *args, pair, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.vllm_generation = OSDGeneration(
-                self.model, self.accelerator, self.processing_class, pair=pair, max_completion_length=8
-            )
-            self.use_vllm, self._last_loaded_step = True, -1
-
-        def _generate_and_score_completions(self, inputs):
-            with self.vllm_generation.teacher_reads([row["teacher_prompt"] for row in inputs]):
-                return super()._generate_and_score_completions(inputs)
-
-    data = Dataset.from_list([{"prompt": f"w{i}", "teacher_prompt": f"w{i} w20 w21"} for i in range(7, 15)])
-    args = DistillationConfig(
-        str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=2, per_device_train_batch_size=4, logging_steps=1
-    )
-    trainer = OptimalSampling(
-        model=str(tiny_pair[1]), teacher_model=str(tiny_pair[0]), args=args, train_dataset=data, pair=engine
-    )
-    before = engine.weights_version
-    trainer.train()
-    assert engine.weights_version == before + 2
-    assert [c.teacher_prompt_tokens for c in trainer.vllm_generation.last_batch.completions] == [3] * 4
-    assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)
-
-
 def test_the_default_mixing_is_the_engines_own(make, engine):
     assert engine.config.mixing == MixingConfig()
     generation = make()

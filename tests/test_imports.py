@@ -19,6 +19,7 @@ LAYERS = [
     "osd.kernels",
     "osd.prompts",
     "osd.engine",
+    "osd.live",
     "osd.generation",
     "osd.sampler",
     "osd.data",

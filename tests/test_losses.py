@@ -8,7 +8,7 @@ import torch
 
 from trainers import divergence as divergence_module
 from trainers.divergence import DIVERGENCES, Divergence, token_logprobs
-from trainers.heads import Head, head_of, logit_scale, on_shared_vocabulary
+from trainers.heads import Head, head_of, logit_scale
 from trainers.losses import batch_loss, pad_column, pad_hidden
 
 B, T, V, H_S, H_T = 3, 5, 11, 8, 6
@@ -87,13 +87,6 @@ def test_different_vocabulary_paddings_are_cut_to_the_shared_ids(hidden, mask, r
     loss, *_ = batch_loss(*hidden, student, teacher, mask, of=Divergence(beta=0.5))
     expected, *_ = batch_loss(*hidden, *cut, mask, of=Divergence(beta=0.5))
     torch.testing.assert_close(loss, expected)
-
-
-def test_a_student_that_zero3_keeps_in_shards_cannot_be_cut():
-    student, teacher = head(V + 3, H_S), head(V, H_T)
-    student.weight_VH.ds_shape = torch.Size([V + 3, H_S])
-    with pytest.raises(ValueError, match="ZeRO-3"):
-        on_shared_vocabulary(student, teacher)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,21 @@ When one of these fails, the sentence says what OSD does with the name; change t
 
 import inspect
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 from trl import DistillationConfig, DistillationTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer import distillation_trainer
 from trl.trainer import utils as trl_utils
+
+ROOT = Path(__file__).parent.parent
 
 
 def parameters(function):
@@ -254,3 +261,40 @@ def test_the_config_fields_that_osd_maps_or_refuses_exist():
         "chat_template_kwargs",
     ):
         assert name in fields, f"OSDConfig uses DistillationConfig.{name}"
+
+
+# -- transformers and torch: resuming ------------------------------------------------------------------------------------
+
+
+def test_transformers_still_rotates_checkpoints_before_they_are_known_to_be_whole():
+    """trainers.resume does it afterwards, with the same function."""
+    assert parameters(rotate_checkpoints) == [
+        "output_dir",
+        "save_total_limit",
+        "best_model_checkpoint",
+        "use_mtime",
+        "checkpoint_prefix",
+    ]
+    assert "save_total_limit=self.args.save_total_limit" in source(Trainer._save_checkpoint)
+
+
+def test_trls_sampler_still_forgets_the_epoch():
+    """trainers.resume.EpochSampler can go when TRL's has a `set_epoch`."""
+    assert not hasattr(trl_utils.RepeatSampler, "set_epoch")
+
+
+def test_torch_still_cannot_map_to_a_numbered_cpu():
+    """trainers._compat.restore_numbered_cpus can go when this passes in a process without it."""
+    code = """
+import io, torch
+data = io.BytesIO(); torch.save(torch.ones(2), data); data.seek(0)
+try:
+    torch.load(data, map_location=torch.device("cpu:1"))
+except RuntimeError as error:
+    assert "tagged with cpu:1" in str(error)
+    import trainers
+    data.seek(0)
+    assert torch.equal(torch.load(data, map_location=torch.device("cpu:1")), torch.ones(2))
+    print("patched")
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.endswith("patched\n")

@@ -7,7 +7,9 @@ from datasets import Dataset
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "teacher_prompt": f"w50 w{i} w51"} for i in range(7, 23)]
 
 
-def build_trainer(engine, student, output_dir, rows=ROWS, *, trainer_class=None, eval_dataset=None, callbacks=None, **fields):
+def build_trainer(
+    engine, student, output_dir, rows=ROWS, *, trainer_class=None, eval_dataset=None, callbacks=None, peft_config=None, **fields
+):
     from trainers import OSDConfig, OSDTrainer
 
     settings = {
@@ -32,6 +34,7 @@ def build_trainer(engine, student, output_dir, rows=ROWS, *, trainer_class=None,
         train_dataset=data,
         eval_dataset=eval_dataset,
         callbacks=callbacks,
+        peft_config=peft_config,
         engine=engine,
     )
 

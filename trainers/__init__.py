@@ -1,8 +1,9 @@
 """The trainer half of OSD: the only package that touches TRL's trainer internals."""
 
-from trainers._compat import check_trl
+from trainers._compat import check_trl, restore_numbered_cpus
 
 check_trl()  # before anything of TRL's is imported, so that a wrong version is an error in words
+restore_numbered_cpus()
 
 from trainers.config import OSDConfig  # noqa: E402
 from trainers.trainer import OSDTrainer  # noqa: E402

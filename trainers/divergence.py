@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -54,6 +55,8 @@ def token_divergence(
         return _SkewedDivergence.apply(
             student_hidden_NH, student.weight_VH, student.bias_V, teacher_hidden_NH, student, teacher, of
         )
+    # TRL's function asks every weight for its DeepSpeed status under ZeRO-3, and the engine's own head has none.
+    _say_whole(teacher.weight_VH, teacher.bias_V)
     return ChunkedDivergenceFunction.apply(
         student_hidden_NH,
         student.weight_VH,
@@ -178,6 +181,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Non
 def _gathered(*tensors: Tensor | None) -> Any:
     """Whole again for as long as the context lasts, where DeepSpeed ZeRO-3 keeps them in shards."""
     return maybe_gather_lm_head_ctx(*(x for x in tensors if hasattr(x, "ds_status")))  # type: ignore[arg-type, misc]
+
+
+def _say_whole(*tensors: Tensor | None) -> None:
+    """Under DeepSpeed ZeRO-3, mark plain tensors as what they are: not in shards."""
+    if not is_deepspeed_zero3_enabled():
+        return
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    for tensor in tensors:
+        if tensor is not None and not hasattr(tensor, "ds_status"):
+            tensor.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
 
 
 def _no_autocast(hidden_NH: Tensor) -> Any:

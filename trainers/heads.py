@@ -61,14 +61,15 @@ def on_shared_vocabulary(student: Head, teacher: Head) -> tuple[Head, Head]:
     belong to no token. The engine mixes over the same ids.
 
     Raises:
-        ValueError: the student's head would have to be cut while DeepSpeed ZeRO-3 keeps it in shards.
+        ValueError: a head would have to be cut while DeepSpeed ZeRO-3 keeps it in shards.
     """
     shared = min(_rows(student.weight_VH), _rows(teacher.weight_VH))
-    if hasattr(student.weight_VH, "ds_shape") and _rows(student.weight_VH) != shared:
-        raise ValueError(
-            f"the student's lm_head has {_rows(student.weight_VH)} rows and the teacher's {shared}; under DeepSpeed ZeRO-3 "
-            "the larger one cannot be the student's. Resize the student's embeddings, or train without ZeRO-3"
-        )
+    for side, head in (("student", student), ("teacher", teacher)):
+        if hasattr(head.weight_VH, "ds_shape") and _rows(head.weight_VH) != shared:
+            raise ValueError(
+                f"the {side}'s lm_head has {_rows(head.weight_VH)} rows, and both models share {shared}; under DeepSpeed "
+                f"ZeRO-3 the larger one cannot be the {side}'s. Resize its embeddings, or train without ZeRO-3"
+            )
     return _cut(student, shared), _cut(teacher, shared)
 
 

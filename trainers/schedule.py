@@ -41,6 +41,13 @@ class AlphaSchedule:
             },
         )
 
+    def metrics(self, mixing: MixingConfig) -> dict[str, float]:
+        """What moves, as it is in `mixing`."""
+        if self.shape == "constant":
+            return {}
+        names = ("fixed_alpha",) if mixing.alpha_method == "fixed" else ("alpha_min", "alpha_max")
+        return {f"schedule/{name}": getattr(mixing, name) for name in names}
+
 
 def unmixed(count: int, mix_fraction: float, *, seed: str) -> list[float | None] | None:
     """α of each of `count` completions: None (as configured) with probability `mix_fraction`, else 0: the student alone.

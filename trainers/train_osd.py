@@ -120,11 +120,13 @@ def main(argv: Sequence[str] | None = None) -> OSDTrainer:
     )
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if trainer.is_fsdp_enabled:  # with its SHARDED_STATE_DICT, nothing would be saved
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(args.output_dir)
+        if args.push_to_hub:
+            trainer.push_to_hub(dataset_name=data.dataset_name)
     finally:
-        trainer.close()
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+        trainer.close()  # last: vLLM ends the process group that it was given
     return trainer
 
 

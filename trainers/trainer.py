@@ -9,8 +9,9 @@ One step of training, and where each part is:
     α, KLs, cache hits, times, weights                    trainers.metrics, trainers.privilege
 
 Of TRL's DistillationTrainer these are overridden, all of them private to TRL and pinned by tests/test_trl_contract.py:
-`_generate_and_score_completions`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`,
-`_set_signature_columns_if_needed`; and the public `compute_loss`, `get_train_dataloader`, `evaluation_loop` and `log`.
+`_generate_and_score_completions`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`, `_save_checkpoint`,
+`_set_signature_columns_if_needed`; and the public `compute_loss`, `get_train_dataloader`, `evaluation_loop`, `train` and
+`log`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
@@ -45,6 +48,7 @@ from trainers.importance import importance_weights
 from trainers.losses import batch_loss, pad_column
 from trainers.metrics import batch_metrics, loss_metrics
 from trainers.privilege import privilege_gap
+from trainers.resume import EpochSampler, check_same_run, marked_when_whole, resolve, run_of
 from trainers.schedule import unmixed
 from trainers.setup import check_datasets, planned_pair, refuse_unsupported
 from trainers.teacher import RecomputedTeacher, RecordedTeacher, Teacher
@@ -106,6 +110,9 @@ class OSDTrainer(DistillationTrainer):
         refuse_unsupported(tools=tools, quantization_config=quantization_config)
         check_datasets(train_dataset, eval_dataset, args.privileged_template)
         pair = planned_pair(model, teacher_model, args, engine)
+        self._run = run_of(model, pair, args)
+        if (checkpoint := resolve(args.resume_from_checkpoint, args.output_dir)) is not None:
+            check_same_run(checkpoint, self._run)
         # With `use_vllm` set, TRL's constructor would build its own generator inline; ours is put in its place below.
         with _set(args, use_vllm=False):
             super().__init__(
@@ -126,6 +133,7 @@ class OSDTrainer(DistillationTrainer):
         self._last_loaded_step = -1  # TRL syncs whenever this is not the current step
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
         self._loss_sums: dict[str, torch.Tensor] = {}
+        self._earlier_syncs = 0  # of a resumed run, before it was broken off
         recompute = args.teacher_signal == "recompute"
         engine = self.vllm_generation.engine
         self._teacher: Teacher = RecomputedTeacher(self, engine.config.teacher) if recompute else RecordedTeacher(engine, args)
@@ -160,6 +168,7 @@ class OSDTrainer(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         teacher_ids = [self._teacher_ids(row) for row in inputs]
+        self.vllm_generation.model = self.model  # FSDP1 wraps it anew when training begins
         student_rows = [{**row, PROMPT_COLUMN: self._student_prompt(row)} for row in inputs]
         with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(len(inputs), mode)):
             output = super()._generate_and_score_completions(student_rows)
@@ -169,8 +178,9 @@ class OSDTrainer(DistillationTrainer):
         output |= self._recorded_columns(completions, output["completion_mask"])
         output |= self._teacher.columns(completions, teacher_ids, output["completion_mask"])
         metrics = batch_metrics(self.vllm_generation, self.accelerator)
+        metrics["engine/weights_version"] += self._earlier_syncs
         if mode == "train":
-            metrics |= self._schedule_metrics() | self._privilege_metrics(output)
+            metrics |= self._schedule.metrics(self.vllm_generation.engine.mixing) | self._privilege_metrics(output)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if self.log_completions:
@@ -189,13 +199,6 @@ class OSDTrainer(DistillationTrainer):
     def _step_seed(self) -> str:
         """For draws that are to be the same again in a resumed run, and to leave the global random state alone."""
         return f"{self.args.seed} {self.state.global_step} {self.accelerator.process_index}"
-
-    def _schedule_metrics(self) -> dict[str, float]:
-        if self._schedule.shape == "constant":
-            return {}
-        mixing = self.vllm_generation.engine.mixing
-        names = ("fixed_alpha",) if mixing.alpha_method == "fixed" else ("alpha_min", "alpha_max")
-        return {f"schedule/{name}": getattr(mixing, name) for name in names}
 
     def _privilege_metrics(self, output: dict[str, torch.Tensor]) -> dict[str, float]:
         every = self.args.privilege_gap_steps
@@ -314,9 +317,9 @@ class OSDTrainer(DistillationTrainer):
         return super()._prepare_inputs(generation_batch)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        sampler: Any = super()._get_train_sampler(dataset)
-        sampler.repeat_count *= self.args.num_iterations  # prompts come again as often as their completions are used
-        return sampler
+        # Prompts come again as often as their completions are used.
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(sampler, times=self.args.num_iterations, epoch=lambda: int(self.state.epoch or 0))
 
     def get_train_dataloader(self) -> Any:
         stream, iterations = self.train_dataset, self.args.num_iterations
@@ -328,6 +331,27 @@ class OSDTrainer(DistillationTrainer):
         repeated = repeat_iterable_dataset(stream, mini_repeat_count=1, batch_size=size, repeat_count=iterations)
         with _set(self, train_dataset=repeated, shuffle_dataset=False):
             return super().get_train_dataloader()
+
+    # -- breaking off and going on ------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `train`; "last" resumes from the newest whole checkpoint in `output_dir`, if there is one.
+
+        Raises:
+            ValueError: a checkpoint that is not whole, or of a run with another model or another mixing.
+        """
+        checkpoint = resolve(resume_from_checkpoint, self.args.output_dir)
+        self._earlier_syncs = 0
+        if checkpoint is not None:
+            self._earlier_syncs = check_same_run(checkpoint, self._run) - self.vllm_generation.engine.weights_version
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        synced_again = self._last_loaded_step == self.state.global_step  # these weights, for evaluation; a resumed run will too
+        version = self.vllm_generation.engine.weights_version + self._earlier_syncs - synced_again
+        with marked_when_whole(self, folder, self._run, version):
+            super()._save_checkpoint(model, trial)
 
     # -- TRL's surroundings -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,101 @@
+"""What tests/test_launch.py starts with `accelerate launch`, in one process or several: `launched.py NAME OUT TEACHER STUDENT`.
+
+Every process writes what it saw to OUT/<rank>.json, and the first one writes the student's weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from tests.tiny import tiny_engine_kwargs
+from tests.training import ROWS, build_trainer, logged, watch
+
+# Greedy, so that it does not matter which process draws which completion.
+GREEDY = {"generation_kwargs": {"temperature": 0.0}, "max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
+SAME = [ROWS[0]] * 16  # one prompt for all: processes that drew the same noise would write the same
+SAMPLED = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+KILLED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+
+
+def start(out: Path, teacher: str, student: str, engine=None, rows=ROWS, **fields):
+    """A trainer with the engine that it starts itself, or with an earlier one's."""
+    own = {} if engine else {"teacher_model_name_or_path": teacher, "engine_kwargs": tiny_engine_kwargs()}
+    return build_trainer(engine, student, out, rows, **own, **fields)
+
+
+def weights_of(trainer):
+    """Every parameter, whole; a collective operation."""
+    with torch.no_grad():
+        return {name: tensor.detach().cpu().clone() for name, tensor in trainer.vllm_generation._iter_named_params()}
+
+
+def sampled_by(trainer, resume=None):
+    """The completions of this process at every step."""
+    sampled = []
+    watch(trainer, lambda _: sampled.append([c.token_ids for c in trainer.vllm_generation.last_batch.completions]))
+    torch.manual_seed(trainer.accelerator.process_index)  # an engine that starts seeds it too, and not every run starts one
+    trainer.train(resume_from_checkpoint=resume)
+    return sampled
+
+
+def together(out: Path, teacher: str, student: str) -> None:
+    """Several processes: a greedy run, a sampled one, and the sampled one again from its second step on."""
+    greedy = start(out / "greedy", teacher, student, per_device_train_batch_size=2, **GREEDY)
+    rank, engine = greedy.accelerator.process_index, greedy.vllm_generation.engine
+    assert greedy.accelerator.num_processes == 2
+    greedy.train()
+    seen = {
+        "kind": str(greedy.accelerator.distributed_type),
+        "elements": sum(getattr(p, "_local_tensor", p).numel() for p in greedy.model.parameters()),
+        "loss": logged(greedy, "loss"),
+    }
+    weights = weights_of(greedy)
+    whole = start(out / "sampled", teacher, student, engine, SAME, **SAMPLED)
+    seen["sampled"], last = sampled_by(whole), weights_of(whole)
+    resumed = start(out / "sampled", teacher, student, engine, SAME, **SAMPLED)
+    seen["again"] = sampled_by(resumed, str(out / "sampled" / "checkpoint-2"))
+    seen["drift"] = max((tensor - last[name]).abs().max().item() for name, tensor in weights_of(resumed).items())
+    resumed.save_model(str(out / "model"))
+    (out / f"{rank}.json").write_text(json.dumps(seen))
+    if rank == 0:
+        torch.save(weights, out / "weights.pt")
+    greedy.close()
+
+
+class DieInTheThirdStep(TrainerCallback):
+    """Gradients are there, and half of the parameters updated."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            parameters = list(model.parameters())
+            with torch.no_grad():
+                for parameter in parameters[: len(parameters) // 2]:
+                    parameter.sub_(parameter.grad)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(out: Path, teacher: str, student: str) -> None:
+    """A run that dies in its third step, half way through the parameters: OUT names where."""
+    trainer = start(out, teacher, student, **KILLED)
+    if out.name == "optimizer":
+        trainer.add_callback(DieInTheThirdStep())
+    else:
+
+        def scaler(folder):
+            if trainer.state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer._save_scaler = scaler  # between the optimizer's state and the random state
+    sampled_by(trainer)
+
+
+if __name__ == "__main__":
+    name, out, teacher, student = sys.argv[1:]
+    {"together": together, "killed": killed}[name](Path(out), teacher, student)

@@ -1,0 +1,137 @@
+"""Runs of several processes, and a run that is killed, by `accelerate launch` with the configurations that are shipped.
+
+On a CPU with gloo. Every process owns a whole pair. ZeRO-3 needs GPUs: tests/test_zero3.py has what can be had without.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from transformers import AutoModelForCausalLM
+
+from tests.launched import GREEDY, KILLED, sampled_by, start
+from tests.tiny import tiny_engine_kwargs
+from tests.training import build_trainer, weights_after
+from trainers.resume import resolve
+
+ROOT = Path(__file__).parent.parent
+ACCELERATE = ROOT / "configs" / "accelerate"
+
+
+def launch(config, *script):
+    # As `make setup` installs it, but for this checkout; and with the rank variables of no other run.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    flags = ["--config_file", config, "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *script]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+# -- the shipped files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_takes_every_shipped_configuration(path):
+    config = load_config_from_file(str(path))
+    written = yaml.safe_load(path.read_text())
+    assert config.distributed_type == written["distributed_type"]
+    assert config.num_processes == written["num_processes"]
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    several = arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed
+    assert bool(several) == (written["num_processes"] > 1)
+    known = vars(arguments)
+    for section in ("fsdp_config", "deepspeed_config"):
+        for key, value in written.get(section, {}).items():
+            assert known[key] == value, f"{key} is no option of accelerate"
+
+
+def test_there_is_a_configuration_for_every_set_up():
+    names = {path.stem for path in ACCELERATE.glob("*.yaml")}
+    assert names == {"one_gpu", "ddp", "fsdp2", "zero3", "cpu", "cpu_ddp"}
+
+
+# -- two processes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair):
+    from osd.engine.pair import PairConfig, PairEngine
+
+    teacher, student = map(str, tiny_pair)
+    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
+        yield engine
+
+
+def check_together(out, done, engine, student):
+    """Two processes of 2 prompts each are one of 4; and each resumes its own random state."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+    reference = weights_after(build_trainer(engine, student, out / "one", **GREEDY))
+    weights = torch.load(out / "weights.pt")
+    assert weights.keys() == reference.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, reference[name], rtol=1e-4, atol=1e-5)
+    assert ranks[0]["sampled"] != ranks[1]["sampled"]
+    for seen in ranks:
+        assert len(seen["loss"]) == 3
+        assert len(seen["sampled"]) == 3
+        assert seen["again"] == seen["sampled"][2:]
+        assert seen["drift"] < 1e-6
+    saved = AutoModelForCausalLM.from_pretrained(out / "model")
+    start_of_it = AutoModelForCausalLM.from_pretrained(student)
+    assert not saved.lm_head.weight.equal(start_of_it.lm_head.weight)
+    return ranks
+
+
+def test_two_processes_are_one_with_twice_the_batch(engine, tiny_pair, tmp_path):
+    done = launch(ACCELERATE / "cpu_ddp.yaml", "tests/launched.py", "together", tmp_path, *tiny_pair)
+    ranks = check_together(tmp_path, done, engine, tiny_pair[1])
+    assert [seen["kind"] for seen in ranks] == ["DistributedType.MULTI_CPU"] * 2
+
+
+@pytest.mark.slow
+def test_fsdp2_is_one_process_with_twice_the_batch(engine, tiny_pair, tmp_path):
+    config = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())
+    config |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True}
+    (tmp_path / "fsdp2.yaml").write_text(yaml.safe_dump(config))
+    done = launch(tmp_path / "fsdp2.yaml", "tests/fsdp_cpu.py", "tests/launched.py", "together", tmp_path, *tiny_pair)
+    ranks = check_together(tmp_path, done, engine, tiny_pair[1])
+    assert [seen["kind"] for seen in ranks] == ["DistributedType.FSDP"] * 2
+    whole = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(tiny_pair[1]).parameters())
+    assert [seen["elements"] for seen in ranks] == [whole // 2] * 2
+
+
+# -- SIGKILL ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["optimizer", pytest.param("checkpoint", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_without_a_lost_or_repeated_step(engine, tiny_pair, tmp_path, where):
+    """Killed in the optimizer, half of the parameters updated; or while the third checkpoint is written."""
+    out, models = tmp_path / where, list(map(str, tiny_pair))
+    done = launch(ACCELERATE / "cpu.yaml", "tests/launched.py", "killed", out, *models)
+    assert done.returncode in (1, -signal.SIGKILL), done.stdout + done.stderr
+    assert f"died with <Signals.SIGKILL: {signal.SIGKILL.value}>" in done.stderr, done.stderr
+    assert resolve("last", str(out)) == str(out / "checkpoint-2")
+    assert (out / "checkpoint-3").exists() == (where == "checkpoint")
+
+    whole = start(tmp_path / "whole", *models, engine, **KILLED)
+    sampled = sampled_by(whole)
+    resumed = start(out, *models, engine, **KILLED)
+    steps = []
+    log = resumed.log
+    resumed.log = lambda logs, *args: (steps.append(resumed.state.global_step), log(logs, *args))[1]
+    assert sampled_by(resumed, "last") == sampled[2:]
+    assert steps[:2] == [3, 4]
+    for (name, one), (_, other) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
+    assert resolve("last", str(out)) == str(out / "checkpoint-4")
