@@ -51,8 +51,8 @@ def batch_loss(
         num_items_in_batch: the loss is the sum divided by it; None divides by the number of unmasked tokens. Weights do not
             enter the divisor.
     """
-    student, teacher = on_shared_vocabulary(student, teacher)
     student, teacher = gathered(student, student_hidden_BTH.dtype), gathered(teacher, teacher_hidden_BTH.dtype)
+    student, teacher = on_shared_vocabulary(student, teacher)
     kept_BT = loss_mask_BT.to(student_hidden_BTH.device) != 0
     teacher_hidden_NH = teacher_hidden_BTH.to(student_hidden_BTH.device)[kept_BT]
     divergence_N, entropy_N = token_divergence(student_hidden_BTH[kept_BT], teacher_hidden_NH, student, teacher, of)

@@ -29,7 +29,7 @@ def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, floa
     assert batch is not None, "called after generate()"
     totals = _totals(batch)
     names = list(totals)
-    gathered_PK = accelerator.gather(torch.tensor([list(totals.values())], device=accelerator.device))
+    gathered_PK = accelerator.gather(torch.tensor([list(totals.values())], dtype=torch.float64, device=accelerator.device))
     of = {name: gathered_PK[:, k] for k, name in enumerate(names)}
     tokens = of["tokens"].sum().item()
     mean = {name: _ratio(of[name].sum().item(), tokens) for name in ("alpha", "alpha_squared", *_MEANS)}

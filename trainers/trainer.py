@@ -297,8 +297,7 @@ class OSDTrainer(DistillationTrainer):
         self, student_hidden_BTH: torch.Tensor, student: Head, teacher: Head, inputs: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """log π_θ of the completion's tokens under the weights being trained, tempered as in sampling, [B, T]."""
-        student, _ = on_shared_vocabulary(student, teacher)
-        student = gathered(student, student_hidden_BTH.dtype)
+        student, _ = on_shared_vocabulary(gathered(student, student_hidden_BTH.dtype), teacher)
         kept_BT = inputs["loss_mask"] != 0
         hidden_NH, token_N = (x[kept_BT.to(x.device)] for x in (student_hidden_BTH, inputs["completion_ids"]))
         logp_N = token_logprobs(hidden_NH, student, token_N.to(hidden_NH.device), self.vllm_generation.sampling_temperature)
