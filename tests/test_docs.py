@@ -135,29 +135,32 @@ def test_quoted_messages_are_the_codes():
 
 
 class Engines:
-    """Starts pairs, and hands one that is running to the next block that wants the same models."""
+    """Starts pairs, and lets the next block that wants the same models have one that is running."""
 
     def __init__(self):
         from osd.engine.pair import PairEngine
 
-        self.pair_engine, self.running = PairEngine, None
+        self.start_pair, self.close_pair = PairEngine.__init__, PairEngine.close
+        self.running = None
 
-    def start(self, config):
+    def start(self, engine, config):
+        """In place of `PairEngine.__init__`."""
         from osd.engine.models import check_models
 
         check_models(config)
         old = self.running
         same = old is not None and (old.config.teacher, old.config.student) == (config.teacher, config.student)
-        if not same or old.weights_version:  # a trained student is no longer the documented one
+        if same and old.weights_version == 0:  # a trained student is no longer the documented one
+            engine.__dict__ = old.__dict__
+        else:
             self.close()
-            self.running = self.pair_engine(config)
-            self.running.close = lambda: None
-        self.running.set_mixing(config.mixing)
-        return self.running
+            self.start_pair(engine, config)
+            self.running = engine
+        engine.set_mixing(config.mixing)
 
     def close(self):
         if self.running is not None:
-            type(self.running).close(self.running)
+            self.close_pair(self.running)
             self.running = None
 
 
@@ -171,7 +174,7 @@ def engines():
 @pytest.fixture
 def tiny_world(tiny_pair, tmp_path, monkeypatch, engines):
     """A folder like a clone with tiny models under the documented names, and runs that are short; returns a substitution."""
-    from osd.engine.config import PairConfig
+    from osd.engine.pair import PairConfig, PairEngine
     from trainers import OSDConfig
 
     for name in LINKED:
@@ -197,7 +200,8 @@ def tiny_world(tiny_pair, tmp_path, monkeypatch, engines):
         self.use_cpu, self.bf16, self.report_to = not torch.cuda.is_available(), False, "none"
         check_args(self)
 
-    monkeypatch.setattr("osd.engine.pair.PairEngine", engines.start)
+    monkeypatch.setattr(PairEngine, "__init__", lambda engine, config: engines.start(engine, config))
+    monkeypatch.setattr(PairEngine, "close", lambda engine: None)
     monkeypatch.setattr(PairConfig, "__post_init__", tiny_pair_config)
     monkeypatch.setattr(OSDConfig, "__post_init__", short_run)
     _short_trl(monkeypatch)
