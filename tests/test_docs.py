@@ -50,6 +50,7 @@ RUNS = [
 @pytest.mark.parametrize("path", [*BY_NAME, pytest.param(CHINESE, id="README.zh-CN.md")])
 def test_links_resolve(path):
     text = path.read_text()
+    assert "<<<<<<<" not in text
     for target in links(text):
         if re.match(r"https?://", target):
             continue
