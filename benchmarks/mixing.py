@@ -35,10 +35,10 @@ from osd.core import MixingConfig
 from osd.kernels.fused import DEFAULT, Cut, FusedMixture, Tuning, mix_and_draw
 from osd.mixing import mix, record_rows
 
-TILES = (1024, 2048, 4096, 8192)
-WARPS = (4, 8, 16)
-REGISTERS = (None, 64, 80)
-PER_THREAD = (8, 16)  # tokens; with more a program spills, with fewer it is all reduction
+TILES = (512, 1024, 2048, 4096, 8192)
+WARPS = (1, 2, 4, 8, 16)
+REGISTERS = (64, 80, 96, 128)
+PER_THREAD = (8, 16, 32)  # tokens; with more a program spills, with fewer it is all reduction
 CONFIG = MixingConfig()
 
 
@@ -170,19 +170,20 @@ def measure(rows: int, dtype: torch.dtype, tuning: Tuning, bandwidth: float, arg
 
 
 def sweep(rows: int, dtype: torch.dtype, args: argparse.Namespace) -> tuple[Tuning, list[dict[str, Any]]]:
-    """The fastest cut of each pass, the others being held; and every time measured, in microseconds."""
+    """The fastest cut of each pass, then with fewer registers, the others being held; and every time measured."""
     buffers, best, tried = rotation(rows, args.vocab, dtype), DEFAULT, []
+    pairs = itertools.product(TILES, WARPS)
+    cuts = [Cut(tile, warps) for tile, warps in pairs if tile // (32 * warps) in PER_THREAD]
     for name in ("meet", "draw", "refine"):
-        times = {}
-        for tile, warps, registers in itertools.product(TILES, WARPS, REGISTERS):
-            if tile // (32 * warps) not in PER_THREAD:
-                continue
-            cut = Cut(tile, warps, registers)
+        times = {cut: graph_us(buffers, replace(best, **{name: cut}), 5) for cut in cuts}
+        fastest = min(times, key=times.__getitem__)
+        for cut in (replace(fastest, registers=registers) for registers in REGISTERS):
             times[cut] = graph_us(buffers, replace(best, **{name: cut}), 5)
-            tried.append({"pass": name, **asdict(cut), "graph_cold_us": times[cut]})
-        for cut in sorted(times, key=times.__getitem__)[:5]:
+        ranking = sorted(times, key=times.__getitem__)
+        for cut in ranking[:5]:
             print(f"{name:>7} {times[cut]:8.2f} us  {cut}")
-        best = replace(best, **{name: min(times, key=times.__getitem__)})
+        tried += [{"pass": name, **asdict(cut), "graph_cold_us": times[cut]} for cut in ranking]
+        best = replace(best, **{name: ranking[0]})
     return best, tried
 
 

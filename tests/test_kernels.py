@@ -68,6 +68,28 @@ def test_in_the_interpreter() -> None:
     assert " passed" in child.stdout
 
 
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled here")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_they_compile_for_a_gpu_without_one(dtype: str) -> None:
+    """The interpreter takes what the compiler refuses: a variable that changes its type in a loop, say."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from osd.kernels import draw, meet, refine
+
+    pointers = dict(temperature="*fp32", parts="*fp32", count="*i32", state="*fp64", uniform="*fp64", logq="*fp32")
+    types = dict(theta=f"*{dtype}", teacher=f"*{dtype}", token="*i32", record="*fp32", bad_side="*i8", **pointers)
+    types |= dict(theta_stride="i32", teacher_stride="i32", vocab="i32", low="fp32", high="fp32", fixed="fp32")
+    constants = dict(TILE=2048, TILES=128, GATHER_THETA=False, GATHER_TEACHER=False, TEMPERED=True, GIVEN=False)
+    constants |= dict(WRITE=True, DRAW=True, rows_theta=None, rows_teacher=None, alpha=None)
+    for kernel in (meet.meet_kernel, refine.refine_kernel, draw.draw_kernel):
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        values = {name: constants[name] for name in kernel.arg_names if name not in types}
+        compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
+        assert compiled.asm["cubin"]
+
+
 def test_importing_the_package_needs_no_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import osd.kernels; assert not osd.kernels.available('cpu')"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0

@@ -23,13 +23,16 @@ from osd.kernels.tiles import (
     STATE,
     add5,
     column_of,
+    exp,
     gap_of,
     last_to_arrive,
     load,
     row_of,
     scale_of,
+    sums_of,
 )
 
+_OUTSIDE: tl.constexpr = tl.constexpr(1e30)
 RECORD: tl.constexpr = tl.constexpr(10)  # columns of the record, in the order of osd.core.RECORD_FIELDS
 
 
@@ -79,17 +82,18 @@ def draw_kernel(
     gap_N = gap_of(theta_N, teacher_N, gap_peak)
     score_N = _scores(theta_N, teacher_N, gap_N, pure, mid_peak, delta)
     logq_N = score_N - level
-    weight_N = tl.exp(logq_N)
-    inside_N = logq_N > -INF
+    weight_N = exp(logq_N)
+    # Outside the support the weight is 0; a number that is not infinite makes the products below 0 too.
+    finite_N = tl.where(logq_N > -INF, logq_N, _OUTSIDE)
     parts += row.to(tl.int64) * PARTS * TILES
     out = parts + tile
     sums = tl.reduce(
         (
             weight_N,
-            tl.where(inside_N, weight_N * logq_N, 0.0),
+            weight_N * finite_N,
             weight_N * gap_N,
-            tl.where(inside_N, tl.exp(2 * (theta_N - lse_theta) - logq_N), 0.0),
-            tl.where(inside_N, tl.exp(2 * (teacher_N - lse_teacher) - logq_N), 0.0),
+            exp(2 * (theta_N - lse_theta) - finite_N),
+            exp(2 * (teacher_N - lse_teacher) - finite_N),
         ),
         0,
         add5,
@@ -158,17 +162,17 @@ def _finish(parts, state, record, bad_side, tiles, TILES: tl.constexpr):
     tile_T = tl.arange(0, TILES)
     total, mean_log, mean, square_theta, square_teacher = tl.reduce(
         (
-            column_of(parts, 0, tile_T, tiles, TILES, 0.0),
-            column_of(parts, 1, tile_T, tiles, TILES, 0.0),
-            column_of(parts, 2, tile_T, tiles, TILES, 0.0),
-            column_of(parts, 3, tile_T, tiles, TILES, 0.0),
-            column_of(parts, 4, tile_T, tiles, TILES, 0.0),
+            sums_of(parts, 0, tile_T, tiles, TILES),
+            sums_of(parts, 1, tile_T, tiles, TILES),
+            sums_of(parts, 2, tile_T, tiles, TILES),
+            sums_of(parts, 3, tile_T, tiles, TILES),
+            sums_of(parts, 4, tile_T, tiles, TILES),
         ),
         0,
         add5,
     )
-    log_sum = tl.log(total)
-    entropy, mean = log_sum - mean_log / total, mean / total
+    log_sum, share = tl.log(total), 1 / total
+    entropy, mean = log_sum - mean_log * share, mean * share
     square_theta, square_teacher = square_theta * total, square_teacher * total
     alpha, level, pure = tl.load(state + ALPHA), tl.load(state + LEVEL), tl.load(state + PURE)
     at_theta, at_teacher = tl.load(state + AT_THETA), tl.load(state + AT_TEACHER)
@@ -181,8 +185,8 @@ def _finish(parts, state, record, bad_side, tiles, TILES: tl.constexpr):
     kl_teacher = tl.maximum(tl.where(pure == 2, 0.0, (alpha - 1) * f - log_z), 0.0)
     kl_theta = tl.where((pure == 2) & lost_teacher, INF, kl_theta)
     kl_teacher = tl.where((pure == 1) & lost_theta, INF, kl_teacher)
-    ess_theta = tl.where(lost_theta & (pure != 1), 0.0, 1 / tl.maximum(square_theta, 1.0))
-    ess_teacher = tl.where(lost_teacher & (pure != 2), 0.0, 1 / tl.maximum(square_teacher, 1.0))
+    ess_theta = tl.where(lost_theta & (pure != 1), 0.0, 1 / tl.maximum(square_theta, 1.0).to(tl.float32))
+    ess_teacher = tl.where(lost_teacher & (pure != 2), 0.0, 1 / tl.maximum(square_teacher, 1.0).to(tl.float32))
     bad = tl.load(state + BAD)
     spoil = tl.where(bad > 0, float("nan"), 0.0)
     tl.store(state + LOG_SUM, log_sum)
@@ -218,7 +222,7 @@ def _invert(
     Where rounding leaves none, the last token that has weight.
     """
     tile_T = tl.arange(0, TILES)
-    mass_T = column_of(parts, 0, tile_T, tiles, TILES, 0.0)
+    mass_T = sums_of(parts, 0, tile_T, tiles, TILES)
     cumulative_T = tl.cumsum(mass_T, 0)
     last = tl.max(tl.where(mass_T > 0, tile_T, 0), 0)
     tile = tl.minimum(tl.min(tl.where((cumulative_T > target) & (mass_T > 0), tile_T, TILES), 0), last)
@@ -226,7 +230,7 @@ def _invert(
     token_N = tile * TILE + tl.arange(0, TILE)
     theta_N, teacher_N = load(theta, teacher, token_N, scale, vocab)
     score_N = _scores(theta_N, teacher_N, gap_of(theta_N, teacher_N, gap_peak), pure, mid_peak, delta)
-    weight_N = tl.exp(score_N - level)
+    weight_N = exp(score_N - level)
     above_N = (before + tl.cumsum(weight_N.to(tl.float64), 0) > target) & (weight_N > 0)
     return tl.minimum(tl.min(tl.where(above_N, token_N, NO_TOKEN), 0), tl.max(tl.where(weight_N > 0, token_N, 0), 0))
 

@@ -25,12 +25,14 @@ from osd.kernels.tiles import (
     STATE,
     add8,
     column_of,
+    exp,
     gap_of,
     last_to_arrive,
     load,
     minus,
     row_of,
     scale_of,
+    sums_of,
     write_choice,
 )
 
@@ -38,16 +40,12 @@ _NARROW: tl.constexpr = tl.constexpr(0.25)  # gaps within this of their mean: th
 
 
 @triton.jit
-def _extremes(
-    mid, token, theta, teacher, max_theta, max_teacher, lowest, highest, mid_, token_, theta_, teacher_, m_, n_, l_, h_
-):
-    """The peak, which is the first token of the highest mid, with its logits; two maxima, a minimum and a maximum."""
-    take = (mid_ > mid) | ((mid_ == mid) & (token_ < token))
+def _extremes(mid, token, max_theta, max_teacher, lowest, highest, mid_, token_, m_, n_, l_, h_):
+    """A token of the highest mid, with it; two maxima, a minimum and a maximum. What is not a number loses."""
+    take = mid_ > mid
     return (
         tl.where(take, mid_, mid),
         tl.where(take, token_, token),
-        tl.where(take, theta_, theta),
-        tl.where(take, teacher_, teacher),
         tl.maximum(max_theta, m_),
         tl.maximum(max_teacher, n_),
         tl.minimum(lowest, l_),
@@ -90,29 +88,21 @@ def meet_kernel(
     theta_N, teacher_N = load(theta, teacher, token_N, scale, vocab)
 
     mid_N = 0.5 * theta_N + 0.5 * teacher_N
-    # An infinite difference says that a policy reaches a token that the other does not.
+    # Infinite where a policy reaches a token that the other does not, not a number where neither does.
     difference_N = teacher_N - theta_N
-    top, peak, at_theta, at_teacher, max_theta, max_teacher, lowest, highest = tl.reduce(
-        (
-            mid_N,
-            token_N,
-            theta_N,
-            teacher_N,
-            theta_N,
-            teacher_N,
-            tl.where(theta_N > -INF, difference_N, INF),
-            tl.where(teacher_N > -INF, difference_N, -INF),
-        ),
-        0,
-        _extremes,
+    top, peak, max_theta, max_teacher, lowest, highest = tl.reduce(
+        (mid_N, token_N, theta_N, teacher_N, difference_N, difference_N), 0, _extremes
     )
-    here_N = token_N == tl.where(top > -INF, peak, -1)
-    gap_N = tl.where(here_N, 0.0, gap_of(theta_N, teacher_N, at_teacher - at_theta))
-    weight_N = tl.where(here_N, 0.0, tl.exp(minus(mid_N, top)))
+    shared = top > -INF
+    at_theta = tl.load(theta + peak, mask=shared, other=0.0).to(tl.float32) * scale
+    at_teacher = tl.load(teacher + peak, mask=shared, other=0.0).to(tl.float32) * scale
+    here_N = token_N == tl.where(shared, peak, -1)
+    gap_N = gap_of(theta_N, teacher_N, at_teacher - at_theta)
+    weight_N = tl.where(here_N, 0.0, exp(minus(mid_N, top)))
     first_N = weight_N * gap_N
     second_N = first_N * gap_N
-    exp_theta_N = tl.where(here_N, 0.0, tl.exp(minus(theta_N, max_theta)))
-    exp_teacher_N = tl.where(here_N, 0.0, tl.exp(minus(teacher_N, max_teacher)))
+    exp_theta_N = tl.where(here_N, 0.0, exp(minus(theta_N, max_theta)))
+    exp_teacher_N = tl.where(here_N, 0.0, exp(minus(teacher_N, max_teacher)))
     sums = tl.reduce(
         (
             weight_N,
@@ -152,10 +142,10 @@ def meet_kernel(
 def _side(top, total, first, at_peak):
     """One policy over its full support, from its maximum, the others' weights relative to that and their weighted gaps.
 
-    Returns (log sum exp less its logit at the row's peak, the share off the peak, mean gap, log sum exp without a peak).
+    Returns (log sum exp less its logit at the row's peak, the share off the peak, mean gap).
     """
-    peak = tl.exp(tl.minimum(at_peak - top, 0.0))
-    return lse_at_peak(total, top - at_peak), total / (total + peak), first / (total + peak), top + tl.log(total)
+    share = 1 / (total + tl.exp(tl.minimum(at_peak - top, 0.0)))
+    return lse_at_peak(total, top - at_peak), total * share, first * share
 
 
 @triton.jit
@@ -175,31 +165,32 @@ def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
     max_teacher_T = column_of(parts, 5, tile_T, tiles, TILES, -INF)
     lowest_T = column_of(parts, 6, tile_T, tiles, TILES, INF)
     highest_T = column_of(parts, 7, tile_T, tiles, TILES, -INF)
-    top, peak, at_theta, at_teacher, max_theta, max_teacher, lowest, highest = tl.reduce(
-        (top_T, peak_T, peak_theta_T, peak_teacher_T, max_theta_T, max_teacher_T, lowest_T, highest_T), 0, _extremes
+    top, peak, max_theta, max_teacher, lowest, highest = tl.reduce(
+        (top_T, peak_T, max_theta_T, max_teacher_T, lowest_T, highest_T), 0, _extremes
     )
     empty = (top > -INF) == 0
-    at_theta, at_teacher = tl.where(empty, 0.0, at_theta), tl.where(empty, 0.0, at_teacher)
-    gap_peak = (at_teacher - at_theta).to(tl.float32).to(tl.float64)
+    at_theta = tl.where(empty, 0.0, tl.max(tl.where(peak_T == peak, peak_theta_T, -INF), 0))
+    at_teacher = tl.where(empty, 0.0, tl.max(tl.where(peak_T == peak, peak_teacher_T, -INF), 0))
+    gap_peak = (at_teacher - at_theta).to(tl.float64)
     # Every tile left its own peak out of its sums; all but the row's are put back.
     other_T = (top_T > -INF) & (peak_T != peak)
-    own_T = tl.where(other_T, 1.0, 0.0)
-    shift_T = tl.where(other_T, (peak_teacher_T - peak_theta_T).to(tl.float32).to(tl.float64) - gap_peak, 0.0)
-    scale_T = tl.exp(tl.where(top_T > -INF, top_T - _finite_or_zero(top), -INF))
-    sum_T = column_of(parts, 8, tile_T, tiles, TILES, 0.0) + own_T
-    first_T = column_of(parts, 9, tile_T, tiles, TILES, 0.0)
-    second_T = column_of(parts, 10, tile_T, tiles, TILES, 0.0)
-    third_T = column_of(parts, 11, tile_T, tiles, TILES, 0.0)
+    own_T = tl.where(other_T, 1.0, 0.0).to(tl.float64)
+    shift_T = tl.where(other_T, (peak_teacher_T - peak_theta_T).to(tl.float64) - gap_peak, 0.0)
+    scale_T = exp(tl.where(top_T > -INF, top_T - _finite_or_zero(top), -INF))
+    sum_T = sums_of(parts, 8, tile_T, tiles, TILES) + own_T
+    first_T = sums_of(parts, 9, tile_T, tiles, TILES)
+    second_T = sums_of(parts, 10, tile_T, tiles, TILES)
+    third_T = sums_of(parts, 11, tile_T, tiles, TILES)
 
     best_theta, best_teacher = _finite_or_zero(max_theta), _finite_or_zero(max_teacher)
-    scale_theta_T = tl.exp(tl.where(max_theta_T > -INF, max_theta_T - best_theta, -INF))
-    scale_teacher_T = tl.exp(tl.where(max_teacher_T > -INF, max_teacher_T - best_teacher, -INF))
-    own_theta_T = own_T * tl.exp(tl.where(other_T, peak_theta_T - best_theta, 0.0))
-    own_teacher_T = own_T * tl.exp(tl.where(other_T, peak_teacher_T - best_teacher, 0.0))
-    sum_theta_T = scale_theta_T * column_of(parts, 12, tile_T, tiles, TILES, 0.0) + own_theta_T
-    sum_teacher_T = scale_teacher_T * column_of(parts, 14, tile_T, tiles, TILES, 0.0) + own_teacher_T
-    first_theta_T = scale_theta_T * column_of(parts, 13, tile_T, tiles, TILES, 0.0) + shift_T * sum_theta_T
-    first_teacher_T = scale_teacher_T * column_of(parts, 15, tile_T, tiles, TILES, 0.0) + shift_T * sum_teacher_T
+    scale_theta_T = exp(tl.where(max_theta_T > -INF, max_theta_T - best_theta, -INF))
+    scale_teacher_T = exp(tl.where(max_teacher_T > -INF, max_teacher_T - best_teacher, -INF))
+    own_theta_T = tl.where(other_T, exp(peak_theta_T - best_theta), 0.0)
+    own_teacher_T = tl.where(other_T, exp(peak_teacher_T - best_teacher), 0.0)
+    sum_theta_T = scale_theta_T * sums_of(parts, 12, tile_T, tiles, TILES) + own_theta_T
+    sum_teacher_T = scale_teacher_T * sums_of(parts, 14, tile_T, tiles, TILES) + own_teacher_T
+    first_theta_T = scale_theta_T * sums_of(parts, 13, tile_T, tiles, TILES) + shift_T * sum_theta_T
+    first_teacher_T = scale_teacher_T * sums_of(parts, 15, tile_T, tiles, TILES) + shift_T * sum_teacher_T
     m3_T = third_T + shift_T * (3 * second_T + shift_T * (3 * first_T + shift_T * sum_T))
     rest, m1, m2, m3, sum_theta, first_theta, sum_teacher, first_teacher = tl.reduce(
         (
@@ -215,15 +206,16 @@ def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
         0,
         add8,
     )
-    total = 1.0 + rest
-    m1, m2, m3 = m1 / total, m2 / total, m3 / total
+    share = 1 / (1 + rest)
+    m1, m2, m3 = m1 * share, m2 * share, m3 * share
     k2 = m2 - m1 * m1
     k3 = m3 - 3 * m1 * m2 + 2 * m1 * m1 * m1
-    theta_low, rest_theta, mean_theta, lse_theta = _side(best_theta, sum_theta, first_theta, at_theta)
-    teacher_high, rest_teacher, mean_teacher, lse_teacher = _side(best_teacher, sum_teacher, first_teacher, at_teacher)
+    theta_low, rest_theta, mean_theta = _side(best_theta, sum_theta, first_theta, at_theta)
+    teacher_high, rest_teacher, mean_teacher = _side(best_teacher, sum_teacher, first_teacher, at_teacher)
     lost_theta, lost_teacher = lowest == -INF, highest == INF
-    lse_theta = tl.where(empty, lse_theta, at_theta + theta_low)
-    lse_teacher = tl.where(empty, lse_teacher, at_teacher + teacher_high)
+    lse_theta, lse_teacher = at_theta + theta_low, at_teacher + teacher_high
+    if empty:
+        lse_theta, lse_teacher = best_theta + tl.log(sum_theta), best_teacher + tl.log(sum_teacher)
     # A maximum is finite, and the sum a number, exactly where the row is a distribution.
     fine_theta = (max_theta > -INF) & (max_theta < INF) & (sum_theta == sum_theta)
     fine_teacher = (max_teacher > -INF) & (max_teacher < INF) & (sum_teacher == sum_teacher)
@@ -234,13 +226,14 @@ def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
     free = pinned != pinned
     center = gap_peak + m1
     narrow = (highest - center < _NARROW) & (center - lowest < _NARROW) & (lost == 0)
-    expansion = 0.5 + tl.where(k2 > 0, k3 / tl.where(k2 > 0, k2, 1.0) / 24, 0.0)
+    per_k2 = 1 / tl.where(k2 > 0, k2, 1.0)
+    expansion = 0.5 + tl.where(k2 > 0, k3 * per_k2 * (1 / 24), 0.0)
     aim = tl.where(narrow & free, tl.minimum(tl.maximum(expansion, low), high), pinned)
     choice, level, known = solve_interpolated(
         log1p(rest), m1, k2, k3, theta_low, teacher_high, mean_theta, mean_teacher, target, aim, low, high
     )
     # Where supports differ, K's ends are not the policies' normalisers, and there is nothing to interpolate.
-    newton = 0.5 + tl.minimum(tl.maximum((target - m1) / tl.where(k2 > 0, k2, 1.0), -0.3), 0.3)
+    newton = 0.5 + tl.minimum(tl.maximum((target - m1) * per_k2, -0.3), 0.3)
     choice = tl.where(lost & free, tl.minimum(tl.maximum(newton, low), high), choice)
     choice = tl.where(empty & free, low, choice)
     status = tl.where((known & (lost == 0)) | empty | (bad > 0), SETTLED, tl.where(free, OPEN, PINNED))

@@ -22,12 +22,14 @@ from osd.kernels.tiles import (
     STATUS,
     add5,
     column_of,
+    exp,
     gap_of,
     last_to_arrive,
     load,
     minus,
     row_of,
     scale_of,
+    sums_of,
     write_choice,
 )
 
@@ -83,15 +85,16 @@ def refine_kernel(
     if last_to_arrive(count + row, tiles):
         tile_T = tl.arange(0, TILES)
         top_T = column_of(parts, 0, tile_T, tiles, TILES, -INF)
-        origin = tl.maximum(tl.max(top_T, 0), 0.0)
-        scale_T = tl.exp(top_T - origin)
+        highest = tl.maximum(tl.max(top_T, 0), 0.0)
+        scale_T = exp(top_T - highest)
+        origin = highest.to(tl.float64)
         t0, t1, t2, t3, t4 = tl.reduce(
             (
-                scale_T * column_of(parts, 1, tile_T, tiles, TILES, 0.0),
-                scale_T * column_of(parts, 2, tile_T, tiles, TILES, 0.0),
-                scale_T * column_of(parts, 3, tile_T, tiles, TILES, 0.0),
-                scale_T * column_of(parts, 4, tile_T, tiles, TILES, 0.0),
-                scale_T * column_of(parts, 5, tile_T, tiles, TILES, 0.0),
+                scale_T * sums_of(parts, 1, tile_T, tiles, TILES),
+                scale_T * sums_of(parts, 2, tile_T, tiles, TILES),
+                scale_T * sums_of(parts, 3, tile_T, tiles, TILES),
+                scale_T * sums_of(parts, 4, tile_T, tiles, TILES),
+                scale_T * sums_of(parts, 5, tile_T, tiles, TILES),
             ),
             0,
             add5,
@@ -134,7 +137,7 @@ def _moments(theta, teacher, token_N, scale, vocab, mid_peak, gap_peak, peak, de
     y_N = 0.5 * theta_N + 0.5 * teacher_N - mid_peak + delta * gap_N
     y_N = tl.where(token_N == peak, -INF, y_N)
     top = tl.max(y_N, 0)
-    weight_N = tl.exp(minus(y_N, top))
+    weight_N = exp(minus(y_N, top))
     first_N = weight_N * gap_N
     second_N = first_N * gap_N
     third_N = second_N * gap_N

@@ -17,17 +17,16 @@ _ROUNDING: tl.constexpr = tl.constexpr(1.5e-7)
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), with the digits of a small x (Kahan)."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+    """log(1 + x), with the digits of a small x."""
+    series = x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4))))
+    return tl.where(x < 1e-4, series, tl.log(1 + x))
 
 
 @triton.jit
 def lse_at_peak(rest, top):
     """log(1 + rest e^top): log sum exp relative to a token of weight 1, the others' sum being scaled by e^-top."""
-    far = top > 30.0
-    near = log1p(rest * tl.exp(tl.where(far, 0.0, top)))
-    return tl.where(far, top + tl.log(tl.where(far, rest, 1.0) + tl.exp(-tl.maximum(top, 0.0))), near)
+    near = tl.minimum(top, 600.0)  # e^709 is the last that float64 holds, and 1 does not count beside it
+    return log1p(rest * tl.exp(near)) + (top - near)
 
 
 @triton.jit
@@ -52,8 +51,8 @@ def _root(delta, f, k2, c2, c3, c4, c5, c6, STEPS: tl.constexpr):
 
 @triton.jit
 def _level(delta, m, k2, c2, c3, c4, c5, c6):
-    """K(delta) - K(0) by the same polynomial."""
-    tail = c2 / 3 + delta * (c3 / 4 + delta * (c4 / 5 + delta * (c5 / 6 + delta * c6 / 7)))
+    """K(delta) - K(0) by the same polynomial. Times constants: a float64 division takes thirty instructions."""
+    tail = c2 * (1 / 3) + delta * (c3 * (1 / 4) + delta * (c4 * (1 / 5) + delta * (c5 * (1 / 6) + delta * c6 * (1 / 7))))
     return delta * (m + delta * (k2 / 2 + delta * tail))
 
 
@@ -68,24 +67,24 @@ def solve_interpolated(k_mid, m, k2, k3, k_low, k_high, m_low, m_high, target, p
     """
     f = m - target
     k2 = tl.where(k2 > 0, k2, 1.0)  # a gap that does not vary: f is 0, or of one sign for every alpha
-    even, odd = (k_high + k_low) / 2 - k_mid - k2 / 8, (k_high - k_low) - m - k3 / 24
+    even, odd = (k_high + k_low) * 0.5 - k_mid - k2 * 0.125, (k_high - k_low) - m - k3 * (1 / 24)
     # Degree 4: c3 d^3 + c4 d^4 with even = c3/64, odd = c4/80.
     a3, a4 = 64 * even, 80 * odd
     # Degree 6, with the values at the ends: odd powers from `even`, even powers from `odd`.
-    rise, bend = (m_high - m_low) / 2 - k2 / 2, (m_high + m_low) / 2 - m - k3 / 8
+    rise, bend = (m_high - m_low) * 0.5 - k2 * 0.5, (m_high + m_low) * 0.5 - m - k3 * 0.125
     c5 = 96 * (rise - 8 * even)
-    c3 = 8 * rise - c5 / 4
+    c3 = 8 * rise - c5 * 0.25
     c6 = 224 * bend - 1120 * odd
-    c4 = 16 * bend - c6 / 4
+    c4 = 16 * bend - c6 * 0.25
     start = tl.minimum(tl.maximum(-_ratio(f, k2), -0.4), 0.4)
-    quintic, _ = _root(start, f, k2, k3 / 2, a3, a4, 0.0, 0.0, STEPS=4)
-    septic, step = _root(quintic, f, k2, k3 / 2, c3, c4, c5, c6, STEPS=3)
+    quintic, _ = _root(start, f, k2, k3 * 0.5, a3, a4, 0.0, 0.0, STEPS=4)
+    septic, step = _root(quintic, f, k2, k3 * 0.5, c3, c4, c5, c6, STEPS=3)
     agree = tl.abs(septic - quintic) + tl.abs(step) < _TOLERANCE
     alpha = tl.where(pinned == pinned, pinned, tl.minimum(tl.maximum(0.5 + septic, low), high))
     alpha = alpha.to(tl.float32).to(tl.float64)
     delta = alpha - 0.5
-    level = _level(delta, m, k2, k3 / 2, c3, c4, c5, c6)
-    agree = (agree | (pinned == pinned)) & (tl.abs(level - _level(delta, m, k2, k3 / 2, a3, a4, 0.0, 0.0)) < _LEVEL_TOLERANCE)
+    level = _level(delta, m, k2, k3 * 0.5, c3, c4, c5, c6)
+    agree = (agree | (pinned == pinned)) & (tl.abs(level - _level(delta, m, k2, k3 * 0.5, a3, a4, 0.0, 0.0)) < _LEVEL_TOLERANCE)
     return alpha, k_mid + level, agree
 
 

@@ -42,6 +42,7 @@ SETTLED: tl.constexpr = tl.constexpr(1)
 PINNED: tl.constexpr = tl.constexpr(2)  # alpha is given, the level is not known
 
 INF: tl.constexpr = tl.constexpr(float("inf"))
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)  # vLLM's threshold for "temperature 0"
 NO_TOKEN: tl.constexpr = tl.constexpr(1 << 30)
 
@@ -73,10 +74,16 @@ def load(theta, teacher, token_N, scale, vocab):
 
 
 @triton.jit
+def exp(values_N):
+    """e^x in float32: two instructions, where tl.exp has five for the sake of results below 1e-38, which are 0 here."""
+    return tl.exp2(values_N * _LOG2_E)
+
+
+@triton.jit
 def gap_of(theta_N, teacher_N, gap_peak):
-    """z_t - z_theta relative to the peak's, and 0 outside the shared support."""
-    shared_N = (theta_N > -INF) & (teacher_N > -INF)
-    return tl.where(shared_N, teacher_N - theta_N - gap_peak, 0.0)
+    """z_t - z_theta relative to the peak's, and 0 outside the shared support, where the difference is not a finite number."""
+    gap_N = teacher_N - theta_N - gap_peak
+    return tl.where(tl.abs(gap_N) < INF, gap_N, 0.0)
 
 
 @triton.jit
@@ -87,9 +94,14 @@ def minus(values_N, top):
 
 @triton.jit
 def column_of(parts, column, tile_T, tiles, TILES: tl.constexpr, other):
-    """One column of a row's parts, [T] float64, `other` beyond the last tile."""
-    values_T = tl.load(parts + column * TILES + tile_T, mask=tile_T < tiles, other=other, cache_modifier=".cg")
-    return values_T.to(tl.float64)
+    """One column of a row's parts, [T] float32, `other` beyond the last tile."""
+    return tl.load(parts + column * TILES + tile_T, mask=tile_T < tiles, other=other, cache_modifier=".cg")
+
+
+@triton.jit
+def sums_of(parts, column, tile_T, tiles, TILES: tl.constexpr):
+    """The same, float64, 0 beyond the last tile."""
+    return column_of(parts, column, tile_T, tiles, TILES, 0.0).to(tl.float64)
 
 
 @triton.jit
