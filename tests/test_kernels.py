@@ -453,6 +453,22 @@ class TestOnAGpu:
             assert torch.equal(token, direct.token_P)
             assert torch.equal(values, direct.values_PR)
 
+    def test_replays_fit_logits_that_come_and_go(self) -> None:
+        """In serving each step's logits are new, and the allocator reuses the memory of those before, if nobody holds it."""
+        from osd.kernels.replay import ReplayedDraw
+
+        draw, uniform, ones = ReplayedDraw(), rand(1, 8), torch.ones(8, device=DEVICE)
+        given = dict(vocab_size=32000, rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, uniform=uniform)
+        before = None
+        for step in range(40):
+            logits = correlated(8, 32000, torch.bfloat16, seed=step)
+            token, _ = draw(*logits, MixingConfig(), **given)
+            direct = mix_and_draw(*logits, MixingConfig(), vocab_size=32000, temperature=ones, uniform=uniform)
+            assert torch.equal(token, direct.token_P)
+            before = logits  # noqa: F841  # as the engine holds on to the last step's
+            del logits, direct
+        assert draw.replayed > 20
+
     def test_it_is_deterministic_under_load(self) -> None:
         """A moving result would be a race between a row's programs."""
         theta, teacher = correlated(64, 151936, torch.bfloat16)

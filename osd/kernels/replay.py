@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from osd.core import MixingConfig
-from osd.kernels.fused import FusedMixture, mix_and_draw
+from osd.kernels.fused import mix_and_draw
 
 _KEPT = 32  # graphs; one is a few kilobytes of device memory
+
+# The graph, with the token and the values that it writes. Not its inputs: what is kept alive is never handed out again.
+_Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
 
 
 class ReplayedDraw:
     """Tokens and their record from raw logits; arguments and results as in `mix_and_draw`."""
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, FusedMixture] | None] = OrderedDict()
+        self._graphs: OrderedDict[Any, _Captured | None] = OrderedDict()
         self._pool: Any = None
         self.replayed = 0  # how many calls were replays, for whoever wants to know
 
@@ -60,20 +63,19 @@ class ReplayedDraw:
             captured = self._capture(logits_theta, logits_teacher, config, arguments)
             self._keep(key, captured)
         self._graphs.move_to_end(key)
-        graph, mixed = captured
+        graph, token_P, values_PR = captured
         graph.replay()
         self.replayed += 1
-        assert mixed.token_P is not None
-        return mixed.token_P.clone(), mixed.values_PR.clone()
+        return token_P.clone(), values_PR.clone()
 
-    def _keep(self, key: Any, captured: tuple[torch.cuda.CUDAGraph, FusedMixture] | None) -> None:
+    def _keep(self, key: Any, captured: _Captured | None) -> None:
         self._graphs[key] = captured
         if len(self._graphs) > _KEPT:
             self._graphs.popitem(last=False)
 
     def _capture(
         self, logits_theta: Tensor, logits_teacher: Tensor, config: MixingConfig, arguments: dict[str, Any]
-    ) -> tuple[torch.cuda.CUDAGraph, FusedMixture]:
+    ) -> _Captured:
         """Not by torch.cuda.graph, which synchronises, collects garbage and empties the allocator's cache."""
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
@@ -85,7 +87,8 @@ class ReplayedDraw:
             mixed = mix_and_draw(logits_theta, logits_teacher, config, **arguments)
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
-        return graph, mixed
+        assert mixed.token_P is not None
+        return graph, mixed.token_P, mixed.values_PR
 
 
 def _address(tensor: Tensor | None) -> Any:
