@@ -26,7 +26,7 @@ from accelerate.utils import is_peft_model
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import ensure_master_addr_port
 
-from osd.live import checked, expected_shapes, merged_parameters
+from osd.live import checked, expected_shapes, frozen_state, merged_parameters
 from osd.prompts import Prompt, encode
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class OSDGeneration(VLLMGeneration):
         self.sync_seconds = 0.0
         self.last_batch: GeneratedBatch | None = None
         self._synced = False
+        self._last_sync: tuple[int, list[tuple[int, int]]] | None = None  # weights version, and the frozen weights' state
         self._teacher_side: _TeacherSide | None = None
         super().__init__(
             model,
@@ -160,6 +161,7 @@ class OSDGeneration(VLLMGeneration):
     def sync_weights(self) -> None:
         """Push the live student into its engine, in one call; its prefix cache is reset, the teacher's is not.
 
+        Of a student under LoRA, merged on the way, only the layers with an adapter are pushed again after the first sync.
         The next batch says how long it took. If it fails, `generate` refuses to sample until a sync succeeds.
 
         Raises:
@@ -167,15 +169,18 @@ class OSDGeneration(VLLMGeneration):
         """
         start = time.perf_counter()
         self._synced = False
+        partial = self._merges_adapter and self._only_adapter_moved()
         # A generator, so that sharded parameters are gathered one at a time while vLLM copies them.
-        parameters = self._iter_named_params()
+        parameters = merged_parameters(self.model, trained_only=True) if partial else self._iter_named_params()
         if self._shapes is not None:
             parameters = checked(parameters, self._shapes, self.engine.config.student)
         try:
-            self.engine.load_student_weights(parameters)
+            version = self.engine.load_student_weights(parameters, partial=partial)
         except BaseException:
+            self._last_sync = None
             self._unmerge_adapter()
             raise
+        self._last_sync = version, frozen_state(self.model)  # after it: merging may move what it puts back
         self._synced = True
         self.sync_seconds += time.perf_counter() - start
 
@@ -185,12 +190,22 @@ class OSDGeneration(VLLMGeneration):
         return expected_shapes(config.student, {**config.engine_kwargs, **config.student_kwargs})
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if is_peft_model(self.model) and not self._sharded:
+        if self._merges_adapter:
             return merged_parameters(self.model)
         return super()._iter_named_params()
 
     def _fix_param_name_to_vllm(self, name: str, extra_prefixes: list[str] | None = None) -> str:
         return super()._fix_param_name_to_vllm(name, [*(extra_prefixes or []), "_orig_mod."])  # torch.compile's
+
+    def _only_adapter_moved(self) -> bool:
+        """Since this object's last sync, nobody has pushed weights to the engine or written to the frozen ones."""
+        engine = self.engine
+        return engine.student_is_whole and self._last_sync == (engine.weights_version, frozen_state(self.model))
+
+    @property
+    def _merges_adapter(self) -> bool:
+        """There is an adapter, and it is merged here and not by TRL's walk."""
+        return is_peft_model(self.model) and not self._sharded
 
     @property
     def _sharded(self) -> bool:

@@ -61,8 +61,10 @@ def checked(
         yield name, tensor
 
 
-def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(model: Any, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the model under a PEFT adapter, the adapter merged into it, under the model's own names.
+
+    With `trained_only`, those alone that training changes: of layers that have an adapter, or trained themselves.
 
     TRL merges the whole model and unmerges it afterwards, `w += d; w -= d`, which moves the frozen weights by a rounding
     error at every sync. Here one layer at a time is merged, copied and put back as it was, to the bit.
@@ -74,8 +76,15 @@ def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
             continue  # the adapter itself; what `modules_to_save` replaced
         holder, _, leaf = name.rpartition(".base_layer.")
         layer = model.get_submodule(holder) if holder else None
+        if trained_only and layer is None and not parameter.requires_grad:
+            continue
         tensor = _merged(layer, leaf) if isinstance(layer, BaseTunerLayer) else parameter.detach()
         yield name.removeprefix("base_model.model.").replace(".base_layer", "").replace("modules_to_save.default.", ""), tensor
+
+
+def frozen_state(model: Any) -> list[tuple[int, int]]:
+    """Changes when a frozen parameter of the model is written to or replaced, but for writes through `.data`."""
+    return [(p.data_ptr(), p._version) for p in model.parameters() if not p.requires_grad]
 
 
 @torch.no_grad()

@@ -76,6 +76,62 @@ def test_an_adapter_is_merged_on_the_way(generation_of, student, settings):
         assert torch.equal(parameter, before[name]), name
 
 
+@pytest.fixture
+def pushed(engine, monkeypatch):
+    """The names that each sync pushed."""
+    syncs, load = [], engine.load_student_weights
+
+    def watched(named_tensors, **kwargs):
+        syncs.append([])
+        return load(((syncs[-1].append(name), (name, tensor))[1] for name, tensor in named_tensors), **kwargs)
+
+    monkeypatch.setattr(engine, "load_student_weights", watched)
+    return syncs
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=["lora", "dora", "saved head"]
+)
+def test_only_what_the_adapter_changes_is_pushed_again(generation_of, student, pushed, settings):
+    names = {name for name, _ in student.named_parameters()}
+    model = with_lora(student, **settings)
+    generation = generation_of(model)
+    for step in range(3):
+        assert gap_after_sync(generation, model) < NOISE
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)) * 0.1)
+    changing = (*LORA.target_modules, *settings.get("modules_to_save", []))
+    changed = {name for name in names if name.removesuffix(".weight").endswith(changing)}
+    assert [set(names) for names in pushed] == [names, changed, changed]
+
+
+def test_everything_is_pushed_when_a_frozen_weight_or_the_engine_is_not_as_it_was(generation_of, student, pushed, engine):
+    model = with_lora(student)
+    generation = generation_of(model)
+    gap_after_sync(generation, model)
+    with torch.no_grad():
+        model.get_parameter("base_model.model.model.norm.weight").mul_(1.1)
+    assert gap_after_sync(generation, model) < NOISE
+    other = with_lora(AutoModelForCausalLM.from_pretrained(engine.config.student))
+    gap_after_sync(generation_of(other), other)
+    assert gap_after_sync(generation, model) < NOISE
+    generation.sync_weights()
+    assert [len(names) for names in pushed] == [len(pushed[0])] * 4 + [6]
+
+
+def test_a_part_of_the_student_is_refused_without_the_rest_before_it(generation_of, student, engine):
+    model = with_lora(student)
+    generation = generation_of(model)
+    generation.sync_weights()
+    with pytest.raises(ValueError, match="the first sync had not"):
+        engine.load_student_weights([("nothing", torch.zeros(1))], partial=True)
+    with pytest.raises(ValueError, match="push them all once"):
+        engine.load_student_weights([], partial=True)
+    assert gap_after_sync(generation, model) < NOISE
+
+
 def test_the_adapters_tensors_do_not_change_after_they_were_yielded(generation_of, student):
     """An engine may collect them all before it copies any."""
     model = with_lora(student)

@@ -291,22 +291,23 @@ class PairEngine:
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
-    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False) -> int:
         """Push a live student into the engine; returns the new ``weights_version``.
 
         Args:
             named_tensors: every parameter of the student under its Hugging Face name.
+            partial: some of them; the others stay as the sync before left them (under LoRA most never change).
 
         The student's prefix cache is reset (the teacher's survives): at once, or with the next request of ``generate`` where
         the engine core is another process. If this raises, the engine refuses to sample until a sync succeeds.
 
         Raises:
-            ValueError: parameters missing from ``named_tensors``.
+            ValueError: parameters missing from ``named_tensors``; ``partial`` without a whole sync before it.
         """
         self._check_open()
         self._stale = "it did not finish"
         try:
-            versions = self.llm.collective_rpc("load_student_weights", args=(self._sendable(named_tensors),))
+            versions = self.llm.collective_rpc("load_student_weights", args=(self._sendable(named_tensors), partial))
         except Exception as error:
             self._stale = str(error)
             raise
@@ -315,6 +316,11 @@ class PairEngine:
         if (scheduler := self._scheduler()) is not None:
             scheduler._adopt_weights_version(self.weights_version)  # elsewhere it learns it from the next request
         return self.weights_version
+
+    @property
+    def student_is_whole(self) -> bool:
+        """No weight sync was made, or the last one succeeded."""
+        return self._stale is None
 
     def _scheduler(self) -> Any | None:
         """The scheduler, where it lives in this process, else None."""

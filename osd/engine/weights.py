@@ -75,14 +75,21 @@ class WeightMap:
         self.sources: dict[str, _Source] | None = None
         self._learnt = False
 
-    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace every weight.
+    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False) -> None:
+        """Replace every weight, or with ``partial`` only those that are given.
 
         Raises:
             ValueError: tensors that are missing, have names of their own, or are not as they were in the first sync.
         """
         if self.sources is not None:
-            self._copy(self.sources, named_tensors)
+            missing = self._copy(self.sources, named_tensors)
+            if missing and not partial:
+                raise ValueError(
+                    f"the weight sync left out {len(missing)} tensors that the first had: {missing[:5]} ...; "
+                    "push every parameter under its Hugging Face name"
+                )
+        elif partial:
+            self.model.load_weights(named_tensors)
         elif self._learnt:
             load_all_weights(self.model, named_tensors)
         else:
@@ -99,18 +106,15 @@ class WeightMap:
             self.sources = watch.sources
 
     @staticmethod
-    def _copy(sources: dict[str, _Source], named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def _copy(sources: dict[str, _Source], named_tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        """Copy what is given; the names of what was not."""
         missing = dict.fromkeys(sources)
         for name, tensor in named_tensors:
             if name not in sources:
                 raise ValueError(f"the weight sync has {name!r}, which the first sync had not; push the same names every time")
             sources[name].copy(name, tensor)
             missing.pop(name, None)
-        if missing:
-            raise ValueError(
-                f"the weight sync left out {len(missing)} tensors that the first had: {list(missing)[:5]} ...; "
-                "push every parameter under its Hugging Face name"
-            )
+        return list(missing)
 
 
 @dataclass

@@ -296,13 +296,18 @@ class PairWorker(Worker):
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
-    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes) -> int:
-        """Replace every weight of the student's; returns the new version. Until one succeeds, nothing is sampled."""
+    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False) -> int:
+        """Replace every weight of the student's, or with ``partial`` those that are given; returns the new version.
+
+        Until one succeeds, nothing is sampled.
+        """
+        if partial and not (self.weights_loaded and self.weights_version):
+            raise ValueError("partial=True: no sync of every weight came before, or the last one failed; push them all once")
         self.weights_loaded = False
         if isinstance(named_tensors, bytes):
             named_tensors = load_weights(named_tensors)
         with self._as_student(), torch.no_grad():
-            self.student_weights.load(named_tensors)
+            self.student_weights.load(named_tensors, partial=partial)
         self.weights_loaded = True
         self.weights_version += 1
         return self.weights_version
