@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import ensure_master_addr_port
 
@@ -193,6 +194,16 @@ class OSDGeneration(VLLMGeneration):
         if self._merges_adapter:
             return merged_parameters(self.model)
         return super()._iter_named_params()
+
+    def _iter_fsdp1_params(
+        self, module: Any, prefix: str = "", visited: set[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        if visited is None:
+            # FSDP takes the first module that is used for the root, and TRL's walk begins with the leaves: before the first
+            # forward pass it would fail.
+            with FSDP.summon_full_params(module, recurse=False, writeback=False):
+                pass
+        yield from super()._iter_fsdp1_params(module, prefix, visited)
 
     def _fix_param_name_to_vllm(self, name: str, extra_prefixes: list[str] | None = None) -> str:
         return super()._fix_param_name_to_vllm(name, [*(extra_prefixes or []), "_orig_mod."])  # torch.compile's

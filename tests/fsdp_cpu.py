@@ -1,7 +1,8 @@
 """Run a script under FSDP on a CPU: `accelerate launch ... tests/fsdp_cpu.py script.py --flags`, for tests.
 
-torch's `fully_shard` works on gloo. accelerate asks for FSDP only where there is an accelerator, so its state is told here;
-what it then does with the model, and everything above, is its own.
+torch's `fully_shard` works on gloo, and so does its older FSDP once "cpu:0" and "cpu" are one device to it. accelerate asks
+for FSDP only where there is an accelerator, so its state is told here; what it then does with the model, and everything
+above, is its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import runpy
 import sys
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch.distributed.fsdp import _init_utils
 
 
 def allow_fsdp() -> None:
@@ -26,6 +29,7 @@ def allow_fsdp() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = __init__  # type: ignore[method-assign]
+    _init_utils._get_device_from_device_id = lambda *_, **__: torch.device("cpu")
 
 
 if __name__ == "__main__":

@@ -45,28 +45,34 @@ def sampled_by(trainer, resume=None):
     return sampled
 
 
-def together(out: Path, teacher: str, student: str) -> None:
-    """Several processes: a greedy run, a sampled one, and the sampled one again from its second step on."""
-    greedy = start(out / "greedy", teacher, student, per_device_train_batch_size=2, **GREEDY)
-    rank, engine = greedy.accelerator.process_index, greedy.vllm_generation.engine
-    assert greedy.accelerator.num_processes == 2
-    greedy.train()
+def greedy(out: Path, teacher: str, student: str):
+    """Several processes: a greedy run."""
+    trainer = start(out / "greedy", teacher, student, per_device_train_batch_size=2, **GREEDY)
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
     seen = {
-        "kind": str(greedy.accelerator.distributed_type),
-        "elements": sum(getattr(p, "_local_tensor", p).numel() for p in greedy.model.parameters()),
-        "loss": logged(greedy, "loss"),
+        "kind": str(trainer.accelerator.distributed_type),
+        "elements": sum(getattr(p, "_local_tensor", p).numel() for p in trainer.model.parameters()),
+        "loss": logged(trainer, "loss"),
     }
-    weights = weights_of(greedy)
+    weights = weights_of(trainer)
+    if trainer.accelerator.process_index == 0:
+        torch.save(weights, out / "weights.pt")
+    return trainer, seen
+
+
+def together(out: Path, teacher: str, student: str) -> None:
+    """The greedy run, a sampled one, and the sampled one again from its second step on."""
+    trainer, seen = greedy(out, teacher, student)
+    engine = trainer.vllm_generation.engine
     whole = start(out / "sampled", teacher, student, engine, SAME, **SAMPLED)
     seen["sampled"], last = sampled_by(whole), weights_of(whole)
     resumed = start(out / "sampled", teacher, student, engine, SAME, **SAMPLED)
     seen["again"] = sampled_by(resumed, str(out / "sampled" / "checkpoint-2"))
     seen["drift"] = max((tensor - last[name]).abs().max().item() for name, tensor in weights_of(resumed).items())
     resumed.save_model(str(out / "model"))
-    (out / f"{rank}.json").write_text(json.dumps(seen))
-    if rank == 0:
-        torch.save(weights, out / "weights.pt")
-    greedy.close()
+    (out / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
+    trainer.close()
 
 
 class DieInTheThirdStep(TrainerCallback):
@@ -98,4 +104,4 @@ def killed(out: Path, teacher: str, student: str) -> None:
 
 if __name__ == "__main__":
     name, out, teacher, student = sys.argv[1:]
-    {"together": together, "killed": killed}[name](Path(out), teacher, student)
+    {"greedy": greedy, "together": together, "killed": killed}[name](Path(out), teacher, student)

@@ -72,15 +72,20 @@ def engine(tiny_pair):
         yield engine
 
 
-def check_together(out, done, engine, student):
-    """Two processes of 2 prompts each are one of 4; and each resumes its own random state."""
+def check_greedy(out, done, engine, student):
+    """Two processes of 2 prompts each are one of 4."""
     assert done.returncode == 0, done.stdout + done.stderr
-    ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
     reference = weights_after(build_trainer(engine, student, out / "one", **GREEDY))
     weights = torch.load(out / "weights.pt")
     assert weights.keys() == reference.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, reference[name], rtol=1e-4, atol=1e-5)
+
+
+def check_together(out, done, engine, student):
+    """And each resumes its own random state."""
+    check_greedy(out, done, engine, student)
+    ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0]["sampled"] != ranks[1]["sampled"]
     for seen in ranks:
         assert len(seen["loss"]) == 3
@@ -99,16 +104,31 @@ def test_two_processes_are_one_with_twice_the_batch(engine, tiny_pair, tmp_path)
     assert [seen["kind"] for seen in ranks] == ["DistributedType.MULTI_CPU"] * 2
 
 
-@pytest.mark.slow
-def test_fsdp2_is_one_process_with_twice_the_batch(engine, tiny_pair, tmp_path):
+def fsdp_on_a_cpu(path, **fsdp):
     config = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())
     config |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True}
-    (tmp_path / "fsdp2.yaml").write_text(yaml.safe_dump(config))
-    done = launch(tmp_path / "fsdp2.yaml", "tests/fsdp_cpu.py", "tests/launched.py", "together", tmp_path, *tiny_pair)
+    config["fsdp_config"] |= fsdp
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.slow
+def test_fsdp2_is_one_process_with_twice_the_batch(engine, tiny_pair, tmp_path):
+    config = fsdp_on_a_cpu(tmp_path / "fsdp2.yaml")
+    done = launch(config, "tests/fsdp_cpu.py", "tests/launched.py", "together", tmp_path, *tiny_pair)
     ranks = check_together(tmp_path, done, engine, tiny_pair[1])
     assert [seen["kind"] for seen in ranks] == ["DistributedType.FSDP"] * 2
     whole = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(tiny_pair[1]).parameters())
     assert [seen["elements"] for seen in ranks] == [whole // 2] * 2
+
+
+@pytest.mark.slow
+def test_fsdp1_is_one_process_with_twice_the_batch(engine, tiny_pair, tmp_path):
+    """Without checkpoints: saving one crashes torch's older FSDP on a CPU."""
+    one = {"fsdp_version": 1, "fsdp_use_orig_params": True, "fsdp_sync_module_states": False}
+    config = fsdp_on_a_cpu(tmp_path / "fsdp1.yaml", **one, fsdp_reshard_after_forward="FULL_SHARD")
+    done = launch(config, "tests/fsdp_cpu.py", "tests/launched.py", "greedy", tmp_path, *tiny_pair)
+    check_greedy(tmp_path, done, engine, tiny_pair[1])
 
 
 # -- SIGKILL ------------------------------------------------------------------------------------------------------------
