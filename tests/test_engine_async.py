@@ -1,4 +1,4 @@
-"""Async scheduling: tokens pass from step to step on the device, and steady decoding moves the last step's inputs on.
+"""Async scheduling: tokens pass from step to step on the device, and steady decoding moves the last step on.
 
 The reference is the engine with scheduling of one step at a time, and, for what a runner is given to compute, vLLM's own
 preparation of the same step.
@@ -6,14 +6,16 @@ preparation of the same step.
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from osd.engine import worker as pair_worker
+from osd.engine.forward import SteadyForward
 from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from osd.engine.scheduler import AsyncPairScheduler
-from osd.engine.steady import SteadyInputs
 from tests.exact import NOISE, completion_logits, reference
 from tests.tiny import tiny_engine_kwargs
 
@@ -54,16 +56,16 @@ def runners(engine: PairEngine) -> dict[str, object]:
 
 
 def test_async_results_are_those_of_one_step_at_a_time(engine, one_at_a_time):
-    before = {side: runner._prepare_inputs.advanced for side, runner in runners(engine).items()}
+    before = {side: runner.execute_model.advanced for side, runner in runners(engine).items()}
     completions = engine.generate(PROMPTS, sampling=SAMPLING)
     assert [c.token_ids for c in completions] == one_at_a_time
     for side, runner in runners(engine).items():
         # 70 steps, of which a few admit requests or are the last; the rest must have taken the short way.
-        assert runner._prepare_inputs.advanced - before[side] > 60
+        assert runner.execute_model.advanced - before[side] > 60
 
 
 def prepared(runner, num_rows: int) -> dict[str, torch.Tensor]:
-    """Everything that a decoding step of ``num_rows`` rows reads of what ``_prepare_inputs`` wrote, copied."""
+    """Everything that a decoding step of ``num_rows`` rows reads of what was prepared for it, copied."""
     table = runner.input_batch.block_table[0]
     buffers = {
         "input_ids": runner.input_ids.gpu[:num_rows],
@@ -77,24 +79,35 @@ def prepared(runner, num_rows: int) -> dict[str, torch.Tensor]:
         "slot_mapping": table.slot_mapping.gpu[:num_rows],
         "discard": torch.from_numpy(runner.discard_request_mask.np[:num_rows]),
     }
+    for group in (group for of_cache in runner.attn_groups for group in of_cache):
+        # FlashAttention's schedule, which the CUDA graphs of the model read where it lies.
+        schedule = getattr(group.get_metadata_builder(0), "scheduler_metadata", None)
+        if schedule is not None:
+            buffers["schedule"] = schedule
     return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
 def compare_with_stock(engine, monkeypatch) -> list[str]:
     """After every step that was moved on, let vLLM prepare it too; returns what differed, as it happens."""
     differing: list[str] = []
-    advance = SteadyInputs._advance
+    advance = SteadyForward._advance
 
-    def both(self, scheduler_output, num_rows):
-        advance(self, scheduler_output, num_rows)
-        ours, ours_result = prepared(self.runner, num_rows), self._result
-        stock_result = self.stock(scheduler_output, np.ones(num_rows, dtype=np.int32))
-        theirs = prepared(self.runner, num_rows)
+    def both(self, step, output):
+        advance(self, step, output)
+        runner, batch = self.runner, self.runner.input_batch
+        ours = prepared(runner, batch.num_reqs)
+        cached = output.scheduled_cached_reqs
+        planned = dict(zip(map(batch.req_id_to_index.get, cached.req_ids), cached.num_computed_tokens, strict=True))
+        if batch.num_computed_tokens_cpu[: batch.num_reqs].tolist() != [planned[row] for row in range(batch.num_reqs)]:
+            differing.append("num_computed_tokens_cpu")
+        indices = runner._prepare_inputs(output, np.ones(batch.num_reqs, dtype=np.int32))[0]
+        self._build(**self._metadata)
+        theirs = prepared(runner, batch.num_reqs)
         differing.extend(name for name in ours if not torch.equal(ours[name], theirs[name]))
-        if not torch.equal(ours_result[0], stock_result[0]) or ours_result[1:] != stock_result[1:]:
-            differing.append("result")
+        if indices.tolist() != list(range(batch.num_reqs)):
+            differing.append("rows of the logits")
 
-    monkeypatch.setattr(SteadyInputs, "_advance", both)
+    monkeypatch.setattr(SteadyForward, "_advance", both)
     return differing
 
 
@@ -117,18 +130,29 @@ def test_requests_that_come_and_go_leave_the_others_alone(engine, monkeypatch, o
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU, host and device share the block table")
 def test_a_block_table_that_is_not_uploaded_is_seen(engine, monkeypatch):
     """The planted error: new blocks stay on the host."""
-    advance = SteadyInputs._advance
+    update = SteadyForward._update_batch
 
-    def without_upload(self, scheduler_output, num_rows):
+    def without_upload(self, cached, rows):
         with monkeypatch.context() as patch:
             patch.setattr(self.runner.input_batch.block_table, "commit_block_table", lambda *args: None)
-            advance(self, scheduler_output, num_rows)
+            update(self, cached, rows)
 
-    monkeypatch.setattr(SteadyInputs, "_advance", without_upload)
+    monkeypatch.setattr(SteadyForward, "_update_batch", without_upload)
     differing = compare_with_stock(engine, monkeypatch)
     engine.generate(PROMPTS, sampling=SAMPLING)
     assert "block_table" in differing
     assert "slot_mapping" in differing
+
+
+@pytest.mark.skipif(os.environ.get("OSD_TEST_CUDA_GRAPHS") != "1", reason="needs CUDA graphs")
+def test_steady_steps_are_replayed(engine):
+    """All that a step launches is in graphs: around both models, and the draw."""
+    worker = engine._worker()
+    before = worker.sampler._drawing.replayed if worker.sampler._drawing else 0
+    engine.generate(PROMPTS, sampling=SAMPLING)
+    assert worker.sampler._drawing.replayed - before > 60
+    for runner in runners(engine).values():
+        assert all(replayed._captured for pair in list(runner.execute_model._replays.values())[-1:] for replayed in pair)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no streams")
@@ -163,22 +187,41 @@ def test_records_are_those_of_the_tokens_that_were_returned(engine, models):
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_a_side_fed_another_rows_token_is_seen(engine, models, monkeypatch, side):
-    feed = pair_worker._feed
+    feed = pair_worker.feed
     wrong = runners(engine)[side]
 
     def shifted(runner, token_B, fed, again):
         feed(runner, token_B.roll(1) if runner is wrong else token_B, fed, again)
 
-    monkeypatch.setattr(pair_worker, "_feed", shifted)
+    monkeypatch.setattr(pair_worker, "feed", shifted)
     assert errors(models, engine.generate(PROMPTS, sampling=SAMPLING | {"temperature": 1.0})) > 1.0
 
 
-def test_positions_that_stand_still_are_seen(engine, models, monkeypatch):
-    advance = SteadyInputs._advance
+@pytest.mark.parametrize("what", ["positions", "seq_lens"])
+def test_inputs_that_stand_still_are_seen(engine, models, monkeypatch, what):
+    advance = SteadyForward._update_batch
 
-    def still(self, scheduler_output, num_rows):
-        advance(self, scheduler_output, num_rows)
-        self.runner.positions[:num_rows] -= 1
+    def still(self, cached, rows):
+        advance(self, cached, rows)
+        getattr(self.runner, what)[:rows] -= 1
 
-    monkeypatch.setattr(SteadyInputs, "_advance", still)
+    monkeypatch.setattr(SteadyForward, "_update_batch", still)
     assert errors(models, engine.generate(PROMPTS, sampling=SAMPLING | {"temperature": 1.0})) > 0.1
+
+
+def test_a_step_that_fails_is_not_gone_on_from(engine, monkeypatch, one_at_a_time):
+    advance = SteadyForward._advance
+    calls = []
+
+    def failing(self, step, output):
+        calls.append(self)
+        if len(calls) == 20:
+            raise RuntimeError("out of memory")
+        advance(self, step, output)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SteadyForward, "_advance", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.generate(PROMPTS, sampling=SAMPLING)
+    assert calls[-1]._step is None
+    assert [c.token_ids for c in engine.generate(PROMPTS, sampling=SAMPLING)] == one_at_a_time

@@ -8,6 +8,7 @@ import re
 from importlib import metadata
 
 import pytest
+from vllm.forward_context import ForwardContext
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -63,11 +64,15 @@ def attributes(cls) -> set[str]:
         (Worker, "execute_model sample_tokens vllm_config model_config cache_config scheduler_config compilation_config"),
         (GPUModelRunner, "sampler input_batch requests execute_model_state discard_request_mask profile_run"),
         (GPUModelRunner, "_prepare_inputs use_async_scheduling uses_mrope enable_prompt_embeds lora_config num_spec_tokens"),
+        (GPUModelRunner, "supports_mm_inputs is_pooling_model use_aux_hidden_state_outputs cascade_attn_enabled eplb_state"),
+        (GPUModelRunner, "_build_attention_metadata _model_forward _bookkeeping_sync synchronize_input_prep attn_groups"),
+        (GPUModelRunner, "kv_connector_output kv_cache_config model"),
         (GPUModelRunner, "positions num_computed_tokens seq_lens query_start_loc input_ids optimistic_seq_lens_cpu"),
         (GPUModelRunner, "execute_model sample_tokens get_kv_cache_spec get_model _init_kv_zero_meta _zero_block_ids"),
         (InputBatch, "req_ids num_reqs generators sampling_metadata prev_sampled_token_ids prev_req_id_to_index block_table"),
         (InputBatch, "token_ids_cpu is_token_ids num_tokens_no_spec num_computed_tokens_cpu"),
-        (MultiGroupBlockTable, "commit_block_table compute_slot_mapping"),
+        (InputBatch, "req_id_to_index refresh_metadata"),
+        (MultiGroupBlockTable, "append_row commit_block_table compute_slot_mapping"),
         (LogitsProcessors, "all argmax_invariant"),
         (Sampler, "forward sample apply_temperature logprobs_mode"),
     ],
@@ -91,7 +96,8 @@ def test_classes_have_what_the_pair_uses(cls, names):
         (SamplingMetadata, "temperature all_greedy all_random top_k top_p generators logitsprocs max_num_logprobs"),
         (SamplingMetadata, "no_penalties allowed_token_ids_mask bad_words_token_ids logprob_token_ids"),
         (SamplingMetadata, "thinking_budget_state_holder"),
-        (CachedRequestState, "output_token_ids"),
+        (CachedRequestState, "output_token_ids block_ids"),
+        (ForwardContext, "attn_metadata cudagraph_runtime_mode batch_descriptor"),
         (FullAttentionSpec, "block_size num_kv_heads head_size dtype sliding_window"),
     ],
 )
@@ -105,6 +111,29 @@ def test_a_step_still_splits_into_forward_and_sampling():
     source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
     assert "discard_request_mask.np" in source, "a discarded row is no longer named by discard_request_mask"
     assert "stop_reason" in EngineCoreOutput.__struct_fields__
+
+
+def test_a_forward_pass_is_set_up_as_it_is_watched():
+    """SteadyForward sees a step of vLLM's by the two calls it makes, whose arguments must all be named."""
+    source = inspect.getsource(GPUModelRunner.execute_model)
+    for call in ("self._build_attention_metadata(", "self._model_forward("):
+        [arguments] = [part.split(")\n", 1)[0] for part in source.split(call)[1:]]
+        assert all(
+            "=" in line or line.strip().startswith(("**", "if ", "else ")) for line in arguments.split(",\n") if line.strip()
+        )
+    assert "set_forward_context(" in source
+    assert {"hidden_states"} <= set(ExecuteModelState._fields)
+
+
+def test_nothing_that_a_step_carries_is_unknown_to_steady_decoding():
+    """A step is moved on where nothing else is new; a new field may be such a thing."""
+    known = "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens total_num_scheduled_tokens finished_req_ids"
+    known += " scheduled_spec_decode_tokens scheduled_encoder_inputs num_common_prefix_blocks free_encoder_mm_hashes"
+    known += " scheduled_encoder_input_stats preempted_req_ids has_structured_output_requests num_invalid_spec_tokens"
+    known += " pending_structured_output_tokens kv_connector_metadata ec_connector_metadata ec_manager_metadata"
+    known += " has_sync_kv_loads aux_output_connector_metadata kv_connector_block_state new_block_ids_to_zero"
+    known += " kv_cache_block_copies block_table_updates num_spec_tokens_to_schedule"
+    assert {field.name for field in dataclasses.fields(SchedulerOutput)} <= set(known.split())
 
 
 def test_nothing_that_acts_on_logits_is_unknown_to_the_sampler():

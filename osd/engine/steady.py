@@ -1,9 +1,9 @@
-"""Steady decoding: what need not be worked out again while a batch only grows by a token per row and step.
+"""Steady decoding in the scheduler: what need not be planned again while a batch only grows by a token per row and step.
 
 Most steps of a run are the step before, one token on: the same requests in the same rows, one new position each. vLLM
-works every step out from scratch, on the host, in milliseconds that the GPU spends waiting. The two classes here derive such
-a step from the last one and leave every other step to vLLM's own code, to which theirs must be equivalent:
-``tests/test_engine_async.py`` compares what both produce.
+plans every step from scratch, on the host, in milliseconds that the GPU spends waiting. Here such a step is derived from
+the last one, and every other step left to vLLM's own code, to which this must be equivalent. :mod:`osd.engine.forward` does the
+same for the forward pass.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
-import torch
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
@@ -46,6 +44,7 @@ class SteadyScheduler(AsyncScheduler):
             0 < len(cached.req_ids) == output.total_num_scheduled_tokens == len(self.running)
             and not cached.resumed_req_ids
             and not output.has_structured_output_requests
+            and not moves_blocks(output)
         )
 
     def _derive(self) -> SchedulerOutput | None:
@@ -127,62 +126,7 @@ class SteadyScheduler(AsyncScheduler):
         return True
 
 
-class SteadyInputs:
-    """A runner's ``_prepare_inputs`` that moves last step's inputs on by one position, on the device.
-
-    vLLM gathers token ids and positions of the batch on the host and uploads a dozen small tensors. In steady decoding all
-    of that is known to the device: the token each row sampled, and each row's position.
-    """
-
-    def __init__(self, runner: Any) -> None:
-        self.runner = runner
-        self.stock = runner._prepare_inputs
-        self.advanced = 0  # how many steps were moved on, for whoever wants to know
-        self._supported = runner.use_async_scheduling and not (
-            runner.uses_mrope
-            or getattr(runner, "uses_xdrope_dim", 0)  # gone in vLLM 0.31
-            or runner.enable_prompt_embeds
-            or runner.lora_config
-            or runner.num_spec_tokens
-            or len(runner.kv_cache_config.kv_cache_groups) != 1
-        )
-        self._result: Any = None  # what the last steady step returned
-        self._req_ids: list[str] = []
-        self._computed = np.empty(0, dtype=np.int32)
-
-    def __call__(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
-        batch = self.runner.input_batch
-        num_rows = batch.num_reqs
-        steady = self._supported and scheduler_output.total_num_scheduled_tokens == num_rows
-        computed = batch.num_computed_tokens_cpu[:num_rows]
-        if steady and self._result is not None and self._follows(batch, computed):
-            self._advance(scheduler_output, num_rows)
-        else:
-            self._result = None
-            result = self.stock(scheduler_output, num_scheduled_tokens)
-            if not steady:
-                return result
-            self._result, self._req_ids = result, list(batch.req_ids)
-        self._computed = computed.copy()
-        return self._result
-
-    def _follows(self, batch: Any, computed: np.ndarray) -> bool:
-        """The same rows, each one position on, each fed the token that it sampled in the last step."""
-        return (
-            batch.prev_sampled_token_ids is not None
-            and len(batch.prev_req_id_to_index) == batch.num_reqs
-            and batch.req_ids == self._req_ids
-            and np.array_equal(computed, self._computed + 1)
-        )
-
-    def _advance(self, scheduler_output: SchedulerOutput, num_rows: int) -> None:
-        runner, batch = self.runner, self.runner.input_batch
-        if any(scheduler_output.scheduled_cached_reqs.new_block_ids):
-            batch.block_table.commit_block_table(num_rows)
-        positions = runner.positions[:num_rows]
-        torch._foreach_add_([positions, runner.num_computed_tokens[:num_rows], runner.seq_lens[:num_rows]], 1)
-        batch.block_table.compute_slot_mapping(num_rows, runner.query_start_loc.gpu[: num_rows + 1], positions)
-        runner.input_ids.gpu[:num_rows].copy_(batch.prev_sampled_token_ids[:, 0], non_blocking=True)
-        runner.optimistic_seq_lens_cpu[:num_rows] += 1
-        runner.discard_request_mask.np[:num_rows] = False
-        self.advanced += 1
+def moves_blocks(output: SchedulerOutput) -> bool:
+    """Whether a step changes KV blocks or their table by other means than new blocks at a row's end (which no row of a
+    plain cache does)."""
+    return any(getattr(output, name, None) for name in ("kv_cache_block_copies", "block_table_updates"))

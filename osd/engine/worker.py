@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
@@ -20,14 +19,15 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from osd.core import MixingConfig
+from osd.engine.books import feed, note_samples, note_samples_at_once, only_rows
 from osd.engine.config import mixing_config, share_block_size, student_vllm_config, wants_overlap
+from osd.engine.forward import SteadyForward
 from osd.engine.options import PairOptions
 from osd.engine.parts import as_index, take
 from osd.engine.record import RecordLog, dump_records
 from osd.engine.rows import RowPlan, RowPlanner
 from osd.engine.sampler import FedSampler, PairSampler
 from osd.engine.scheduler import PairStep, student_kv_cache_config
-from osd.engine.steady import SteadyInputs
 from osd.engine.weights import WeightMap, keep_weights_live, load_weights
 
 if current_platform.is_cpu():
@@ -149,7 +149,8 @@ class PairWorker(Worker):
         self.student_weights = WeightMap(self.student_runner.get_model())
         for runner in (self.model_runner, self.student_runner):
             runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes after a NaN
-            runner._prepare_inputs = SteadyInputs(runner)
+            runner.execute_model = SteadyForward(runner)
+        note_samples_at_once(self.model_runner)
         return times
 
     def _install_samplers(self) -> None:
@@ -232,11 +233,11 @@ class PairWorker(Worker):
         self._set_up_sampler(plan, student_state)
         self._constrain(state, grammar_output)
         with self._dropping_the_step_on_error():
-            with _only_rows(teacher, plan.ready_mask):
+            with only_rows(teacher, plan.ready_mask):
                 output = teacher.sample_tokens(None)
             if teacher.use_async_scheduling:
                 assert self.sampler.token_B is not None
-                _feed(teacher, self.sampler.token_B, plan.fed, plan.again)
+                feed(teacher, self.sampler.token_B, plan.fed, plan.again)
             self._finish_student(plan)
         self._record(plan, state.sample_hidden_states)
         return output
@@ -264,11 +265,11 @@ class PairWorker(Worker):
             tokens = torch.zeros(len(plan.student_ready_mask), dtype=torch.int32, device=self.device)
         if runner.use_async_scheduling:
             runner.execute_model_state = None
-            _note_samples(runner, plan.student_ready_mask)
-            _feed(runner, tokens, plan.student_fed, plan.student_again)
+            note_samples(runner, plan.student_ready_mask)
+            feed(runner, tokens, plan.student_fed, plan.student_again)
         else:
             self.student_sampler.tokens_B = tokens
-            with _only_rows(runner, plan.student_ready_mask):
+            with only_rows(runner, plan.student_ready_mask):
                 runner.sample_tokens(None)
 
     # -- the record -------------------------------------------------------------------------------------------------
@@ -320,49 +321,6 @@ class PairWorker(Worker):
                 f"a request was admitted for the student's weights version {step.weights_version}, and version "
                 f"{self.weights_version} is loaded: its KV cache would belong to other weights"
             )
-
-
-@contextmanager
-def _only_rows(runner: Any, ready_mask: np.ndarray) -> Iterator[None]:
-    """Let a runner keep the samples of ``ready_mask``'s rows only, [B] bool.
-
-    The other rows' random generators are hidden meanwhile: a discarded draw must not advance a seeded request, and vLLM
-    would wind them back by a CUDA generator's offset.
-    """
-    runner.discard_request_mask.np[: len(ready_mask)] = ~ready_mask
-    generators = runner.input_batch.generators
-    hidden = {row: generators.pop(row) for row in list(generators) if not ready_mask[row]}
-    try:
-        yield
-    finally:
-        generators.update(hidden)
-
-
-def _note_samples(runner: Any, ready_mask: np.ndarray) -> None:
-    """vLLM's bookkeeping of one sampled token for each of ``ready_mask``'s rows [B], whose ids only the device knows yet."""
-    batch = runner.input_batch
-    rows = np.flatnonzero(ready_mask)
-    ends = batch.num_tokens_no_spec[rows]
-    batch.token_ids_cpu[rows, ends] = -1
-    batch.is_token_ids[rows, ends] = True
-    batch.num_tokens_no_spec[rows] = ends + 1
-    for row in rows.tolist():
-        runner.requests[batch.req_ids[row]].output_token_ids.append(-1)
-
-
-def _feed(runner: Any, token_B: torch.Tensor, fed: dict[str, int], again: torch.Tensor | None) -> None:
-    """Leave the next step's input tokens on the device, where async scheduling looks for them.
-
-    Args:
-        token_B: what each row of the runner's batch sampled, int32 [B].
-        fed: the rows that have such a token, by request id.
-        again: rows that were ahead, int64, or None: they are fed what they were fed in this step, once more.
-    """
-    if again is not None:
-        last_input = runner.query_start_loc.gpu[again + 1].long() - 1
-        token_B = token_B.index_copy(0, again, runner.input_ids.gpu[last_input])
-    runner.input_batch.prev_sampled_token_ids = token_B.unsqueeze(-1)
-    runner.input_batch.prev_req_id_to_index = dict(fed)
 
 
 def _block_bytes(specs: dict[str, Any]) -> int:

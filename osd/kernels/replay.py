@@ -1,7 +1,8 @@
 """`mix_and_draw` replayed as a CUDA graph, for a caller that gives it the same memory again and again.
 
-Launching three kernels with some twenty arguments each takes the host longer than the kernels take the GPU. In decoding, the
-allocator hands out the same few addresses step after step, so a graph captured for a set of addresses fits most steps.
+Launching three kernels with some twenty arguments each takes the host longer than the kernels take the GPU. In steady decoding
+the logits are written to the same memory step after step (osd.engine.forward), so a graph captured for a set of addresses
+fits nearly all of them.
 """
 
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from osd.core import MixingConfig
 from osd.kernels.fused import mix_and_draw
+from osd.kernels.graph import GraphPool
 
 _KEPT = 32  # graphs; one is a few kilobytes of device memory
 
@@ -24,7 +26,7 @@ class ReplayedDraw:
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Any, _Captured | None] = OrderedDict()
-        self._pool: Any = None
+        self._pool: GraphPool | None = None
         self.replayed = 0  # how many calls were replays, for whoever wants to know
 
     @torch.no_grad()
@@ -76,17 +78,8 @@ class ReplayedDraw:
     def _capture(
         self, logits_theta: Tensor, logits_teacher: Tensor, config: MixingConfig, arguments: dict[str, Any]
     ) -> _Captured:
-        """Not by torch.cuda.graph, which synchronises, collects garbage and empties the allocator's cache."""
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            mixed = mix_and_draw(logits_theta, logits_teacher, config, **arguments)
-            graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or GraphPool()
+        graph, mixed = self._pool.capture(lambda: mix_and_draw(logits_theta, logits_teacher, config, **arguments))
         assert mixed.token_P is not None
         return graph, mixed.token_P, mixed.values_PR
 
