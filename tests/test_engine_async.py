@@ -148,11 +148,12 @@ def test_a_block_table_that_is_not_uploaded_is_seen(engine, monkeypatch):
 def test_steady_steps_are_replayed(engine):
     """All that a step launches is in graphs: around both models, and the draw."""
     worker = engine._worker()
-    before = worker.sampler._drawing.replayed if worker.sampler._drawing else 0
+    draw = worker.sampler._drawing._draw
+    before = draw.replayed
     engine.generate(PROMPTS, sampling=SAMPLING)
-    assert worker.sampler._drawing.replayed - before > 60
+    assert draw.replayed - before > 60
     for runner in runners(engine).values():
-        assert all(replayed._captured for pair in list(runner.execute_model._replays.values())[-1:] for replayed in pair)
+        assert any(prepare.captured and logits.captured for prepare, logits in runner.execute_model._replays.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no streams")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from osd import kernels
 from osd.core import RECORD_FIELDS, MixingConfig
+from osd.kernels.graph import GraphPool, Replayed
 from osd.mixing import mix
 from tests.test_alpha import Exact, wobble
 from tests.test_mixing import ess, kl, log_q
@@ -478,6 +479,18 @@ class TestOnAGpu:
             again = mix_and_draw(theta, teacher, MixingConfig(), vocab_size=151936, uniform=uniform)
             assert torch.equal(again.values_PR, first.values_PR)
             assert torch.equal(again.token_P, first.token_P)
+
+    def test_a_pool_outlives_its_graphs(self) -> None:
+        """Regression: a size that came back after its graphs had been dropped could not be captured again."""
+        pool, source = GraphPool(), torch.arange(4, device=DEVICE)
+        results = []
+        for _ in range(3):
+            double = Replayed(lambda: source * 2, pool)
+            results.append([double() for _ in range(4)][-1])
+            assert double.captured
+            del double  # its result lives on
+            source += 1
+        assert results[-1].tolist() == [4, 6, 8, 10]
 
     def test_draws_follow_q(self) -> None:
         """Chi-square of 60,000 draws over 40 ids: above 75 once in 2,500 runs (39 degrees); about 1,000 for pi_theta."""

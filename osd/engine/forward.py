@@ -123,7 +123,9 @@ class SteadyForward:
             self._replays[key] = Replayed(prepare, self._pool), Replayed(logits, self._pool)
         self._replays.move_to_end(key)
         if len(self._replays) > _KEPT:
-            self._replays.popitem(last=False)
+            # A batch that shrinks row by row passes through sizes that never get as far as a capture: they go first.
+            oldest, *others = list(self._replays)[:-1]
+            del self._replays[next((k for k in (oldest, *others) if not self._replays[k][0].captured), oldest)]
         return self._replays[key]
 
     # -- the next step ----------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ class GraphPool:
     def __init__(self) -> None:
         self._handle = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(priority=-1)
+        # torch closes a pool for good when its last graph goes, and the others may all be dropped for a while.
+        self._keeps_open = self.capture(lambda: torch.zeros(1, device="cuda"))
 
     def capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         """A graph of what ``function`` launches, and what it returned: memory that every replay writes, while it is held.
@@ -48,6 +50,10 @@ class Replayed:
         self._function, self._pool = function, pool
         self._calls = 0
         self._captured: tuple[torch.cuda.CUDAGraph, Any] | None = None
+
+    @property
+    def captured(self) -> bool:
+        return self._captured is not None
 
     def __call__(self) -> Any:
         if self._captured is None:
