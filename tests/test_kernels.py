@@ -489,7 +489,7 @@ class TestOnAGpu:
             results.append([double() for _ in range(4)][-1])
             assert double.captured
             del double  # its result lives on
-            source += 1
+            source.add_(1)
         assert results[-1].tolist() == [4, 6, 8, 10]
 
     def test_draws_follow_q(self) -> None:
