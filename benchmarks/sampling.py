@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     result["runs"].append(
         {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": ["python", "benchmarks/sampling.py", *(sys.argv[1:] if argv is None else argv)],
+            "command": ["python", "benchmarks/sampling.py", *map(_without_folders, sys.argv[1:] if argv is None else argv)],
             "commit": _commit(),
             "hardware": result["hardware"],
             "configuration": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
@@ -249,6 +249,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{tables(result)}\n\nwritten to {path}")
     _try_plot(result, path)
     return int(any(system["status"] != "ok" for system in result["systems"].values()))
+
+
+def _without_folders(argument: str) -> str:
+    """A result holds no folders of the machine's."""
+    return Path(argument).name if argument.startswith(os.sep) else argument
 
 
 def _models(args: argparse.Namespace, folder: Path) -> tuple[str, str]:

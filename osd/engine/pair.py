@@ -272,8 +272,9 @@ class PairEngine:
 
     def _token_record(self, record: RequestRecord, length: int) -> TokenRecord:
         # A request that ended by a stop string, or in an error, may have one more row than it has tokens.
-        hidden = None if record.hidden_TH is None else record.hidden_TH[:length]
-        values = record.values_TR[:length] if record.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
+        # Copies: a record that somebody keeps must not keep those of the whole batch, whose memory it shares.
+        hidden = None if record.hidden_TH is None else record.hidden_TH[:length].clone()
+        values = record.values_TR[:length].clone() if record.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
         return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=record.weights_version)
 
     def _take_records(self) -> dict[str, RequestRecord]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-# B rows of a step, R record fields (osd.core.RECORD_FIELDS), H teacher hidden size, T tokens of a completion.
+# B rows of a step, R record fields (osd.core.RECORD_FIELDS), H teacher hidden size, T tokens of a completion, S steps of a run,
+# X either R or H.
 
 
 @dataclass
@@ -71,15 +73,18 @@ class RecordLog:
         }
 
 
-def _by_request(steps: list[tuple[list[str], torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Split the steps' rows by request; one concatenation on the device and one copy to the host for all of them."""
-    if not steps:
-        return {}
-    rows = torch.cat([rows for _, rows in steps]).cpu()
-    positions: dict[str, list[int]] = {}
-    for row, request_id in enumerate(request_id for ids, _ in steps for request_id in ids):
-        positions.setdefault(request_id, []).append(row)
-    return {request_id: rows[index] for request_id, index in positions.items()}
+def _by_request(steps: list[tuple[Sequence[str], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The steps' rows by request, on the host: views of one copy.
+
+    Most steps have the rows of the step before; such a run is one block, whatever its length.
+    """
+    pieces: dict[str, list[torch.Tensor]] = {}
+    for _, run in itertools.groupby(steps, key=lambda step: tuple(step[0])):
+        (request_ids, first), *others = run
+        rows_SBX = torch.stack([first, *(rows for _, rows in others)]).cpu()
+        for request_id, rows_SX in zip(request_ids, rows_SBX.transpose(0, 1).contiguous(), strict=True):
+            pieces.setdefault(request_id, []).append(rows_SX)
+    return {request_id: found[0] if len(found) == 1 else torch.cat(found) for request_id, found in pieces.items()}
 
 
 def dump_records(records: dict[str, RequestRecord]) -> bytes:

@@ -1,0 +1,45 @@
+"""The record's log: every row comes back under its own request, in order, whatever the batch was."""
+
+from __future__ import annotations
+
+import torch
+
+from osd.engine.record import RecordLog, dump_records, load_records
+
+R, H = 3, 5
+# Requests come, go and change places; two runs of the same rows, and a request that pauses.
+BATCHES = [["a"], ["a", "b"], ["a", "b"], ["b", "a"], ["b", "c", "a"], ["b", "c"], ["b", "c"], ["c"], ["a", "c"]]
+
+
+def test_rows_come_back_by_request_and_in_order():
+    log = RecordLog(weights_version=4)
+    expected: dict[str, list[torch.Tensor]] = {}
+    hidden: dict[str, list[torch.Tensor]] = {}
+    torch.manual_seed(0)
+    for ids in BATCHES:
+        values_BR, hidden_BH = torch.randn(len(ids), R), torch.randn(len(ids), H, dtype=torch.bfloat16)
+        log.append(ids, values_BR, hidden_BH)
+        for row, request_id in enumerate(ids):
+            expected.setdefault(request_id, []).append(values_BR[row])
+            hidden.setdefault(request_id, []).append(hidden_BH[row])
+    log.admitted("teacher", "a", 7)
+    log.admitted("student", "d", 2)  # admitted, and never sampled
+    records = load_records(dump_records(log.take()))
+    assert records.keys() == {"a", "b", "c", "d"}
+    for request_id, rows in expected.items():
+        assert torch.equal(records[request_id].values_TR, torch.stack(rows))
+        assert torch.equal(records[request_id].hidden_TH, torch.stack(hidden[request_id]))
+        assert records[request_id].weights_version == 4
+    assert (records["a"].teacher_cached_tokens, records["d"].student_cached_tokens) == (7, 2)
+    assert records["d"].hidden_TH is None
+    assert not log.take()
+
+
+def test_hidden_states_of_some_steps_only():
+    log = RecordLog()
+    log.append(["a", "b"], torch.zeros(2, R), None)
+    log.append(["a"], torch.ones(1, R), torch.ones(1, H))
+    records = log.take()
+    assert records["a"].values_TR[:, 0].tolist() == [0, 1]
+    assert records["a"].hidden_TH.shape == (1, H)
+    assert records["b"].hidden_TH is None
