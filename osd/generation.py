@@ -109,6 +109,7 @@ class OSDGeneration(VLLMGeneration):
         self.sync_seconds = 0.0
         self.last_batch: GeneratedBatch | None = None
         self._synced = False
+        self._asked: tuple[Any, bool] = None, False  # a model, and whether it has an adapter
         self._last_sync: tuple[int, list[tuple[int, int]]] | None = None  # weights version, and the frozen weights' state
         self._teacher_side: _TeacherSide | None = None
         super().__init__(
@@ -175,13 +176,15 @@ class OSDGeneration(VLLMGeneration):
         parameters = merged_parameters(self.model, trained_only=True) if partial else self._iter_named_params()
         if self._shapes is not None:
             parameters = checked(parameters, self._shapes, self.engine.config.student)
+        stay = not (self._adapted or self._sharded)  # the others make each tensor as it is asked for
         try:
-            version = self.engine.load_student_weights(parameters, partial=partial)
+            version = self.engine.load_student_weights(parameters, partial=partial, at_once=stay)
         except BaseException:
             self._last_sync = None
             self._unmerge_adapter()
             raise
-        self._last_sync = version, frozen_state(self.model)  # after it: merging may move what it puts back
+        if self._merges_adapter:
+            self._last_sync = version, frozen_state(self.model)  # after it: merging may move what it puts back
         self._synced = True
         self.sync_seconds += time.perf_counter() - start
 
@@ -193,7 +196,9 @@ class OSDGeneration(VLLMGeneration):
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._merges_adapter:
             return merged_parameters(self.model)
-        return super()._iter_named_params()
+        if self._sharded:
+            return super()._iter_named_params()
+        return ((self._fix_param_name_to_vllm(name), p.data) for name, p in self.model.named_parameters())
 
     def _iter_fsdp1_params(
         self, module: Any, prefix: str = "", visited: set[str] | None = None
@@ -216,7 +221,13 @@ class OSDGeneration(VLLMGeneration):
     @property
     def _merges_adapter(self) -> bool:
         """There is an adapter, and it is merged here and not by TRL's walk."""
-        return is_peft_model(self.model) and not self._sharded
+        return self._adapted and not self._sharded
+
+    @property
+    def _adapted(self) -> bool:
+        if self._asked[0] is not self.model:  # not every time: accelerate reads a package's metadata to answer, in about 1 ms
+            self._asked = self.model, is_peft_model(self.model)
+        return self._asked[1]
 
     @property
     def _sharded(self) -> bool:
@@ -224,7 +235,7 @@ class OSDGeneration(VLLMGeneration):
 
     def _unmerge_adapter(self) -> None:
         # TRL's walk merges LoRA before it and unmerges after it; a failure in between would leave the trained model merged.
-        if is_peft_model(self.model) and self._sharded:
+        if self._adapted and self._sharded:
             self.model.unmerge_adapter()  # type: ignore[operator]
 
     # -- completions --------------------------------------------------------------------------------------------------

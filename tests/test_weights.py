@@ -75,14 +75,15 @@ def weight_map(engine) -> WeightMap:
     return weights
 
 
-def test_later_syncs_end_where_load_weights_would(engine, weight_map, monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
+def test_later_syncs_end_where_load_weights_would(engine, weight_map, monkeypatch, at_once):
     teacher = loaded(engine, "model_runner")
     model = engine._worker().student_runner.get_model()
     for seed in (1, 2):
         weights = another(engine, seed)
         with monkeypatch.context() as patch:
             patch.setattr(type(model), "load_weights", None)  # the map must do without it
-            engine.load_student_weights(weights.items())
+            engine.load_student_weights(weights.items(), at_once=at_once)
         assert not differing(engine, weights)
     for name, p in loaded(engine, "model_runner").items():
         assert torch.equal(p, teacher[name]), "the teacher's weights were touched"
@@ -100,14 +101,16 @@ def test_tensors_may_lie_in_memory_in_other_ways(engine, weight_map):
             yield name, gathered
             gathered.fill_(float("nan"))
 
-    views = (
+    views = [
         (n, flat[start : start + w.numel()].view(w.shape)) for (n, w), start in zip(weights.items(), offsets, strict=False)
-    )
-    transposed = ((n, w.t().contiguous().t() if w.ndim == 2 else w) for n, w in weights.items())
-    for given in (views, transposed, one_at_a_time()):
+    ]
+    transposed = [(n, w.t().contiguous().t() if w.ndim == 2 else w) for n, w in weights.items()]
+    for given, at_once in ((views, False), (views, True), (transposed, False), (transposed, True)):
         engine.load_student_weights(another(engine, 5).items())
-        engine.load_student_weights(given)
+        engine.load_student_weights(given, at_once=at_once)
         assert not differing(engine, weights)
+    engine.load_student_weights(one_at_a_time())
+    assert not differing(engine, weights)
 
 
 def test_a_map_may_be_learnt_from_a_flat_buffer(engine):
@@ -149,11 +152,14 @@ def test_parts_that_are_swapped_are_seen(engine, weight_map):
     ],
     ids=["missing", "renamed", "another dtype", "another shape"],
 )
-def test_a_sync_that_is_not_like_the_first_is_refused_and_so_is_sampling(engine, weight_map, spoil, message):
-    weights = another(engine, 9)
+@pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
+def test_a_sync_that_is_not_like_the_first_is_refused_and_so_is_sampling(engine, weight_map, spoil, message, at_once):
+    weights, before = another(engine, 9), loaded(engine)
     spoil(weights)
     with pytest.raises(ValueError, match=message):
-        engine.load_student_weights(weights.items())
+        engine.load_student_weights(weights.items(), at_once=at_once)
+    if at_once:  # it is refused before anything is copied
+        assert all(torch.equal(p, before[name]) for name, p in loaded(engine).items())
     with pytest.raises(RuntimeError, match="sync again first"):
         engine.generate(PROMPT, sampling=dict(max_tokens=2))
     engine.load_student_weights(another(engine, 9).items())

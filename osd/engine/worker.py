@@ -296,7 +296,9 @@ class PairWorker(Worker):
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
-    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False) -> int:
+    def load_student_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False, at_once: bool = False
+    ) -> int:
         """Replace every weight of the student's, or with ``partial`` those that are given; returns the new version.
 
         Until one succeeds, nothing is sampled.
@@ -307,7 +309,7 @@ class PairWorker(Worker):
         if isinstance(named_tensors, bytes):
             named_tensors = load_weights(named_tensors)
         with self._as_student(), torch.no_grad():
-            self.student_weights.load(named_tensors, partial=partial)
+            self.student_weights.load(named_tensors, partial=partial, at_once=at_once)
         self.weights_loaded = True
         self.weights_version += 1
         return self.weights_version
