@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from osd.engine.pair import PairConfig, PairEngine, PairPrompt
-from osd.engine.weights import WeightMap, load_all_weights
+from osd.engine.weights import WeightMap, _Source, load_all_weights
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -125,6 +125,19 @@ def test_a_map_may_be_learnt_from_a_flat_buffer(engine):
     assert learner.sources is not None
     learner.load(another(engine, 7).items())
     assert not differing(engine, another(engine, 7))
+
+
+def test_a_tensor_that_goes_to_several_places_may_lie_in_memory_in_other_ways():
+    """A checkpoint's fused matrix, say; neither model above has one."""
+    given = torch.arange(24.0).view(4, 6)
+    first, last = torch.empty(1, 6), torch.empty(3, 6)
+    source = _Source(given.shape, given.stride(), given.dtype)
+    source.places = [(first, (first.shape, (6, 1), 0)), (last, (last.shape, (6, 1), 6))]
+    for tensor in (given, given.t().contiguous().t(), torch.cat([torch.zeros(7), given.flatten()])[7:].view(4, 6)):
+        for part, view in source.copies("fused", tensor):
+            part.copy_(view)
+        assert torch.equal(torch.cat([first, last]), given)
+        last.zero_()
 
 
 def test_parts_that_are_swapped_are_seen(engine, weight_map):
