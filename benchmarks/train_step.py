@@ -1,7 +1,7 @@
 """What a training step costs: OSDTrainer against TRL's DistillationTrainer with vLLM in colocate mode, in one run.
 
     python benchmarks/train_step.py                                    # Qwen2.5 shapes, 3B teaching 0.5B, on one GPU
-    python benchmarks/train_step.py --completions 128 --micro-batch 16
+    python benchmarks/train_step.py --completions 256 --micro-batch 16
     python benchmarks/train_step.py --pair tiny+tiny --prompt-tokens 8 --new-tokens 8 --completions 4 --micro-batch 2 --steps 2
 
 trl   samples from the student in vLLM, then runs a transformers teacher over what was sampled
@@ -14,8 +14,8 @@ memory can be compared. Everything else is TRL's default, and the engines' setti
 its own with empty compile caches of its own. How a step and its parts are timed stands in benchmarks/train_worker.py.
 
 What differs is the method: OSD decodes two models, TRL one; TRL runs the teacher over every sample, OSD does not. TRL's
-teacher reads the student's prompt, so here OSD's does too. Long completions favour TRL, whose teacher sees all their tokens in
-one pass, and many completions favour OSD, whose decoding steps they share.
+teacher reads the student's prompt, so here OSD's does too. A step of decoding costs about the same for few completions as for
+many, and TRL's teacher costs as much as there are tokens: the number of completions is what the comparison turns on.
 
 Prints a table, and writes a JSON after each system: what is finished is kept.
 """
