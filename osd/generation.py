@@ -78,7 +78,8 @@ class OSDGeneration(VLLMGeneration):
             shape draws from q*. `generation_kwargs` are further `vllm.SamplingParams` arguments and win over the others.
 
     Raises:
-        ValueError: a pair that would not live in this process on one device; and what `PairEngine` raises.
+        ValueError: a pair that would not live in this process on one device; an adapter under FSDP1; and what `PairEngine`
+            raises.
     """
 
     def __init__(
@@ -130,6 +131,11 @@ class OSDGeneration(VLLMGeneration):
         """Start the pair; TRL's constructor calls this where it would build its `LLM`."""
         from osd.engine.pair import PairConfig, PairEngine
 
+        if self._adapted and self._dist.fsdp_version == 1:
+            raise ValueError(
+                "fsdp_version=1 with a PEFT adapter: FSDP1's flat shards cannot be merged with it, so the engine would never "
+                "get the trained student; use fsdp_version=2"
+            )
         if isinstance(self.pair, PairConfig):
             _check_colocated(self.pair)
             # The trainer hands tensors over by reference, so the engine must not be a process of its own.

@@ -340,7 +340,9 @@ def test_both_trainers_run_on_a_tiny_pair(tmp_path):
         assert all(seconds > 0 for parts in system["parts_s"] for seconds in parts.values())
         assert len(system["loss"]) == 5
         assert all(loss > 0 for loss in system["loss"])
-        assert {side["kv_cache_tokens"] for side in system["settings"].values()} == {288}  # whole blocks of 32 in 4 * (8 + 6 + ROOM)
+        assert {side["kv_cache_tokens"] for side in system["settings"].values()} == {
+            288
+        }  # whole blocks of 32 in 4 * (8 + 6 + ROOM)
         assert set(system["settings"]) == ({"student"} if name == "trl" else {"teacher", "student"})
     assert all(0 < alpha < 1 for alpha in found["systems"]["osd"]["alpha"])
     assert found["summary"]["osd_over_trl"]["step_s"] > 0

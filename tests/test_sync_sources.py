@@ -3,6 +3,7 @@
 import copy
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +167,15 @@ def test_a_gradient_checkpointed_student(generation_of, student):
     student.gradient_checkpointing_enable()
     perturb(student)
     assert gap_after_sync(generation_of(student), student) < NOISE
+
+
+def test_an_adapter_under_fsdp1_is_refused_before_an_engine_starts(generation_of, student, monkeypatch):
+    """TRL would merge its flat shards, and fail on their shapes."""
+    fsdp1 = SimpleNamespace(fsdp_version=1, is_fsdp=True, is_zero3=False)
+    monkeypatch.setattr("trl.generation.vllm_generation.DistributedBackend", lambda accelerator: fsdp1)
+    with pytest.raises(ValueError, match="fsdp_version=1 with a PEFT adapter"):
+        generation_of(with_lora(student))
+    generation_of(student)
 
 
 # -- LoRA in training ---------------------------------------------------------------------------------------------------

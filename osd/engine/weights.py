@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from vllm.platforms import current_platform
 
 logger = logging.getLogger(__name__)
@@ -179,6 +179,8 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
         for part in written:
+            if is_traceable_wrapper_subclass(part):
+                continue  # a shard of the live student, which merges an adapter while it is walked; it has no storage to ask
             storage = part.untyped_storage().data_ptr()
             if storage not in self._uncovered:
                 continue
