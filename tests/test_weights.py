@@ -113,6 +113,14 @@ def test_tensors_may_lie_in_memory_in_other_ways(engine, weight_map):
     assert not differing(engine, weights)
 
 
+def test_weights_stay_where_cuda_graphs_read_them(engine, weight_map):
+    model = engine._worker().student_runner.get_model()
+    where = {name: p.data_ptr() for name, p in model.named_parameters()}
+    engine.load_student_weights(another(engine, 3).items(), at_once=True)  # by the map
+    WeightMap(model).load(another(engine, 3).items())  # by load_weights, as the first sync and every one without a map
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == where
+
+
 def test_a_map_may_be_learnt_from_a_flat_buffer(engine):
     weights = another(engine, 6)
     flat = torch.cat([w.flatten() for w in weights.values()])
