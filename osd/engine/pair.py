@@ -277,6 +277,8 @@ class PairEngine:
         return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=record.weights_version)
 
     def _take_records(self) -> dict[str, RequestRecord]:
+        if (worker := self._worker()) is not None:
+            return worker.collect_records()
         [data] = [data for data in self.llm.collective_rpc("take_records") if data is not None]
         return load_records(data)
 

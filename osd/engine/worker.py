@@ -23,7 +23,7 @@ from osd.core import MixingConfig
 from osd.engine.config import mixing_config, share_block_size, student_vllm_config, wants_overlap
 from osd.engine.options import PairOptions
 from osd.engine.parts import as_index, take
-from osd.engine.record import RecordLog, dump_records
+from osd.engine.record import RecordLog, RequestRecord, dump_records
 from osd.engine.rows import RowPlan, RowPlanner
 from osd.engine.sampler import FedSampler, PairSampler
 from osd.engine.scheduler import PairStep, student_kv_cache_config
@@ -288,10 +288,14 @@ class PairWorker(Worker):
         hidden = hidden_BH[rows].clone() if plan.hidden else None
         self.records.append(plan.recorded_ids, self.sampler.values_BR[rows], hidden)
 
-    def take_records(self) -> bytes | None:
-        """Every request's record since the last call; None from ranks whose driver holds the same."""
+    def collect_records(self) -> dict[str, RequestRecord]:
+        """Every request's record since the last call."""
         self.records.weights_version = self.weights_version
-        records = self.records.take()
+        return self.records.take()
+
+    def take_records(self) -> bytes | None:
+        """The same as bytes, for another process; None from ranks whose driver holds the same."""
+        records = self.collect_records()
         return dump_records(records) if self.is_driver_worker else None
 
     # -- the student's weights --------------------------------------------------------------------------------------
