@@ -40,7 +40,8 @@ class SyncJob:
 
     def engine_kwargs(self) -> dict[str, Any]:
         kwargs = dict(load_format="dummy", skip_tokenizer_init=True, dtype=self.dtype, max_model_len=256, max_num_seqs=4)
-        return kwargs | dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28)
+        # The share is what vLLM wants to find free beside the trainer's model; it takes what the last argument says.
+        return kwargs | dict(enforce_eager=True, gpu_memory_utilization=0.3, kv_cache_memory_bytes=1 << 28)
 
     def live_student(self) -> Any:
         with torch.device("cuda" if self.gpu else "cpu"):
@@ -82,10 +83,10 @@ def trl(job: SyncJob, model: Any) -> Ways:
 
     from benchmarks.trl_engine import engine_arguments
 
-    fixed = ("max_model_len", "max_num_seqs")  # TRL gives these itself
     kwargs = job.engine_kwargs()
-    given = {"max_model_length": kwargs["max_model_len"], "max_num_seqs": kwargs["max_num_seqs"], "gpu_memory_utilization": 0.3}
-    with engine_arguments(**{name: value for name, value in kwargs.items() if name not in fixed}):
+    given = {name: kwargs.pop(name) for name in ("max_num_seqs", "gpu_memory_utilization")}
+    given["max_model_length"] = kwargs.pop("max_model_len")
+    with engine_arguments(**kwargs):  # for what TRL has no argument
         return {"trl": VLLMGeneration(model, job.accelerator(), None, mode="colocate", **given).sync_weights}
 
 
