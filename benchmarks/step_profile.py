@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import torch
 
-from benchmarks.sampling import hardware, versions
+from benchmarks.process import header, result_path
 from benchmarks.shapes import parse_pair, write_model
 from benchmarks.systems import Job, Paired
 
@@ -204,18 +203,8 @@ def main() -> None:
         system.close()
     for row in rows:
         show(row)
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": versions(),
-        "configuration": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
-        "rows": rows,
-    }
-    path = args.output
-    if path.suffix != ".json":
-        device = "".join(c if c.isalnum() else "-" for c in result["hardware"]["device"].lower())
-        path = path / f"step_profile_{args.pair}_{device}_{datetime.now(UTC):%Y-%m-%d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {**header(["python", "benchmarks/step_profile.py", *sys.argv[1:]], vars(args)), "rows": rows}
+    path = result_path(args.output, f"step_profile_{args.pair}", result["hardware"]["device"])
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}")
 

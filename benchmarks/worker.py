@@ -15,17 +15,13 @@ comes from a cache or is done again. ms with prefill = fresh / N. Both from the 
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.process import Written, guarded, serve
 from benchmarks.systems import Job, System
 
 WARM_UP_TOKENS = 8
@@ -121,41 +117,24 @@ def step_times(times: dict[str, list[float]], new_tokens: int) -> dict[str, Any]
     return row | {"seconds": times}
 
 
-def run(spec: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run(spec: dict[str, Any], write: Callable[[Written], None]) -> Written:
     """Start and time the system that ``spec`` names; ``write`` is called whenever more is known."""
-    result: dict[str, Any] = {"status": "failed", "error": None, "start": None, "settings": None, "rows": []}
-    mattering = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "OSD_", "OMP_NUM", "CUDA_"))}
-    result["environment"] = {k: v for k, v in mattering.items() if os.sep not in v}  # no folders of the machine's
-    try:
+    started: list[System] = []
+
+    def measure_all(result: Written) -> None:
         job = Job(**spec["job"])
         system, result["start"] = start(spec["system"], job)
+        started.append(system)
         result["settings"] = system.settings
         for shape in spec["shapes"]:
             write(result)
             result["rows"] += measure(system, shape, job.shared_vocab(), spec["repeats"], spec["shape_seconds"])
-        result["status"] = "ok"
-        write(result)
-        system.close()
-    except Exception as error:
-        result["error"] = f"{type(error).__name__}: {error}"
-        traceback.print_exc()
-        write(result)
+
+    result = guarded(measure_all, write)
+    if result["status"] == "ok":
+        started[0].close()
     return result
 
 
-def main() -> None:
-    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-
-    def write(result: dict[str, Any]) -> None:
-        part = out.with_suffix(".part")
-        part.write_text(json.dumps(result))
-        part.replace(out)
-
-    code = int(run(spec, write)["status"] != "ok")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # all is written; an engine that failed could keep the interpreter from ending
-
-
 if __name__ == "__main__":
-    main()
+    serve(run)

@@ -78,7 +78,8 @@ class OSDGeneration(VLLMGeneration):
             shape draws from q*. `generation_kwargs` are further `vllm.SamplingParams` arguments and win over the others.
 
     Raises:
-        ValueError: a pair that would not live in this process on one device; and what `PairEngine` raises.
+        ValueError: a pair that would not live in this process on one device; an adapter under FSDP1; and what `PairEngine`
+            raises.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class OSDGeneration(VLLMGeneration):
         self.sync_seconds = 0.0
         self.last_batch: GeneratedBatch | None = None
         self._synced = False
+        self._asked: tuple[Any, bool] = None, False  # a model, and whether it has an adapter
         self._last_sync: tuple[int, list[tuple[int, int]]] | None = None  # weights version, and the frozen weights' state
         self._teacher_side: _TeacherSide | None = None
         super().__init__(
@@ -129,6 +131,11 @@ class OSDGeneration(VLLMGeneration):
         """Start the pair; TRL's constructor calls this where it would build its `LLM`."""
         from osd.engine.pair import PairConfig, PairEngine
 
+        if self._adapted and self._dist.fsdp_version == 1:
+            raise ValueError(
+                "fsdp_version=1 with a PEFT adapter: FSDP1's flat shards cannot be merged with it, so the engine would never "
+                "get the trained student; use fsdp_version=2"
+            )
         if isinstance(self.pair, PairConfig):
             _check_colocated(self.pair)
             # The trainer hands tensors over by reference, so the engine must not be a process of its own.
@@ -175,13 +182,15 @@ class OSDGeneration(VLLMGeneration):
         parameters = merged_parameters(self.model, trained_only=True) if partial else self._iter_named_params()
         if self._shapes is not None:
             parameters = checked(parameters, self._shapes, self.engine.config.student)
+        stay = not (self._adapted or self._sharded)  # the others make each tensor as it is asked for
         try:
-            version = self.engine.load_student_weights(parameters, partial=partial)
+            version = self.engine.load_student_weights(parameters, partial=partial, at_once=stay)
         except BaseException:
             self._last_sync = None
             self._unmerge_adapter()
             raise
-        self._last_sync = version, frozen_state(self.model)  # after it: merging may move what it puts back
+        if self._merges_adapter:
+            self._last_sync = version, frozen_state(self.model)  # after it: merging may move what it puts back
         self._synced = True
         self.sync_seconds += time.perf_counter() - start
 
@@ -193,7 +202,9 @@ class OSDGeneration(VLLMGeneration):
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._merges_adapter:
             return merged_parameters(self.model)
-        return super()._iter_named_params()
+        if self._sharded:
+            return super()._iter_named_params()
+        return ((self._fix_param_name_to_vllm(name), p.data) for name, p in self.model.named_parameters())
 
     def _iter_fsdp1_params(
         self, module: Any, prefix: str = "", visited: set[str] | None = None
@@ -216,7 +227,13 @@ class OSDGeneration(VLLMGeneration):
     @property
     def _merges_adapter(self) -> bool:
         """There is an adapter, and it is merged here and not by TRL's walk."""
-        return is_peft_model(self.model) and not self._sharded
+        return self._adapted and not self._sharded
+
+    @property
+    def _adapted(self) -> bool:
+        if self._asked[0] is not self.model:  # not every time: accelerate reads a package's metadata to answer, in about 1 ms
+            self._asked = self.model, is_peft_model(self.model)
+        return self._asked[1]
 
     @property
     def _sharded(self) -> bool:
@@ -224,7 +241,7 @@ class OSDGeneration(VLLMGeneration):
 
     def _unmerge_adapter(self) -> None:
         # TRL's walk merges LoRA before it and unmerges after it; a failure in between would leave the trained model merged.
-        if is_peft_model(self.model) and self._sharded:
+        if self._adapted and self._sharded:
             self.model.unmerge_adapter()  # type: ignore[operator]
 
     # -- completions --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.tiny import tiny_engine_kwargs
@@ -19,6 +20,8 @@ from tests.training import ROWS, build_trainer, logged, watch
 
 # Greedy, so that it does not matter which process draws which completion.
 GREEDY = {"generation_kwargs": {"temperature": 0.0}, "max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "peft_config": LORA}
 SAME = [ROWS[0]] * 16  # one prompt for all: processes that drew the same noise would write the same
 SAMPLED = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
 KILLED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
@@ -45,9 +48,9 @@ def sampled_by(trainer, resume=None):
     return sampled
 
 
-def greedy(out: Path, teacher: str, student: str):
+def greedy(out: Path, teacher: str, student: str, engine=None, save="weights", **fields):
     """Several processes: a greedy run."""
-    trainer = start(out / "greedy", teacher, student, per_device_train_batch_size=2, **GREEDY)
+    trainer = start(out / save, teacher, student, engine, **{"per_device_train_batch_size": 2, **GREEDY, **fields})
     assert trainer.accelerator.num_processes == 2
     trainer.train()
     seen = {
@@ -57,22 +60,35 @@ def greedy(out: Path, teacher: str, student: str):
     }
     weights = weights_of(trainer)
     if trainer.accelerator.process_index == 0:
-        torch.save(weights, out / "weights.pt")
+        torch.save(weights, out / f"{save}.pt")
     return trainer, seen
 
 
+def off_after_a_sync(trainer):
+    """How far a matrix of the engine's student is from the live one, merged; before a sync, and after it."""
+    name, off = "model.layers.0.mlp.down_proj.weight", []
+    live = weights_of(trainer)[name]
+    for sync in (lambda: None, trainer.vllm_generation.sync_weights):
+        sync()
+        engines = trainer.vllm_generation.engine._worker().student_runner.get_model().get_parameter(name)
+        off.append((engines.detach() - live).abs().max().item())
+    return off
+
+
 def together(out: Path, teacher: str, student: str) -> None:
-    """The greedy run, a sampled one, and the sampled one again from its second step on."""
-    trainer, seen = greedy(out, teacher, student)
-    engine = trainer.vllm_generation.engine
+    """A greedy run of an adapter, accumulated; the plain one; a sampled one, and that again from its second step on."""
+    adapted, _ = greedy(out, teacher, student, save="adapted", **ACCUMULATED)
+    off, engine = off_after_a_sync(adapted), adapted.vllm_generation.engine
+    _, seen = greedy(out, teacher, student, engine)
+    seen["off"] = off
     whole = start(out / "sampled", teacher, student, engine, SAME, **SAMPLED)
     seen["sampled"], last = sampled_by(whole), weights_of(whole)
     resumed = start(out / "sampled", teacher, student, engine, SAME, **SAMPLED)
     seen["again"] = sampled_by(resumed, str(out / "sampled" / "checkpoint-2"))
     seen["drift"] = max((tensor - last[name]).abs().max().item() for name, tensor in weights_of(resumed).items())
     resumed.save_model(str(out / "model"))
-    (out / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
-    trainer.close()
+    (out / f"{resumed.accelerator.process_index}.json").write_text(json.dumps(seen))
+    adapted.close()
 
 
 class DieInTheThirdStep(TrainerCallback):

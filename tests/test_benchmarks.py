@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, loses nothing that is finished, and its five systems run. No test asserts a time."""
+"""The benchmarks measure what they say, lose nothing that is finished, and their systems run. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import sampling, summary, worker
+from benchmarks import process, sampling, stopwatch, summary, train_step, train_worker, worker
 from benchmarks.shapes import config, parse_pair
+from benchmarks.stopwatch import Stopwatch
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +53,7 @@ def test_summary_has_every_ratio():
 
 
 def test_tables_show_what_failed_and_what_was_not_measured():
-    failed = result(teacher=system(row(4)), paired={**sampling._nothing("out of memory")})
+    failed = result(teacher=system(row(4)), paired={**process.nothing("out of memory")})
     text = summary.tables(failed)
     assert "OSD pair FAILED: out of memory" in text
     assert "20.0×" in summary.tables(MEASURED)
@@ -69,7 +70,7 @@ def test_merging_adds_systems_and_replaces_shapes():
 
 
 def test_a_failed_run_does_not_replace_a_finished_one():
-    merged = summary.merge([MEASURED, result(paired=sampling._nothing("crashed"))])
+    merged = summary.merge([MEASURED, result(paired=process.nothing("crashed"))])
     assert merged["systems"]["paired"] == MEASURED["systems"]["paired"]
 
 
@@ -137,7 +138,7 @@ def test_the_result_is_written_after_each_system(tmp_path, monkeypatch, capsys):
     def run_worker(spec, env, folder, seconds):
         seen.append(json.loads(path.read_text())["systems"].keys() if path.exists() else None)
         if spec["system"] == "paired":
-            return sampling._nothing("its process ended with exit code -9")
+            return process.nothing("its process ended with exit code -9")
         return {**system(row(4)), "start": {"ready_s": 1.0}}
 
     monkeypatch.setattr(sampling, "run_worker", run_worker)
@@ -158,7 +159,7 @@ def test_a_time_limit_keeps_what_was_written(tmp_path, monkeypatch):
         return popen([sys.executable, "-c", slow, json.dumps(kept), command[-1]], **kwargs)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    found = sampling.run_worker({"system": "teacher"}, dict(os.environ), tmp_path, seconds=3)
+    found = process.run_worker({"system": "teacher"}, dict(os.environ), tmp_path, seconds=3)
     assert found["rows"] == [row(4)]
     assert found["error"] == "cut off at the time limit"
 
@@ -172,13 +173,13 @@ def test_only_the_pair_is_timed_without_its_record_and_only_fast_systems_at_cont
 
 
 def test_singles_keep_vllms_defaults_and_caches_are_not_shared(tmp_path, monkeypatch):
-    monkeypatch.setenv(sampling.MULTIPROCESSING, "0")
+    monkeypatch.setenv(process.MULTIPROCESSING, "0")
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     args = sampling.parse_args(["--in-process", "paired"])
     teacher, paired = (sampling.environment(name, args, tmp_path / name) for name in ("teacher", "paired"))
     assert "VLLM_USE_V2_MODEL_RUNNER" not in teacher
-    assert sampling.MULTIPROCESSING not in teacher
-    assert paired[sampling.MULTIPROCESSING] == "0"
+    assert process.MULTIPROCESSING not in teacher
+    assert paired[process.MULTIPROCESSING] == "0"
     assert teacher["VLLM_CACHE_ROOT"] != paired["VLLM_CACHE_ROOT"]
 
 
@@ -199,6 +200,15 @@ def test_the_plot_draws_a_panel_for_each_pair(tmp_path):
     paths = plot([MEASURED, {**MEASURED, "pair": "c+d"}], tmp_path / "out.json")
     assert [path.suffix for path in paths] == [".svg", ".png"]
     assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def benchmark(script: str, folder: Path, *options: str) -> dict[str, Any]:
+    """The result of a whole run."""
+    path = folder / "result.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options, "--output", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text())
 
 
 @pytest.mark.slow
@@ -237,11 +247,103 @@ def test_all_five_systems_run_on_a_tiny_pair(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_weight_sync_benchmark_runs(tmp_path):
-    path = tmp_path / "sync.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "weight_sync.py"), "--pair", "small+tiny", "--repeats", "2"]
-    subprocess.run([*command, "--output", str(path)], check=True, timeout=300)
-    rows = json.loads(path.read_text())["rows"]
-    assert set(rows) == {"map", "load_weights", "per tensor", "raw copy"}
-    assert rows["raw copy"]["over_raw_copy"] == 1
-    assert all(row["ms"] > 0 for row in rows.values())
+def test_the_weight_sync_benchmark_runs_osds_ways_and_trls(tmp_path):
+    found = benchmark("weight_sync.py", tmp_path, "--pair", "small+tiny", "--repeats", "2")
+    ways = {name: [row["way"] for row in system["rows"]] for name, system in found["systems"].items()}
+    raw = ["raw, at once", "raw copy"]
+    assert ways == {"osd": ["sync", "map", "map, by one", "load_weights", "per tensor", *raw], "trl": ["trl", *raw]}
+    for system in found["systems"].values():
+        assert system["settings"]["tensors"] == 26
+        assert system["rows"][-1]["over_raw_copy"] == 1
+        assert all(len(row["all_ms"]) == 2 and 0 < row["host_ms"] <= row["ms"] for row in system["rows"])
+
+
+# -- a training step ----------------------------------------------------------------------------------------------------
+
+
+def test_every_second_of_a_step_is_counted_once_to_the_innermost_part(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
+    drains = []
+    watch = Stopwatch(lambda: drains.append(1))
+
+    class Trainer:
+        def teacher(self, model):
+            return model
+
+        def loss(self):
+            return self.teacher("student") + self.teacher("teacher")
+
+    trainer = Trainer()
+    watch.around(trainer, "loss", "student")
+    watch.around(trainer, "teacher", lambda model: "teacher" if model == "teacher" else None)
+    assert trainer.loss() == "studentteacher"
+    assert not drains, "a stopwatch that is off must not slow a step down"
+    watch.start()
+    trainer.loss()
+    assert watch.lap() == {"other": 2, "student": 2, "teacher": 1}
+    with pytest.raises(ZeroDivisionError), watch.part("sync"):
+        _ = 1 / 0
+    assert watch.lap() == {"other": 2, "sync": 1}
+
+
+def training(step: float, **parts: float) -> dict[str, Any]:
+    whole = dict.fromkeys(stopwatch.PARTS, 0.0) | parts
+    memory = {"allocated_peak": 2e9, "allocated_between_steps": 1e9}
+    job = {"completions": 4, "new_tokens": 8}
+    return {"status": "ok", "step_s": [step, 9 * step, step], "parts_s": [whole] * 2, "memory_bytes": memory, "trainer": job}
+
+
+def test_a_training_steps_summary_compares_medians():
+    systems = {"trl": training(2.0, generate=1.0, teacher=0.5), "osd": training(1.0, generate=1.5)}
+    summary = train_step.summarise(systems)
+    assert summary["trl"]["tokens_per_s"] == 16
+    assert summary["trl"]["instrumented_step_s"] == 1.5
+    assert summary["osd"]["allocated_peak_gb"] == 2
+    assert summary["osd_over_trl"]["step_s"] == 0.5
+    assert summary["osd_over_trl"]["teacher_s"] == 0
+    assert "sync_s" not in summary["osd_over_trl"], "nothing divides by zero"
+    assert "generate_s" in train_step.table(summary)
+    assert set(train_step.summarise({**systems, "osd": process.nothing("crashed")})) == {"trl"}
+
+
+def test_the_trainers_must_have_sampled_every_token():
+    logs = [{"loss": 1.0, "completions/min_length": 8, "completions/max_length": 8}, {"train_runtime": 1.0}]
+    train_worker.check_lengths(logs, 8)
+    with pytest.raises(RuntimeError, match=r"should have 8 tokens, and they have between \[7, 8\]"):
+        train_worker.check_lengths([*logs, {**logs[0], "completions/min_length": 7}], 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--pair 3B+7B", "two models of one vocabulary size"),
+        ("--completions 12 --micro-batch 8", "must be a multiple of --micro-batch 8"),
+        ("--steps 0", "at least 1"),
+    ],
+)
+def test_training_steps_that_cannot_be_compared_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        train_step.parse_args(options.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_both_trainers_run_on_a_tiny_pair(tmp_path):
+    options = "--pair tiny+tiny --prompt-tokens 8 --new-tokens 6 --completions 4 --micro-batch 2 --steps 2 --warm-up 1"
+    found = benchmark("train_step.py", tmp_path, *options.split(), "--engine-kwargs", json.dumps({"block_size": 32}))
+    for name, system in found["systems"].items():
+        # A worker fails on any completion that is not as long as asked for, so a finished one got its tokens.
+        assert system["status"] == "ok"
+        assert len(system["step_s"]) == len(system["parts_s"]) == 2
+        assert {tuple(parts) for parts in system["parts_s"]} == {stopwatch.PARTS}
+        assert all(seconds > 0 for parts in system["parts_s"] for seconds in parts.values())
+        assert len(system["loss"]) == 5
+        assert all(loss > 0 for loss in system["loss"])
+        assert {side["kv_cache_tokens"] for side in system["settings"].values()} == {
+            288
+        }  # whole blocks of 32 in 4 * (8 + 6 + ROOM)
+        assert set(system["settings"]) == ({"student"} if name == "trl" else {"teacher", "student"})
+    assert all(0 < alpha < 1 for alpha in found["systems"]["osd"]["alpha"])
+    assert found["summary"]["osd_over_trl"]["step_s"] > 0
+    assert found["versions"]["trl"]

@@ -17,9 +17,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers import AutoModelForCausalLM
 
-from tests.launched import GREEDY, KILLED, sampled_by, start
+from tests.launched import GREEDY, KILLED, LORA, sampled_by, start, weights_of
 from tests.tiny import tiny_engine_kwargs
-from tests.training import build_trainer, weights_after
+from tests.training import build_trainer
 from trainers.resume import resolve
 
 ROOT = Path(__file__).parent.parent
@@ -72,19 +72,21 @@ def engine(tiny_pair):
         yield engine
 
 
-def check_greedy(out, done, engine, student):
+def check_greedy(out, done, engine, student, save="weights", **fields):
     """Two processes of 2 prompts each are one of 4."""
     assert done.returncode == 0, done.stdout + done.stderr
-    reference = weights_after(build_trainer(engine, student, out / "one", **GREEDY))
-    weights = torch.load(out / "weights.pt")
+    trainer = build_trainer(engine, student, out / "one", **GREEDY, **fields)
+    trainer.train()
+    weights, reference = torch.load(out / f"{save}.pt"), weights_of(trainer)
     assert weights.keys() == reference.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, reference[name], rtol=1e-4, atol=1e-5)
 
 
 def check_together(out, done, engine, student):
-    """And each resumes its own random state."""
+    """So are two of one prompt at a time that train an adapter; and each process resumes its own random state."""
     check_greedy(out, done, engine, student)
+    check_greedy(out, done, engine, student, "adapted", peft_config=LORA)
     ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0]["sampled"] != ranks[1]["sampled"]
     for seen in ranks:
@@ -92,6 +94,8 @@ def check_together(out, done, engine, student):
         assert len(seen["sampled"]) == 3
         assert seen["again"] == seen["sampled"][2:]
         assert seen["drift"] < 1e-6
+        assert seen["off"][0] > 1e-3  # the last optimizer step
+        assert seen["off"][1] < 1e-6
     saved = AutoModelForCausalLM.from_pretrained(out / "model")
     start_of_it = AutoModelForCausalLM.from_pretrained(student)
     assert not saved.lm_head.weight.equal(start_of_it.lm_head.weight)

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,20 @@ def test_the_adapters_tensors_do_not_change_after_they_were_yielded(generation_o
     assert {name for name, _ in kept} == {name for name, _ in merged.named_parameters()}
 
 
+def test_only_tensors_that_stay_are_copied_at_once(generation_of, student, engine, monkeypatch):
+    """A gathered shard is gone when the next one is asked for."""
+    seen, load = [], engine.load_student_weights
+    monkeypatch.setattr(
+        engine, "load_student_weights", lambda *args, at_once, **kwargs: (seen.append(at_once), load(*args, **kwargs))[1]
+    )
+    generation_of(student).sync_weights()
+    with monkeypatch.context() as patch:
+        patch.setattr(OSDGeneration, "_sharded", True)
+        generation_of(student).sync_weights()
+    generation_of(with_lora(student)).sync_weights()
+    assert seen == [True, False, False]
+
+
 def test_a_compiled_student(generation_of, student):
     perturb(student)
     assert gap_after_sync(generation_of(torch.compile(student)), student) < NOISE
@@ -152,6 +167,15 @@ def test_a_gradient_checkpointed_student(generation_of, student):
     student.gradient_checkpointing_enable()
     perturb(student)
     assert gap_after_sync(generation_of(student), student) < NOISE
+
+
+def test_an_adapter_under_fsdp1_is_refused_before_an_engine_starts(generation_of, student, monkeypatch):
+    """TRL would merge its flat shards, and fail on their shapes."""
+    fsdp1 = SimpleNamespace(fsdp_version=1, is_fsdp=True, is_zero3=False)
+    monkeypatch.setattr("trl.generation.vllm_generation.DistributedBackend", lambda accelerator: fsdp1)
+    with pytest.raises(ValueError, match="fsdp_version=1 with a PEFT adapter"):
+        generation_of(with_lora(student))
+    generation_of(student)
 
 
 # -- LoRA in training ---------------------------------------------------------------------------------------------------

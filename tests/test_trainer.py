@@ -1,5 +1,6 @@
 """OSDTrainer on tiny models and the real engine: liveness, the loss, TRL's invariances, metrics, bad input."""
 
+import hashlib
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DistillationTrainer
 
 from tests.test_generation import disagreement
@@ -106,6 +107,40 @@ def test_evaluation_syncs_even_if_the_step_did_not_change(make):
     trainer.evaluate()
     assert len(gaps) == 2
     assert max(gaps) < NOISE
+
+
+def checksum(model):
+    """Of every parameter and buffer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_training_does_not_touch_the_teacher(make, engine):
+    teacher, student = (getattr(engine._worker(), side).get_model() for side in ("model_runner", "student_runner"))
+    before, synced = checksum(teacher), checksum(student)
+    make().train()
+    assert checksum(student) != synced
+    assert checksum(teacher) == before
+
+
+class ToBfloat16(TrainerCallback):
+    """As some optimizers do that keep a float32 copy of their own."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+
+
+def test_an_optimizer_that_changes_the_dtype_is_refused(make):
+    trainer = make(callbacks=[ToBfloat16()])
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is torch.bfloat16 .* was torch.float32 .* keep them"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    with pytest.raises(RuntimeError, match="does not have the trainer's weights"):
+        trainer.vllm_generation.generate([[7]], None, 1)
 
 
 # -- prompts ------------------------------------------------------------------------------------------------------------

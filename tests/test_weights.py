@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from osd.engine.pair import PairConfig, PairEngine, PairPrompt
-from osd.engine.weights import WeightMap, load_all_weights
+from osd.engine.weights import WeightMap, _Source, load_all_weights
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -75,14 +75,15 @@ def weight_map(engine) -> WeightMap:
     return weights
 
 
-def test_later_syncs_end_where_load_weights_would(engine, weight_map, monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
+def test_later_syncs_end_where_load_weights_would(engine, weight_map, monkeypatch, at_once):
     teacher = loaded(engine, "model_runner")
     model = engine._worker().student_runner.get_model()
     for seed in (1, 2):
         weights = another(engine, seed)
         with monkeypatch.context() as patch:
             patch.setattr(type(model), "load_weights", None)  # the map must do without it
-            engine.load_student_weights(weights.items())
+            engine.load_student_weights(weights.items(), at_once=at_once)
         assert not differing(engine, weights)
     for name, p in loaded(engine, "model_runner").items():
         assert torch.equal(p, teacher[name]), "the teacher's weights were touched"
@@ -100,14 +101,24 @@ def test_tensors_may_lie_in_memory_in_other_ways(engine, weight_map):
             yield name, gathered
             gathered.fill_(float("nan"))
 
-    views = (
+    views = [
         (n, flat[start : start + w.numel()].view(w.shape)) for (n, w), start in zip(weights.items(), offsets, strict=False)
-    )
-    transposed = ((n, w.t().contiguous().t() if w.ndim == 2 else w) for n, w in weights.items())
-    for given in (views, transposed, one_at_a_time()):
+    ]
+    transposed = [(n, w.t().contiguous().t() if w.ndim == 2 else w) for n, w in weights.items()]
+    for given, at_once in ((views, False), (views, True), (transposed, False), (transposed, True)):
         engine.load_student_weights(another(engine, 5).items())
-        engine.load_student_weights(given)
+        engine.load_student_weights(given, at_once=at_once)
         assert not differing(engine, weights)
+    engine.load_student_weights(one_at_a_time())
+    assert not differing(engine, weights)
+
+
+def test_weights_stay_where_cuda_graphs_read_them(engine, weight_map):
+    model = engine._worker().student_runner.get_model()
+    where = {name: p.data_ptr() for name, p in model.named_parameters()}
+    engine.load_student_weights(another(engine, 3).items(), at_once=True)  # by the map
+    WeightMap(model).load(another(engine, 3).items())  # by load_weights, as the first sync and every one without a map
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == where
 
 
 def test_a_map_may_be_learnt_from_a_flat_buffer(engine):
@@ -122,6 +133,19 @@ def test_a_map_may_be_learnt_from_a_flat_buffer(engine):
     assert learner.sources is not None
     learner.load(another(engine, 7).items())
     assert not differing(engine, another(engine, 7))
+
+
+def test_a_tensor_that_goes_to_several_places_may_lie_in_memory_in_other_ways():
+    """A checkpoint's fused matrix, say; neither model above has one."""
+    given = torch.arange(24.0).view(4, 6)
+    first, last = torch.empty(1, 6), torch.empty(3, 6)
+    source = _Source(given.shape, given.stride(), given.dtype)
+    source.places = [(first, (first.shape, (6, 1), 0)), (last, (last.shape, (6, 1), 6))]
+    for tensor in (given, given.t().contiguous().t(), torch.cat([torch.zeros(7), given.flatten()])[7:].view(4, 6)):
+        for part, view in source.copies("fused", tensor):
+            part.copy_(view)
+        assert torch.equal(torch.cat([first, last]), given)
+        last.zero_()
 
 
 def test_parts_that_are_swapped_are_seen(engine, weight_map):
@@ -149,11 +173,14 @@ def test_parts_that_are_swapped_are_seen(engine, weight_map):
     ],
     ids=["missing", "renamed", "another dtype", "another shape"],
 )
-def test_a_sync_that_is_not_like_the_first_is_refused_and_so_is_sampling(engine, weight_map, spoil, message):
-    weights = another(engine, 9)
+@pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
+def test_a_sync_that_is_not_like_the_first_is_refused_and_so_is_sampling(engine, weight_map, spoil, message, at_once):
+    weights, before = another(engine, 9), loaded(engine)
     spoil(weights)
     with pytest.raises(ValueError, match=message):
-        engine.load_student_weights(weights.items())
+        engine.load_student_weights(weights.items(), at_once=at_once)
+    if at_once:  # it is refused before anything is copied
+        assert all(torch.equal(p, before[name]) for name, p in loaded(engine).items())
     with pytest.raises(RuntimeError, match="sync again first"):
         engine.generate(PROMPT, sampling=dict(max_tokens=2))
     engine.load_student_weights(another(engine, 9).items())

@@ -1,19 +1,25 @@
-"""The loss under DeepSpeed ZeRO-3, with a stand-in for DeepSpeed: what a loss can see of it is a status and a gather.
+"""The loss and the sync under DeepSpeed ZeRO-3, with a stand-in for DeepSpeed: all they see of it is a status and a gather.
 
-The real one needs GPUs (configs/accelerate/zero3.yaml). What is here is what went wrong: TRL's loss asks every weight for its
-status, and the engine's own head, a plain tensor, has none.
+The real one needs GPUs (configs/accelerate/zero3.yaml). What went wrong in the loss: TRL's asks every weight for its status,
+and the engine's own head, a plain tensor, has none.
 """
 
 import enum
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
 import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from osd.generation import OSDGeneration
+from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, perturb
 from tests.test_losses import H_S, H_T, V, head
+from tests.tiny import tiny_engine_kwargs
 from trainers import divergence as divergence_module
 from trainers.divergence import DIVERGENCES, Divergence, token_divergence, token_logprobs
 from trainers.heads import on_shared_vocabulary
@@ -24,9 +30,10 @@ ZeroParamStatus = enum.Enum("ZeroParamStatus", "NOT_AVAILABLE AVAILABLE")
 @contextmanager
 def gathered_parameters(parameters):
     for parameter in parameters:
-        parameter.data, parameter.ds_status = parameter.ds_whole, ZeroParamStatus.AVAILABLE
+        parameter.data, parameter.ds_status = parameter.ds_whole.clone(), ZeroParamStatus.AVAILABLE
     yield
     for parameter in parameters:
+        parameter.data.fill_(float("nan"))  # the next parameter's memory, or nobody's
         parameter.data, parameter.ds_status = torch.empty(0), ZeroParamStatus.NOT_AVAILABLE
 
 
@@ -45,6 +52,7 @@ def in_shards(whole):
 def zero3(monkeypatch):
     names = ("deepspeed", "deepspeed.zero", "deepspeed.runtime", "deepspeed.runtime.zero")
     modules = {name: ModuleType(name) for name in (*names, "deepspeed.runtime.zero.partition_parameters")}
+    modules["deepspeed"].__spec__ = ModuleSpec("deepspeed", None)  # accelerate asks for it
     modules["deepspeed"].zero = modules["deepspeed.zero"]
     modules["deepspeed.zero"].GatheredParameters = gathered_parameters
     modules["deepspeed.runtime.zero.partition_parameters"].ZeroParamStatus = ZeroParamStatus
@@ -95,3 +103,40 @@ def test_a_head_in_shards_is_not_cut(side):
     heads[side] = replace(head(V + 3, H_S), weight_VH=in_shards(head(V + 3, H_S).weight_VH))
     with pytest.raises(ValueError, match=f"the {side}'s lm_head has {V + 3} rows, and both models share {V}; under DeepSpeed"):
         on_shared_vocabulary(**heads)
+
+
+# -- the sync -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair):
+    from osd.engine.pair import PairConfig, PairEngine
+
+    teacher, student = map(str, tiny_pair)
+    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
+        yield engine
+
+
+def shard(model):
+    """Every parameter of the model as ZeRO-3 leaves it."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, in_shards(parameter.detach()))
+    return model
+
+
+def test_a_student_in_shards_is_gathered_one_parameter_at_a_time(zero3, engine, tiny_pair):
+    """The first sync, which is watched, and one by the map."""
+    student = shard(AutoModelForCausalLM.from_pretrained(tiny_pair[1]))
+    generation = OSDGeneration(student, Accelerator(cpu=True), AutoTokenizer.from_pretrained(tiny_pair[1]), pair=engine)
+    generation._dist.zero_stage = 3
+    for step in range(2):
+        whole = AutoModelForCausalLM.from_pretrained(tiny_pair[1]).eval()
+        perturb(whole, seed=step)
+        for parameter, value in zip(student.parameters(), whole.parameters(), strict=True):
+            parameter.ds_whole.copy_(value.detach())
+        generation.sync_weights()
+        assert all(parameter.numel() == 0 for parameter in student.parameters())
+        generation.generate(STUDENT_PROMPTS, None, 1)
+        assert disagreement(whole, STUDENT_PROMPTS, generation.last_batch.completions, "logp_theta") < NOISE
+    assert engine._worker().student_weights.sources is not None

@@ -278,6 +278,8 @@ class PairEngine:
         return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=record.weights_version)
 
     def _take_records(self) -> dict[str, RequestRecord]:
+        if (worker := self._worker()) is not None:
+            return worker.collect_records()
         [data] = [data for data in self.llm.collective_rpc("take_records") if data is not None]
         return load_records(data)
 
@@ -292,12 +294,16 @@ class PairEngine:
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
-    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False) -> int:
+    def load_student_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False, at_once: bool = False
+    ) -> int:
         """Push a live student into the engine; returns the new ``weights_version``.
 
         Args:
             named_tensors: every parameter of the student under its Hugging Face name.
             partial: some of them; the others stay as the sync before left them (under LoRA most never change).
+            at_once: check them all, then copy them all in a few launches. Only for tensors that keep their values until this
+                returns; else each is copied before the next is asked for.
 
         The student's prefix cache is reset (the teacher's survives): at once, or with the next request of ``generate`` where
         the engine core is another process. If this raises, the engine refuses to sample until a sync succeeds.
@@ -308,7 +314,8 @@ class PairEngine:
         self._check_open()
         self._stale = "it did not finish"
         try:
-            versions = self.llm.collective_rpc("load_student_weights", args=(self._sendable(named_tensors), partial))
+            args = (self._sendable(named_tensors), partial, at_once)
+            versions = self.llm.collective_rpc("load_student_weights", args=args)
         except Exception as error:
             self._stale = str(error)
             raise

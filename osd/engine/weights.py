@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from vllm.platforms import current_platform
 
 logger = logging.getLogger(__name__)
@@ -75,19 +75,14 @@ class WeightMap:
         self.sources: dict[str, _Source] | None = None
         self._learnt = False
 
-    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False) -> None:
-        """Replace every weight, or with ``partial`` only those that are given.
+    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False, at_once: bool = False) -> None:
+        """Replace every weight, or with ``partial`` only those that are given; see ``PairEngine.load_student_weights``.
 
         Raises:
             ValueError: tensors that are missing, have names of their own, or are not as they were in the first sync.
         """
         if self.sources is not None:
-            missing = self._copy(self.sources, named_tensors)
-            if missing and not partial:
-                raise ValueError(
-                    f"the weight sync left out {len(missing)} tensors that the first had: {missing[:5]} ...; "
-                    "push every parameter under its Hugging Face name"
-                )
+            self._copy(self.sources, named_tensors, partial, at_once)
         elif partial:
             self.model.load_weights(named_tensors)
         elif self._learnt:
@@ -106,27 +101,42 @@ class WeightMap:
             self.sources = watch.sources
 
     @staticmethod
-    def _copy(sources: dict[str, _Source], named_tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-        """Copy what is given; the names of what was not."""
+    def _copy(
+        sources: dict[str, _Source], named_tensors: Iterable[tuple[str, torch.Tensor]], partial: bool, at_once: bool
+    ) -> None:
         missing = dict.fromkeys(sources)
+        parts: list[torch.Tensor] = []
+        views: list[torch.Tensor] = []
         for name, tensor in named_tensors:
             if name not in sources:
                 raise ValueError(f"the weight sync has {name!r}, which the first sync had not; push the same names every time")
-            sources[name].copy(name, tensor)
+            for part, view in sources[name].copies(name, tensor):
+                if at_once:
+                    parts.append(part)
+                    views.append(view)
+                else:
+                    part.copy_(view, non_blocking=True)
             missing.pop(name, None)
-        return list(missing)
+        if missing and not partial:
+            raise ValueError(
+                f"the weight sync left out {len(missing)} tensors that the first had: {list(missing)[:5]} ...; "
+                "push every parameter under its Hugging Face name"
+            )
+        if parts:
+            torch._foreach_copy_(parts, views, non_blocking=True)
 
 
 @dataclass
 class _Source:
-    """A named tensor and the places that it is copied to: (part of the model, size, stride and offset in the tensor)."""
+    """A named tensor and the places that it is copied to: (part of the model, (size, stride and offset in the tensor))."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
-    places: list[tuple[torch.Tensor, torch.Size, tuple[int, ...], int]] = field(default_factory=list)
+    places: list[tuple[torch.Tensor, tuple[torch.Size, tuple[int, ...], int]]] = field(default_factory=list)
 
-    def copy(self, name: str, tensor: torch.Tensor) -> None:
+    def copies(self, name: str, tensor: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The copies to make of it: (part of the model, what goes there, a view of ``tensor`` if it lies as it did)."""
         if tensor.shape != self.shape or tensor.dtype != self.dtype:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} in this weight sync and was {self.dtype} {tuple(self.shape)} "
@@ -134,8 +144,11 @@ class _Source:
             )
         if tensor.stride() != self.stride:
             tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=tensor.device).copy_(tensor)
-        for part, size, stride, offset in self.places:
-            part.copy_(tensor.as_strided(size, stride, tensor.storage_offset() + offset), non_blocking=True)
+        start, whole = tensor.storage_offset(), (self.shape, self.stride, 0)
+        return [
+            (part, tensor if view == whole else tensor.as_strided(view[0], view[1], start + view[2]))
+            for part, view in self.places
+        ]
 
 
 class _Watch(TorchDispatchMode):
@@ -166,6 +179,8 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
         for part in written:
+            if is_traceable_wrapper_subclass(part):
+                continue  # a shard of the live student, which merges an adapter while it is walked; it has no storage to ask
             storage = part.untyped_storage().data_ptr()
             if storage not in self._uncovered:
                 continue
@@ -175,7 +190,7 @@ class _Watch(TorchDispatchMode):
                 offset = source.storage_offset() - tensor.storage_offset()
                 if not 0 <= offset <= offset + _span(source) <= _span(tensor):
                     self._others.append("copies out of a tensor's turn")
-                self.sources[name].places.append((part.detach(), source.shape, source.stride(), offset))
+                self.sources[name].places.append((part.detach(), (source.shape, source.stride(), offset)))
             elif func is not torch.ops.aten.fill_.Scalar or args[1] != 0:  # zeros beyond the vocabulary stay zeros
                 self._others.append(str(func))
             self._uncovered[storage] -= part.numel()

@@ -24,7 +24,7 @@ from osd.engine.config import mixing_config, share_block_size, student_vllm_conf
 from osd.engine.forward import SteadyForward
 from osd.engine.options import PairOptions
 from osd.engine.parts import as_index, take
-from osd.engine.record import RecordLog, dump_records
+from osd.engine.record import RecordLog, RequestRecord, dump_records
 from osd.engine.rows import RowPlan, RowPlanner
 from osd.engine.sampler import FedSampler, PairSampler
 from osd.engine.scheduler import PairStep, student_kv_cache_config
@@ -289,15 +289,21 @@ class PairWorker(Worker):
         hidden = hidden_BH[rows].clone() if plan.hidden else None
         self.records.append(plan.recorded_ids, self.sampler.values_BR[rows], hidden)
 
-    def take_records(self) -> bytes | None:
-        """Every request's record since the last call; None from ranks whose driver holds the same."""
+    def collect_records(self) -> dict[str, RequestRecord]:
+        """Every request's record since the last call."""
         self.records.weights_version = self.weights_version
-        records = self.records.take()
+        return self.records.take()
+
+    def take_records(self) -> bytes | None:
+        """The same as bytes, for another process; None from ranks whose driver holds the same."""
+        records = self.collect_records()
         return dump_records(records) if self.is_driver_worker else None
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
-    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False) -> int:
+    def load_student_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False, at_once: bool = False
+    ) -> int:
         """Replace every weight of the student's, or with ``partial`` those that are given; returns the new version.
 
         Until one succeeds, nothing is sampled.
@@ -308,7 +314,7 @@ class PairWorker(Worker):
         if isinstance(named_tensors, bytes):
             named_tensors = load_weights(named_tensors)
         with self._as_student(), torch.no_grad():
-            self.student_weights.load(named_tensors, partial=partial)
+            self.student_weights.load(named_tensors, partial=partial, at_once=at_once)
         self.weights_loaded = True
         self.weights_version += 1
         return self.weights_version

@@ -1,0 +1,168 @@
+"""What a training step costs: OSDTrainer against TRL's DistillationTrainer with vLLM in colocate mode, in one run.
+
+    python benchmarks/train_step.py                                    # Qwen2.5 shapes, 3B teaching 0.5B, on one GPU
+    python benchmarks/train_step.py --completions 256 --micro-batch 16
+    python benchmarks/train_step.py --pair tiny+tiny --prompt-tokens 8 --new-tokens 8 --completions 4 --micro-batch 2 --steps 2
+
+trl   samples from the student in vLLM, then runs a transformers teacher over what was sampled
+osd   samples from q* with student and teacher in one vLLM engine, and trains against the teacher that it recorded
+
+The same for both: models (random weights, saved once, with logits of a standard deviation of --logit-std), prompts (none comes
+twice), tokens of every prompt and completion (EOS is ignored), completions per optimizer step and per pass, the loss (reverse
+KL), optimizer, dtypes, and room for as many tokens in the KV cache of every model that an engine holds, so that the peaks of
+memory can be compared. Everything else is TRL's default, and the engines' settings are in the result. Each runs in a process of
+its own with empty compile caches of its own. How a step and its parts are timed stands in benchmarks/train_worker.py.
+
+What differs is the method: OSD decodes two models, TRL one; TRL runs the teacher over every sample, OSD does not. TRL's
+teacher reads the student's prompt, so here OSD's does too. A step of decoding costs about the same for few completions as for
+many, and TRL's teacher costs as much as there are tokens: the number of completions is what the comparison turns on.
+
+Prints a table, and writes a JSON after each system: what is finished is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
+
+from benchmarks.process import GPU, MULTIPROCESSING, ROOT, Written, environment, header, nothing, result_path, run_worker
+from benchmarks.shapes import config, parse_pair
+from benchmarks.stopwatch import PARTS
+
+SYSTEMS = {"trl": "TRL DistillationTrainer", "osd": "OSDTrainer"}
+ROOM = 64  # tokens of KV cache beyond a completion's own: the last block of each sequence is not full
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--pair", default="3B+0.5B", help="TEACHER+STUDENT as Qwen2.5 shapes of one vocabulary (default: %(default)s)")
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM", help=f"of {', '.join(SYSTEMS)}")
+    add("--prompt-tokens", type=int, default=256)
+    add("--new-tokens", type=int, default=512)
+    add("--completions", type=int, default=32, help="per optimizer step (default: %(default)s)")
+    add("--micro-batch", type=int, default=8, help="completions per forward and backward pass (default: %(default)s)")
+    add("--warm-up", type=int, default=2, help="steps that are not counted (default: %(default)s)")
+    add("--steps", type=int, default=5, help="steps that are timed whole, and as many by part (default: %(default)s)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if GPU else "float32", help="of engines and teacher")
+    add("--student-dtype", choices=("bfloat16", "float32"), default="float32", help="of the weights that are trained; float32 "
+        "with bfloat16 elsewhere is TRL's default, mixed precision")  # fmt: skip
+    add("--gradient-checkpointing", action="store_true")
+    add("--learning-rate", type=float, default=1e-6)
+    add("--logit-std", type=float, default=4.0, help="spread of the random weights' logits: see benchmarks/logits.py")
+    add("--engine-kwargs", type=json.loads, default={}, metavar="JSON", help="vLLM engine arguments for both")
+    add("--time-limit", type=float, help="seconds for the whole run; what is finished by then is kept")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder, or the path of the JSON")
+    args = parser.parse_args(argv)
+    teacher, student = parse_pair(args.pair)
+    if config(teacher)["vocab_size"] != config(student)["vocab_size"]:
+        parser.error(f"--pair {args.pair}: TRL's trainer needs two models of one vocabulary size")
+    if args.completions % args.micro_batch:
+        parser.error(f"--completions {args.completions} must be a multiple of --micro-batch {args.micro_batch}")
+    if min(args.steps, args.warm_up) < 1:
+        parser.error("--steps and --warm-up must be at least 1")
+    return args
+
+
+def job(args: argparse.Namespace, models: Path, output: Path) -> dict[str, Any]:
+    """See benchmarks.train_worker.TrainJob."""
+    same = ("dtype", "student_dtype", "prompt_tokens", "new_tokens", "completions", "micro_batch", "warm_up", "steps")
+    same += ("gradient_checkpointing", "learning_rate", "engine_kwargs")
+    return {
+        "teacher": str(models / "teacher"),
+        "student": str(models / "student"),
+        "gpu": GPU,
+        "kv_tokens": args.completions * (args.prompt_tokens + args.new_tokens + ROOM),
+        "output_dir": str(output),
+        **{name: getattr(args, name) for name in same},
+    }
+
+
+def make_models(args: argparse.Namespace, folder: Path) -> Path:
+    """Random checkpoints of both models; they are in memory afterwards, so neither system waits for the disk."""
+    teacher, student = parse_pair(args.pair)
+    command = [sys.executable, "-m", "benchmarks.checkpoints", str(folder), "--teacher", teacher, "--student", student]
+    command += ["--dtype", args.dtype, "--logit-std", str(args.logit_std)]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment(folder / "caches"))
+    return folder
+
+
+def summarise(systems: dict[str, Written]) -> dict[str, Any]:
+    """Medians of each system, and OSD's over TRL's."""
+    of = {name: medians(system) for name, system in systems.items() if system["status"] == "ok"}
+    if len(of) == len(SYSTEMS):
+        keys = [key for key in of["osd"] if of["trl"].get(key) and of["osd"][key] is not None]
+        of["osd_over_trl"] = {key: of["osd"][key] / of["trl"][key] for key in keys}
+    return of
+
+
+def medians(system: Written) -> dict[str, float]:
+    """Seconds of a step and of its parts, tokens sampled per second, and peaks of memory in GB."""
+    job, step = system["trainer"], median(system["step_s"])
+    tokens = job["completions"] * job["new_tokens"]
+    memory = {f"{name}_gb": size / 1e9 for name, size in system["memory_bytes"].items() if name.endswith("peak")}
+    parts = {f"{part}_s": median(parts[part] for parts in system["parts_s"]) for part in PARTS}
+    whole = median(sum(parts.values()) for parts in system["parts_s"])
+    return {"step_s": step, "tokens_per_s": tokens / step, "instrumented_step_s": whole, **parts, **memory}
+
+
+def table(summary: dict[str, Any]) -> str:
+    columns = {name: summary[name] for name in (*SYSTEMS, "osd_over_trl") if name in summary}
+    if not columns:
+        return "nothing was measured"
+    lines = [" " * 24 + "".join(f"{name:>14}" for name in columns)]
+    for key in next(iter(columns.values())):
+        cells = (f"{column[key]:14.3f}" if key in column else f"{'–':>14}" for column in columns.values())
+        lines.append(f"{key:>24}{''.join(cells)}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    begin = time.monotonic()
+    command = ["python", "benchmarks/train_step.py", *(sys.argv[1:] if argv is None else argv)]
+    result: dict[str, Any] = {**header(command, vars(args)), "systems": {}, "summary": {}}
+    path = result_path(args.output, f"train_step_{args.pair}", result["hardware"]["device"])
+    with tempfile.TemporaryDirectory(prefix="osd-bench-") as scratch:
+        folder = Path(scratch)
+        say(begin, f"saving {args.pair} with random weights ...")
+        models = make_models(args, folder / "models")
+        for system in args.systems:
+            say(begin, f"{SYSTEMS[system]} ...")
+            left = None if args.time_limit is None else args.time_limit - (time.monotonic() - begin)
+            spec = {"system": system, "job": job(args, models, folder / f"output-{system}")}
+            env = environment(folder / f"caches-{system}") | {MULTIPROCESSING: "0", "HF_HUB_OFFLINE": "1"}
+            none_left = left is not None and left <= 0
+            result["systems"][system] = (
+                nothing("no time was left") if none_left else run_worker(spec, env, folder, left, "benchmarks.train_worker")
+            )
+            result["summary"] = summarise(result["systems"])
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            say(begin, describe(result["systems"][system]))
+    print(f"\n{table(result['summary'])}\n\nwritten to {path}")
+    return int(any(system["status"] != "ok" for system in result["systems"].values()))
+
+
+def describe(system: Written) -> str:
+    if system["error"]:
+        return f"FAILED: {system['error']}\n{system.get('log', '')[-3000:]}"
+    return f"ready in {system['start']['ready_s']:.1f} s; seconds per step {[round(s, 3) for s in system['step_s']]}"
+
+
+def say(begin: float, text: str) -> None:
+    print(f"[{time.monotonic() - begin:5.0f} s] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a system that is running is ended too
+    sys.exit(main())
