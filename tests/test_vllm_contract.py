@@ -8,6 +8,9 @@ import re
 from importlib import metadata
 
 import pytest
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -68,6 +71,10 @@ def attributes(cls) -> set[str]:
         (InputBatch, "req_ids num_reqs generators sampling_metadata prev_sampled_token_ids prev_req_id_to_index block_table"),
         (InputBatch, "token_ids_cpu is_token_ids num_tokens_no_spec num_computed_tokens_cpu"),
         (MultiGroupBlockTable, "commit_block_table compute_slot_mapping"),
+        (LRUCacheWorkerLoRAManager, "_adapter_manager add_dummy_lora pin_adapter"),
+        (LRUCacheLoRAModelManager, "model modules packed_modules _last_mapping"),
+        (BaseLinearLayerWithLoRA, "base_layer n_slices set_lora reset_lora"),
+        (GPUModelRunner, "lora_config pin_lora"),
         (LogitsProcessors, "all argmax_invariant"),
         (Sampler, "forward sample apply_temperature logprobs_mode"),
     ],
@@ -116,6 +123,13 @@ def test_nothing_that_acts_on_logits_is_unknown_to_the_sampler():
     for processor, idle in ((MinPLogitsProcessor, "min_p_count"), (LogitBiasLogitsProcessor, "biases")):
         assert idle in attributes(processor)
     assert "min_toks" in attributes(MinTokensLogitsProcessor)
+
+
+def test_an_adapter_has_the_place_that_it_is_written_to():
+    source = inspect.getsource(BaseLinearLayerWithLoRA.create_lora_weights)
+    assert {"lora_a_stacked", "lora_b_stacked"} <= set(re.findall(r"self\.(\w+) = ", source))
+    assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in inspect.getsource(GPUModelRunner.load_lora_model)
+    assert "lora_request" in parameters(Request.__init__)
 
 
 def test_a_row_in_flight_is_fed_from_the_device():

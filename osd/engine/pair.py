@@ -304,10 +304,28 @@ class PairEngine:
         Raises:
             ValueError: parameters missing from ``named_tensors``; ``partial`` without a whole sync before it.
         """
+        return self._replace_student("load_student_weights", named_tensors, partial)
+
+    def load_student_adapter(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Push a LoRA adapter, on top of the weights of the last sync; returns the new ``weights_version``.
+
+        For an engine whose ``student_kwargs`` have ``enable_lora`` and ``lora_target_modules``. ``load_student_weights`` takes
+        the adapter off again. Prefix caches and failures as there.
+
+        Args:
+            named_tensors: of every layer that has an adapter, ``NAME.lora_A.weight`` [r, in] and ``NAME.lora_B.weight``
+                [out, r], by the layer's Hugging Face name; the scaling is part of B.
+
+        Raises:
+            ValueError: no whole sync came before; tensors that no layer of the engine takes, or of another shape.
+        """
+        return self._replace_student("load_student_adapter", named_tensors)
+
+    def _replace_student(self, method: str, named_tensors: Iterable[tuple[str, torch.Tensor]], *args: Any) -> int:
         self._check_open()
         self._stale = "it did not finish"
         try:
-            versions = self.llm.collective_rpc("load_student_weights", args=(self._sendable(named_tensors), partial))
+            versions = self.llm.collective_rpc(method, args=(self._sendable(named_tensors), *args))
         except Exception as error:
             self._stale = str(error)
             raise

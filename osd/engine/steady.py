@@ -27,7 +27,7 @@ class SteadyScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         groups = self.kv_cache_config.kv_cache_groups
         plain_cache = len(groups) == 1 and type(groups[0].kv_cache_spec) is FullAttentionSpec
-        self._can_derive = plain_cache and not (self.connector or self.ec_connector or self.lora_config)
+        self._can_derive = plain_cache and not (self.connector or self.ec_connector)
         self._last: SchedulerOutput | None = None
         self.derived = False
 
@@ -142,7 +142,6 @@ class SteadyInputs:
             runner.uses_mrope
             or getattr(runner, "uses_xdrope_dim", 0)  # gone in vLLM 0.31
             or runner.enable_prompt_embeds
-            or runner.lora_config
             or runner.num_spec_tokens
             or len(runner.kv_cache_config.kv_cache_groups) != 1
         )
