@@ -27,15 +27,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import ensure_master_addr_port
 
-from osd.live import (
-    adapter_parameters,
-    adapter_ranks,
-    checked,
-    expected_shapes,
-    frozen_parameters,
-    frozen_state,
-    merged_parameters,
-)
+from osd.live import adapter_parameters, adapter_ranks, checked, expected_shapes, frozen_state, lora_parameters
 from osd.prompts import Prompt, encode
 
 if TYPE_CHECKING:
@@ -200,8 +192,14 @@ class OSDGeneration(VLLMGeneration):
         """
         start = time.perf_counter()
         self._synced = False
+        partial = self._walks_adapter and self._only_adapter_moved()
+        # Generators, so that sharded parameters are gathered one at a time while vLLM copies them.
+        parameters = self._iter_lora_params(trained_only=True) if partial else self._iter_named_params()
+        if self._shapes is not None:
+            parameters = checked(parameters, self._shapes, self.engine.config.student)
+        adapter = adapter_parameters(self.model) if self.lora_sync == "adapter" else ()
         try:
-            version = self._push_adapter() if self.lora_sync == "adapter" else self._push()
+            version = self.engine.load_student_weights(parameters, partial=partial, adapter=adapter)
         except BaseException:
             self._last_sync = None
             self._unmerge_adapter()
@@ -210,29 +208,16 @@ class OSDGeneration(VLLMGeneration):
         self._synced = True
         self.sync_seconds += time.perf_counter() - start
 
-    def _push(self) -> int:
-        partial = self._merges_adapter and self._only_adapter_moved()
-        # A generator, so that sharded parameters are gathered one at a time while vLLM copies them.
-        parameters = merged_parameters(self.model, trained_only=True) if partial else self._iter_named_params()
-        return self.engine.load_student_weights(self._checked(parameters), partial=partial)
-
-    def _push_adapter(self) -> int:
-        if not self._only_adapter_moved():  # nor does the engine's checkpoint tell what the frozen weights are (PiSSA)
-            self.engine.load_student_weights(self._checked(frozen_parameters(self.model)))
-        return self.engine.load_student_adapter(adapter_parameters(self.model))
-
-    def _checked(self, parameters: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        return parameters if self._shapes is None else checked(parameters, self._shapes, self.engine.config.student)
-
     @cached_property
     def _shapes(self) -> dict[str, torch.Size] | None:
         config = self.engine.config
         return expected_shapes(config.student, {**config.engine_kwargs, **config.student_kwargs})
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self._merges_adapter:
-            return merged_parameters(self.model)
-        return super()._iter_named_params()
+        return self._iter_lora_params() if self._walks_adapter else super()._iter_named_params()
+
+    def _iter_lora_params(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        return lora_parameters(self.model, merged=self.lora_sync == "merged", trained_only=trained_only)
 
     def _iter_fsdp1_params(
         self, module: Any, prefix: str = "", visited: set[str] | None = None
@@ -253,8 +238,8 @@ class OSDGeneration(VLLMGeneration):
         return engine.student_is_whole and self._last_sync == (engine.weights_version, frozen_state(self.model))
 
     @property
-    def _merges_adapter(self) -> bool:
-        """There is an adapter, and it is merged here and not by TRL's walk."""
+    def _walks_adapter(self) -> bool:
+        """There is an adapter, and it is not merged by TRL's walk."""
         return is_peft_model(self.model) and not self._sharded
 
     @property

@@ -63,10 +63,10 @@ def checked(
         yield name, tensor
 
 
-def merged_parameters(model: Any, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the model under a PEFT adapter, the adapter merged into it, under the model's own names.
+def lora_parameters(model: Any, *, merged: bool = True, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the model under a PEFT adapter, the adapter merged into it or not, under the model's own names.
 
-    With `trained_only`, those alone that training changes: of layers that have an adapter, or trained themselves.
+    With `trained_only`, those alone that training changes: of layers whose adapter is merged, or trained themselves.
 
     TRL merges the whole model and unmerges it afterwards, `w += d; w -= d`, which moves the frozen weights by a rounding
     error at every sync. Here one layer at a time is merged, copied and put back as it was, to the bit.
@@ -77,7 +77,7 @@ def merged_parameters(model: Any, *, trained_only: bool = False) -> Iterator[tup
         if model.prefix in name or "original_module" in name:
             continue  # the adapter itself; what `modules_to_save` replaced
         holder, _, leaf = name.rpartition(".base_layer.")
-        layer = model.get_submodule(holder) if holder else None
+        layer = model.get_submodule(holder) if holder and merged else None
         if trained_only and layer is None and not parameter.requires_grad:
             continue
         yield _own_name(name), _merged(layer, leaf) if isinstance(layer, BaseTunerLayer) else parameter.detach()
@@ -85,13 +85,6 @@ def merged_parameters(model: Any, *, trained_only: bool = False) -> Iterator[tup
 
 def _own_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "").replace("modules_to_save.default.", "")
-
-
-def frozen_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the model under a PEFT adapter, as it is without the adapter, under the model's own names."""
-    for name, parameter in model.named_parameters():
-        if model.prefix not in name:
-            yield _own_name(name), parameter.detach()
 
 
 def adapter_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -291,41 +291,34 @@ class PairEngine:
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
-    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False) -> int:
+    def load_student_weights(
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        partial: bool = False,
+        adapter: Iterable[tuple[str, torch.Tensor]] = (),
+    ) -> int:
         """Push a live student into the engine; returns the new ``weights_version``.
 
         Args:
             named_tensors: every parameter of the student under its Hugging Face name.
             partial: some of them; the others stay as the sync before left them (under LoRA most never change).
+            adapter: a LoRA adapter on top of them, if ``student_kwargs`` have ``enable_lora`` and ``lora_target_modules``: of
+                each of its layers, by the Hugging Face name, ``NAME.lora_A.weight`` [r, in] and ``NAME.lora_B.weight``
+                [out, r], the scaling multiplied into B. The adapter of the sync before is gone in any case.
 
         The student's prefix cache is reset (the teacher's survives): at once, or with the next request of ``generate`` where
         the engine core is another process. If this raises, the engine refuses to sample until a sync succeeds.
 
         Raises:
-            ValueError: parameters missing from ``named_tensors``; ``partial`` without a whole sync before it.
+            ValueError: parameters missing from ``named_tensors``; ``partial`` without a whole sync before it; an adapter that
+                the engine has no place for.
         """
-        return self._replace_student("load_student_weights", named_tensors, partial)
-
-    def load_student_adapter(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Push a LoRA adapter, on top of the weights of the last sync; returns the new ``weights_version``.
-
-        For an engine whose ``student_kwargs`` have ``enable_lora`` and ``lora_target_modules``. ``load_student_weights`` takes
-        the adapter off again. Prefix caches and failures as there.
-
-        Args:
-            named_tensors: of every layer that has an adapter, ``NAME.lora_A.weight`` [r, in] and ``NAME.lora_B.weight``
-                [out, r], by the layer's Hugging Face name; the scaling is part of B.
-
-        Raises:
-            ValueError: no whole sync came before; tensors that no layer of the engine takes, or of another shape.
-        """
-        return self._replace_student("load_student_adapter", named_tensors)
-
-    def _replace_student(self, method: str, named_tensors: Iterable[tuple[str, torch.Tensor]], *args: Any) -> int:
         self._check_open()
         self._stale = "it did not finish"
         try:
-            versions = self.llm.collective_rpc(method, args=(self._sendable(named_tensors), *args))
+            args = (self._sendable(named_tensors), partial, self._sendable(adapter))
+            versions = self.llm.collective_rpc("load_student_weights", args=args)
         except Exception as error:
             self._stale = str(error)
             raise

@@ -147,8 +147,8 @@ class PairWorker(Worker):
             super().compile_or_warm_up_model()
         times = super().compile_or_warm_up_model()
         self._install_samplers()
-        self.student_adapter = StudentAdapter(self.student_runner)
         self.student_weights = WeightMap(self.student_runner.get_model())
+        self.student_adapter = StudentAdapter(self.student_runner)
         for runner in (self.model_runner, self.student_runner):
             runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes after a NaN
             runner._prepare_inputs = SteadyInputs(runner)
@@ -298,35 +298,30 @@ class PairWorker(Worker):
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
-    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False) -> int:
-        """Replace every weight of the student's, or with ``partial`` those that are given; returns the new version.
+    def load_student_weights(
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes,
+        partial: bool = False,
+        adapter: Iterable[tuple[str, torch.Tensor]] | bytes = (),
+    ) -> int:
+        """Replace every weight of the student's, or with ``partial`` those that are given, and its adapter, if only by none.
 
-        An adapter goes: these weights alone are the student. Until one succeeds, nothing is sampled.
+        Until one succeeds, nothing is sampled.
+
+        Returns:
+            the new version.
         """
-        with self._new_weights(named_tensors, needs_all="partial=True" if partial else "") as tensors:
-            with self.student_adapter.set_aside():
-                self.student_weights.load(tensors, partial=partial)
-            self.student_adapter.load(())
-        return self.weights_version
-
-    def load_student_adapter(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes) -> int:
-        """Replace the student's adapter on the weights of the last sync; returns the new version. Else as above."""
-        with self._new_weights(named_tensors, needs_all="an adapter alone") as tensors:
-            self.student_adapter.load(tensors)
-        return self.weights_version
-
-    @contextmanager
-    def _new_weights(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, *, needs_all: str
-    ) -> Iterator[Iterable[tuple[str, torch.Tensor]]]:
-        """The body loads these tensors: a version more if it succeeds, and no more sampling if it fails."""
-        if needs_all and not (self.weights_loaded and self.weights_version):
-            raise ValueError(f"{needs_all}: no sync of every weight came before, or the last one failed; push them all once")
+        if partial and not (self.weights_loaded and self.weights_version):
+            raise ValueError("partial=True: no sync of every weight came before, or the last one failed; push them all once")
         self.weights_loaded = False
+        named_tensors, adapter = (load_weights(t) if isinstance(t, bytes) else t for t in (named_tensors, adapter))
         with self._as_student(), torch.no_grad():
-            yield load_weights(named_tensors) if isinstance(named_tensors, bytes) else named_tensors
+            with self.student_adapter.set_aside():
+                self.student_weights.load(named_tensors, partial=partial)
+            self.student_adapter.load(adapter)
         self.weights_loaded = True
         self.weights_version += 1
+        return self.weights_version
 
     def _check_weights(self, step: PairStep) -> None:
         if not self.weights_loaded:
