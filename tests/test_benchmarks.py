@@ -237,6 +237,17 @@ def test_all_five_systems_run_on_a_tiny_pair(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_lora_sync_benchmark_runs(tmp_path):
+    path = tmp_path / "lora.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "lora_sync.py"), "--pair", "small+tiny", "--repeats", "2"]
+    command += ["--sequences", "2", "--tokens", "4", "--rank", "4", "--output", str(path)]
+    subprocess.run(command, check=True, timeout=300)
+    rows = json.loads(path.read_text())["rows"]
+    assert set(rows) == {"merged", "adapter"}
+    assert all(value > 0 for row in rows.values() for value in row.values())
+
+
+@pytest.mark.slow
 def test_the_weight_sync_benchmark_runs(tmp_path):
     path = tmp_path / "sync.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "weight_sync.py"), "--pair", "small+tiny", "--repeats", "2"]

@@ -25,7 +25,7 @@ from tests.training import build_trainer
 pytestmark = pytest.mark.gpu
 
 # vLLM's LoRA kernels know no float32 on a GPU, and float16 is this far from the live model's float32 there.
-DTYPE, NOISE, FAR = ("float16", 0.3, 1.0) if torch.cuda.is_available() else ("float32", 1e-3, 0.1)
+DTYPE, NOISE, FAR = ("float16", 0.6, 2.0) if torch.cuda.is_available() else ("float32", 1e-3, 0.1)
 exact_only = pytest.mark.skipif(DTYPE != "float32", reason="float16 turns some draws over")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
