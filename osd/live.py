@@ -130,7 +130,8 @@ def adapted_layers(model: Any) -> dict[str, Any]:
             raise ValueError(f"the student's adapter of {name} is a {type(variant).__name__}; {_PLAIN_LORA}")
     plain = (f".lora_A.{active}.weight", f".lora_B.{active}.weight")
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not name.endswith(plain):
+        of_adapter = model.prefix in name and f".{active}." in name
+        if (of_adapter or parameter.requires_grad) and not name.endswith(plain):
             raise ValueError(f"the student trains {name}, which is not A or B of its adapter; {_PLAIN_LORA}")
     return layers
 

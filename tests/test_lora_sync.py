@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osd.engine import config as engine_config
+from osd.engine import pair as pair_engine
 from osd.engine import scheduler as pair_scheduler
 from osd.engine.adapter import StudentAdapter, adapter_kwargs
 from osd.engine.pair import PairConfig, PairEngine
@@ -321,12 +322,13 @@ def test_an_adapter_that_does_not_fit_is_refused_and_so_is_sampling(make, studen
         ({"use_dora": True}, f"adapter of {Q} is a DoraLinearVariant"),
         ({"modules_to_save": ["lm_head"]}, "trains base_model.model.lm_head.modules_to_save"),
         ({"bias": "all", "target_modules": ["q_proj"]}, r"trains base_model.*q_proj.base_layer.bias"),
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, r"trains base_model.*q_proj.lora_B.default.bias"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "adapter on model.embed_tokens, a Embedding"),
         ({"target_modules": ["q_proj", "lm_head"]}, "adapter on lm_head, a Linear"),
         ({"r": 513}, "rank r=513, and vLLM's LoRA layers at most 512"),
         ({"r": 9}, r"was not started with student_kwargs=\{'enable_lora': True, 'max_lora_rank': 16"),
     ],
-    ids=["dora", "a saved module", "biases", "embeddings", "head", "rank above vLLM's", "rank above the engine's"],
+    ids=["dora", "a saved module", "biases", "an adapter's bias", "embeddings", "head", "rank", "rank of the engine"],
 )
 def test_adapters_that_the_engine_cannot_hold_are_refused(make, student, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -338,17 +340,27 @@ def test_students_and_engines_without_an_adapter_are_refused(make, student, pair
         make(student)
     with pytest.raises(ValueError, match="lora_sync='lora'"):
         make(student, lora_sync="lora")
-    plain = SimpleNamespace(config=PairConfig(teacher="t", student="s"))
+    model, plain = with_lora(student), SimpleNamespace(config=PairConfig(teacher="t", student="s"))
     with pytest.raises(ValueError, match="the running engine was not started with student_kwargs"):
-        make(with_lora(student), pair=plain)
+        make(model, pair=plain)
     with monkeypatch.context() as patch:
         patch.setattr(OSDGeneration, "_sharded", True)
         with pytest.raises(ValueError, match=r"not sharded \(FSDP, ZeRO-3\)"):
-            make(with_lora(student))
+            make(model)
     with pytest.raises(ValueError, match="lora_sync='adapter' and the student has no LoRA adapter"):
         build_trainer(None, pair[1], tmp_path, lora_sync="adapter")
     with pytest.raises(ValueError, match="lora_sync='both' is unknown; use one of merged, adapter"):
         build_trainer(None, pair[1], tmp_path, lora_sync="both")
+
+
+def test_an_engine_is_started_with_what_the_adapter_needs(make, student, pair, monkeypatch):
+    monkeypatch.setattr(pair_engine, "PairEngine", lambda config: config)
+    teacher, path = map(str, pair)
+    config = PairConfig(teacher=teacher, student=path, student_kwargs={"max_model_len": 64})
+    model = with_lora(student)
+    started = make(model, pair=config).engine.student_kwargs
+    assert started == {"max_model_len": 64} | adapter_kwargs(dict.fromkeys(LORA.target_modules, LORA.r))
+    assert make(model, pair=config, lora_sync="merged").engine.student_kwargs == {"max_model_len": 64}
 
 
 def test_a_merged_adapter_is_refused_and_nothing_is_sampled(make, student):

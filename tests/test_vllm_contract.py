@@ -8,6 +8,7 @@ import re
 from importlib import metadata
 
 import pytest
+from vllm.config import CompilationConfig
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -99,6 +100,7 @@ def test_classes_have_what_the_pair_uses(cls, names):
         (SamplingMetadata, "no_penalties allowed_token_ids_mask bad_words_token_ids logprob_token_ids"),
         (SamplingMetadata, "thinking_budget_state_holder"),
         (CachedRequestState, "output_token_ids"),
+        (CompilationConfig, "cudagraph_specialize_lora"),
         (FullAttentionSpec, "block_size num_kv_heads head_size dtype sliding_window"),
     ],
 )

@@ -51,7 +51,7 @@ def check_holds(student_kwargs: Mapping[str, Any], adapter: Mapping[str, Any]) -
 class StudentAdapter:
     """The adapter of a runner whose ``VllmConfig`` has LoRA; of any other, none, and nothing can be loaded.
 
-    Made when the runner is warm: vLLM throws away its dummy adapters after that.
+    Made after vLLM's warm-up, which ends by removing every adapter.
 
     Raises:
         ValueError: ``lora_target_modules`` names layers that are not linear.
@@ -93,7 +93,7 @@ class StudentAdapter:
             else:
                 layer.reset_lora(_SLOT)
         if self._layers:
-            self._manager._last_mapping = None  # of rows to slots, as vLLM does it where weights have been replaced
+            self._manager._last_mapping = None  # of rows to slots: upload it anew, as vLLM's reset_lora_state does
 
     def _take(self, name: str, layer: Any, given: dict[str, Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """A and B of a layer, or of each part of a fused one (q, k, v; gate, up), taken out of what is given."""

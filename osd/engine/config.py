@@ -132,6 +132,8 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     config.parallel_config = teacher_config.parallel_config
     config.device_config = teacher_config.device_config
     config.scheduler_config.async_scheduling = teacher_config.scheduler_config.async_scheduling
+    if config.lora_config is not None:
+        config.compilation_config.cudagraph_specialize_lora = False  # all batches have the adapter: no graphs without it
     share_block_size(teacher_config, config)
     return config
 
