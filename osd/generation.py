@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import ensure_master_addr_port
 
-from osd.live import checked, expected_shapes, frozen_state, merged_parameters
+from osd.live import adapter_parameters, adapter_ranks, checked, expected_shapes, frozen_state, lora_parameters
 from osd.prompts import Prompt, encode
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class OSDGeneration(VLLMGeneration):
         pair: the two models and how they are mixed, to start an engine from; or a running engine, which the caller closes.
         mix_tokens: sample from q* for that many tokens of a completion, and from the student alone after them; None: no
             limit.
+        lora_sync: of a student under LoRA: "merged" pushes the layers with an adapter, merged (the engine decodes at full
+            speed); "adapter" pushes A and B alone, to LoRA layers beside the frozen weights (they cost time in decoding). A
+            running engine must have been started with such layers in its `student_kwargs`.
         hidden: record the teacher's final hidden states (recorded supervision needs them).
         on_error: what to do with a completion that ended in an error (NaN logits): "raise", or "keep" it for a caller
             that masks it (it comes back as at least one token, and its `error` says what happened).
@@ -78,8 +81,8 @@ class OSDGeneration(VLLMGeneration):
             shape draws from q*. `generation_kwargs` are further `vllm.SamplingParams` arguments and win over the others.
 
     Raises:
-        ValueError: a pair that would not live in this process on one device; an adapter under FSDP1; and what `PairEngine`
-            raises.
+        ValueError: a pair that would not live in this process on one device; an adapter under FSDP1; `lora_sync="adapter"` for
+            a student without an adapter, sharded, or whose adapter vLLM cannot hold, by name; and what `PairEngine` raises.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class OSDGeneration(VLLMGeneration):
         *,
         pair: PairConfig | PairEngine,
         mix_tokens: int | None = None,
+        lora_sync: str = "merged",
         hidden: bool = False,
         on_error: str = "raise",
         temperature: float = 1.0,
@@ -102,9 +106,12 @@ class OSDGeneration(VLLMGeneration):
     ) -> None:
         if on_error not in ("raise", "keep"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
+        if lora_sync not in ("merged", "adapter"):
+            raise ValueError(f"lora_sync={lora_sync!r}: choose 'merged' or 'adapter'")
         self.pair = pair
         self.engine: PairEngine
         self.mix_tokens = mix_tokens
+        self.lora_sync = lora_sync
         self.hidden = hidden
         self.on_error = on_error
         self.sync_seconds = 0.0
@@ -136,12 +143,14 @@ class OSDGeneration(VLLMGeneration):
                 "fsdp_version=1 with a PEFT adapter: FSDP1's flat shards cannot be merged with it, so the engine would never "
                 "get the trained student; use fsdp_version=2"
             )
+        adapter = self._adapter_kwargs() if self.lora_sync == "adapter" else {}
         if isinstance(self.pair, PairConfig):
             _check_colocated(self.pair)
             # The trainer hands tensors over by reference, so the engine must not be a process of its own.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             kwargs = self.pair.engine_kwargs | self._process_kwargs(self.pair.engine_kwargs.get("seed", 0))
-            self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
+            student_kwargs = self.pair.student_kwargs | adapter
+            self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs, student_kwargs=student_kwargs))
         else:
             self.engine = self.pair
         self.accelerator.wait_for_everyone()
@@ -158,6 +167,17 @@ class OSDGeneration(VLLMGeneration):
             ensure_master_addr_port()
         return kwargs
 
+    def _adapter_kwargs(self) -> dict[str, Any]:
+        """Engine arguments of a student that can hold the live one's adapter; a running engine must have them."""
+        from osd.engine.adapter import adapter_kwargs, check_holds
+
+        if not self._walks_adapter:
+            raise ValueError("lora_sync='adapter' is for LoRA students (PEFT), not sharded (FSDP, ZeRO-3); use 'merged'")
+        kwargs = adapter_kwargs(adapter_ranks(self.model))
+        if (running := getattr(self.pair, "config", None)) is not None:
+            check_holds(running.student_kwargs, kwargs)
+        return kwargs
+
     def close(self) -> None:
         """Shut the engine down, if this object started it."""
         self._synced = False
@@ -169,7 +189,8 @@ class OSDGeneration(VLLMGeneration):
     def sync_weights(self) -> None:
         """Push the live student into its engine, in one call; its prefix cache is reset, the teacher's is not.
 
-        Of a student under LoRA, merged on the way, only the layers with an adapter are pushed again after the first sync.
+        Of a student under LoRA, only the layers with an adapter are pushed again after the first sync, merged on the way; or
+        its A and B alone, with `lora_sync="adapter"`.
         The next batch says how long it took. If it fails, `generate` refuses to sample until a sync succeeds.
 
         Raises:
@@ -177,19 +198,20 @@ class OSDGeneration(VLLMGeneration):
         """
         start = time.perf_counter()
         self._synced = False
-        partial = self._merges_adapter and self._only_adapter_moved()
-        # A generator, so that sharded parameters are gathered one at a time while vLLM copies them.
-        parameters = merged_parameters(self.model, trained_only=True) if partial else self._iter_named_params()
+        partial = self._walks_adapter and self._only_adapter_moved()
+        # Generators, so that sharded parameters are gathered one at a time while vLLM copies them.
+        parameters = self._iter_lora_params(trained_only=True) if partial else self._iter_named_params()
         if self._shapes is not None:
             parameters = checked(parameters, self._shapes, self.engine.config.student)
+        adapter = adapter_parameters(self.model) if self.lora_sync == "adapter" else ()
         stay = not (self._adapted or self._sharded)  # the others make each tensor as it is asked for
         try:
-            version = self.engine.load_student_weights(parameters, partial=partial, at_once=stay)
+            version = self.engine.load_student_weights(parameters, partial=partial, adapter=adapter, at_once=stay)
         except BaseException:
             self._last_sync = None
             self._unmerge_adapter()
             raise
-        if self._merges_adapter:
+        if self._walks_adapter:
             self._last_sync = version, frozen_state(self.model)  # after it: merging may move what it puts back
         self._synced = True
         self.sync_seconds += time.perf_counter() - start
@@ -200,11 +222,14 @@ class OSDGeneration(VLLMGeneration):
         return expected_shapes(config.student, {**config.engine_kwargs, **config.student_kwargs})
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self._merges_adapter:
-            return merged_parameters(self.model)
+        if self._walks_adapter:
+            return self._iter_lora_params()
         if self._sharded:
             return super()._iter_named_params()
         return ((self._fix_param_name_to_vllm(name), p.data) for name, p in self.model.named_parameters())
+
+    def _iter_lora_params(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        return lora_parameters(self.model, merged=self.lora_sync == "merged", trained_only=trained_only)
 
     def _iter_fsdp1_params(
         self, module: Any, prefix: str = "", visited: set[str] | None = None
@@ -225,8 +250,8 @@ class OSDGeneration(VLLMGeneration):
         return engine.student_is_whole and self._last_sync == (engine.weights_version, frozen_state(self.model))
 
     @property
-    def _merges_adapter(self) -> bool:
-        """There is an adapter, and it is merged here and not by TRL's walk."""
+    def _walks_adapter(self) -> bool:
+        """There is an adapter, and it is not merged by TRL's walk."""
         return self._adapted and not self._sharded
 
     @property

@@ -347,3 +347,14 @@ def test_both_trainers_run_on_a_tiny_pair(tmp_path):
     assert all(0 < alpha < 1 for alpha in found["systems"]["osd"]["alpha"])
     assert found["summary"]["osd_over_trl"]["step_s"] > 0
     assert found["versions"]["trl"]
+
+
+@pytest.mark.slow
+def test_the_lora_sync_benchmark_runs(tmp_path):
+    path = tmp_path / "lora.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "lora_sync.py"), "--pair", "small+tiny", "--repeats", "2"]
+    command += ["--sequences", "2", "--tokens", "4", "--rank", "4", "--output", str(path)]
+    subprocess.run(command, check=True, timeout=300)
+    rows = json.loads(path.read_text())["rows"]
+    assert set(rows) == {"merged", "adapter"}
+    assert all(value > 0 for row in rows.values() for value in row.values())

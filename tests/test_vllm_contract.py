@@ -8,7 +8,11 @@ import re
 from importlib import metadata
 
 import pytest
+from vllm.config import CompilationConfig
 from vllm.forward_context import ForwardContext
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -73,6 +77,10 @@ def attributes(cls) -> set[str]:
         (InputBatch, "token_ids_cpu is_token_ids num_tokens_no_spec num_computed_tokens_cpu"),
         (InputBatch, "req_id_to_index refresh_metadata"),
         (MultiGroupBlockTable, "append_row commit_block_table compute_slot_mapping"),
+        (LRUCacheWorkerLoRAManager, "_adapter_manager add_dummy_lora pin_adapter"),
+        (LRUCacheLoRAModelManager, "model modules packed_modules _last_mapping"),
+        (BaseLinearLayerWithLoRA, "base_layer n_slices set_lora reset_lora"),
+        (GPUModelRunner, "lora_config pin_lora"),
         (LogitsProcessors, "all argmax_invariant"),
         (Sampler, "forward sample apply_temperature logprobs_mode"),
     ],
@@ -98,6 +106,7 @@ def test_classes_have_what_the_pair_uses(cls, names):
         (SamplingMetadata, "thinking_budget_state_holder"),
         (CachedRequestState, "output_token_ids block_ids"),
         (ForwardContext, "attn_metadata cudagraph_runtime_mode batch_descriptor"),
+        (CompilationConfig, "cudagraph_specialize_lora"),
         (FullAttentionSpec, "block_size num_kv_heads head_size dtype sliding_window"),
     ],
 )
@@ -145,6 +154,13 @@ def test_nothing_that_acts_on_logits_is_unknown_to_the_sampler():
     for processor, idle in ((MinPLogitsProcessor, "min_p_count"), (LogitBiasLogitsProcessor, "biases")):
         assert idle in attributes(processor)
     assert "min_toks" in attributes(MinTokensLogitsProcessor)
+
+
+def test_an_adapter_has_the_place_that_it_is_written_to():
+    source = inspect.getsource(BaseLinearLayerWithLoRA.create_lora_weights)
+    assert {"lora_a_stacked", "lora_b_stacked"} <= set(re.findall(r"self\.(\w+) = ", source))
+    assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in inspect.getsource(GPUModelRunner.load_lora_model)
+    assert "lora_request" in parameters(Request.__init__)
 
 
 def test_a_row_in_flight_is_fed_from_the_device():

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainers.config import OSDConfig
 
 TEACHER_SIGNALS = ("recorded", "recompute")
+LORA_SYNCS = ("merged", "adapter")
 
 # Fields of DistillationConfig that an OSD run cannot honour: (name, what to do instead).
 _REFUSED = (
@@ -48,6 +49,7 @@ def _choices(args: OSDConfig) -> None:
         ("divergence", DIVERGENCES),
         ("importance_correction", CORRECTIONS),
         ("alpha_schedule", SHAPES),
+        ("lora_sync", LORA_SYNCS),
     ):
         if getattr(args, name) not in known:
             raise ValueError(f"{name}={getattr(args, name)!r} is unknown; use one of {', '.join(known)}")

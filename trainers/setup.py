@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import is_peft_model
+
 from osd.prompts import privileged_template_for
 from trainers.config import OSDConfig
 
@@ -25,6 +27,19 @@ def refuse_unsupported(*, tools: Any, quantization_config: Any) -> None:
         )
     if quantization_config is not None:
         raise ValueError("quantization_config is not supported: the live student is copied into its engine at every step")
+
+
+def check_lora_sync(model: Any, peft_config: Any, args: OSDConfig) -> None:
+    """Refuse to sync the adapter alone of a student that has none.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+    if args.lora_sync == "adapter" and not has_adapter:
+        raise ValueError(
+            "lora_sync='adapter' and the student has no LoRA adapter; give peft_config (--use_peft true), or use 'merged'"
+        )
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any, template: str | None) -> None:

@@ -50,7 +50,7 @@ from trainers.metrics import batch_metrics, loss_metrics
 from trainers.privilege import privilege_gap
 from trainers.resume import EpochSampler, check_same_run, marked_when_whole, resolve, run_of
 from trainers.schedule import unmixed
-from trainers.setup import check_datasets, planned_pair, refuse_unsupported
+from trainers.setup import check_datasets, check_lora_sync, planned_pair, refuse_unsupported
 from trainers.teacher import RecomputedTeacher, RecordedTeacher, Teacher
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class OSDTrainer(DistillationTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = OSDConfig(f"{name.split('/')[-1]}-OSD")
         refuse_unsupported(tools=tools, quantization_config=quantization_config)
+        check_lora_sync(model, peft_config, args)
         check_datasets(train_dataset, eval_dataset, args.privileged_template)
         pair = planned_pair(model, teacher_model, args, engine)
         self._run = run_of(model, pair, args)
@@ -147,6 +148,7 @@ class OSDTrainer(DistillationTrainer):
             self.processing_class,
             pair=pair,
             mix_tokens=self.args.mix_tokens,
+            lora_sync=self.args.lora_sync,
             hidden=self.args.teacher_signal == "recorded",
             on_error="keep",
             temperature=self.temperature,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from osd.core import MixingConfig
 
@@ -29,7 +31,7 @@ SHARED_KWARGS = (
     "kv_cache_memory_bytes",
 )
 # Not implemented for a pair; a clear refusal beats a wrong distribution.
-UNSUPPORTED_KWARGS = ("speculative_config", "kv_transfer_config", "enable_lora")
+UNSUPPORTED_KWARGS = ("speculative_config", "kv_transfer_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class PairConfig:
         for name in ("teacher_kwargs", "student_kwargs"):
             for key in set(getattr(self, name)) & set(SHARED_KWARGS):
                 raise ValueError(f"{name}[{key!r}] cannot differ between teacher and student; set it in engine_kwargs")
+        self._check_lora()
 
     @staticmethod
     def _check_kwargs(name: str, kwargs: dict[str, Any]) -> None:
@@ -74,6 +77,24 @@ class PairConfig:
                 raise ValueError(f"{name}[{key!r}]={kwargs[key]!r}: the paired engine has no pipeline parallelism; use 1")
             if key not in EngineArgs.__dataclass_fields__:
                 raise ValueError(f"{name}[{key!r}] is not an engine argument of the installed vLLM")
+
+    def _check_lora(self) -> None:
+        """The student alone may have an adapter, on layers that are named, where vLLM's LoRA layers can compute it."""
+        for name in ("engine_kwargs", "teacher_kwargs"):
+            if getattr(self, name).get("enable_lora"):
+                raise ValueError(f"{name}['enable_lora'] is not supported: only the student's engine can hold an adapter")
+        if not self.student_kwargs.get("enable_lora"):
+            return
+        if not self.student_kwargs.get("lora_target_modules"):
+            raise ValueError("student_kwargs['enable_lora'] needs 'lora_target_modules' beside it: the layers with an adapter")
+        if self.engine_kwargs.get("tensor_parallel_size", 1) != 1:
+            raise ValueError("student_kwargs['enable_lora'] is not supported with tensor_parallel_size > 1; merge the adapter")
+        dtype = {**self.engine_kwargs, **self.student_kwargs}.get("dtype")
+        if current_platform.is_cuda_alike() and dtype in ("float32", "float", torch.float32):
+            raise ValueError(
+                f"student_kwargs['enable_lora'] with dtype={str(dtype)!r}: vLLM's LoRA layers compute in 16 bits on a GPU; use "
+                "'bfloat16', or merge the adapter"
+            )
 
     def teacher_engine_args(self) -> dict[str, Any]:
         """Engine arguments of the engine as vLLM sees it: the teacher's, with the pair plugged in."""
@@ -111,6 +132,8 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     config.parallel_config = teacher_config.parallel_config
     config.device_config = teacher_config.device_config
     config.scheduler_config.async_scheduling = teacher_config.scheduler_config.async_scheduling
+    if config.lora_config is not None:
+        config.compilation_config.cudagraph_specialize_lora = False  # all batches have the adapter: no graphs without it
     share_block_size(teacher_config, config)
     return config
 

@@ -199,7 +199,6 @@ def _can_move_on(runner: Any) -> bool:
         or runner.enable_prompt_embeds
         or runner.supports_mm_inputs
         or runner.is_pooling_model
-        or runner.lora_config
         or runner.num_spec_tokens
         or runner.use_aux_hidden_state_outputs
         or runner.cascade_attn_enabled

@@ -295,13 +295,21 @@ class PairEngine:
     # -- the student's weights --------------------------------------------------------------------------------------
 
     def load_student_weights(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False, at_once: bool = False
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        partial: bool = False,
+        adapter: Iterable[tuple[str, torch.Tensor]] = (),
+        at_once: bool = False,
     ) -> int:
         """Push a live student into the engine; returns the new ``weights_version``.
 
         Args:
             named_tensors: every parameter of the student under its Hugging Face name.
             partial: some of them; the others stay as the sync before left them (under LoRA most never change).
+            adapter: a LoRA adapter on top of them, if ``student_kwargs`` have ``enable_lora`` and ``lora_target_modules``: of
+                each of its layers, by the Hugging Face name, ``NAME.lora_A.weight`` [r, in] and ``NAME.lora_B.weight``
+                [out, r], the scaling multiplied into B. The adapter of the sync before is gone in any case.
             at_once: check them all, then copy them all in a few launches. Only for tensors that keep their values until this
                 returns; else each is copied before the next is asked for.
 
@@ -309,12 +317,13 @@ class PairEngine:
         the engine core is another process. If this raises, the engine refuses to sample until a sync succeeds.
 
         Raises:
-            ValueError: parameters missing from ``named_tensors``; ``partial`` without a whole sync before it.
+            ValueError: parameters missing from ``named_tensors``; ``partial`` without a whole sync before it; an adapter that
+                the engine has no place for.
         """
         self._check_open()
         self._stale = "it did not finish"
         try:
-            args = (self._sendable(named_tensors), partial, at_once)
+            args = (self._sendable(named_tensors), partial, self._sendable(adapter), at_once)
             versions = self.llm.collective_rpc("load_student_weights", args=args)
         except Exception as error:
             self._stale = str(error)

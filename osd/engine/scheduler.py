@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from osd.engine.adapter import ADAPTER
 from osd.engine.config import student_vllm_config
 from osd.engine.options import PairOptions
 from osd.engine.steady import SteadyScheduler
@@ -220,6 +221,7 @@ class PairScheduler(Scheduler):
             cache_salt=request.cache_salt,
             priority=request.priority,
             block_hasher=request._block_hasher,
+            lora_request=ADAPTER if self.student.lora_config else None,
         )
 
     def _add_student_eos(self, params: SamplingParams) -> None:

@@ -25,7 +25,7 @@ class SteadyScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         groups = self.kv_cache_config.kv_cache_groups
         plain_cache = len(groups) == 1 and type(groups[0].kv_cache_spec) is FullAttentionSpec
-        self._can_derive = plain_cache and not (self.connector or self.ec_connector or self.lora_config)
+        self._can_derive = plain_cache and not (self.connector or self.ec_connector)
         self._last: SchedulerOutput | None = None
         self.derived = False
 

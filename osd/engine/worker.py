@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from osd.core import MixingConfig
+from osd.engine.adapter import StudentAdapter
 from osd.engine.books import feed, note_samples, note_samples_at_once, only_rows
 from osd.engine.config import mixing_config, share_block_size, student_vllm_config, wants_overlap
 from osd.engine.forward import SteadyForward
@@ -147,6 +148,7 @@ class PairWorker(Worker):
         times = super().compile_or_warm_up_model()
         self._install_samplers()
         self.student_weights = WeightMap(self.student_runner.get_model())
+        self.student_adapter = StudentAdapter(self.student_runner)
         for runner in (self.model_runner, self.student_runner):
             runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes after a NaN
             runner.execute_model = SteadyForward(runner)
@@ -302,19 +304,27 @@ class PairWorker(Worker):
     # -- the student's weights --------------------------------------------------------------------------------------
 
     def load_student_weights(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False, at_once: bool = False
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes,
+        partial: bool = False,
+        adapter: Iterable[tuple[str, torch.Tensor]] | bytes = (),
+        at_once: bool = False,
     ) -> int:
-        """Replace every weight of the student's, or with ``partial`` those that are given; returns the new version.
+        """Replace every weight of the student's, or with ``partial`` those that are given, and its adapter, if only by none.
 
         Until one succeeds, nothing is sampled.
+
+        Returns:
+            the new version.
         """
         if partial and not (self.weights_loaded and self.weights_version):
             raise ValueError("partial=True: no sync of every weight came before, or the last one failed; push them all once")
         self.weights_loaded = False
-        if isinstance(named_tensors, bytes):
-            named_tensors = load_weights(named_tensors)
+        named_tensors, adapter = (load_weights(t) if isinstance(t, bytes) else t for t in (named_tensors, adapter))
         with self._as_student(), torch.no_grad():
-            self.student_weights.load(named_tensors, partial=partial, at_once=at_once)
+            with self.student_adapter.set_aside():
+                self.student_weights.load(named_tensors, partial=partial, at_once=at_once)
+            self.student_adapter.load(adapter)
         self.weights_loaded = True
         self.weights_version += 1
         return self.weights_version

@@ -1,0 +1,114 @@
+"""What the two ways to sync a LoRA student cost: the sync itself, and what decoding takes afterwards.
+
+    python benchmarks/lora_sync.py --pair 3B+1.5B --rank 16
+    python benchmarks/lora_sync.py --pair small+tiny --sequences 2 --tokens 8          # a try on a CPU
+
+merged    every layer with an adapter is merged and copied; the engine decodes plain weights
+adapter   A and B alone are copied; the engine decodes through vLLM's LoRA layers
+
+All linear layers have an adapter. Random weights, in the engine's process, the trainer's copy on the same device. Medians over
+--repeats; syncs are those after the first. A step is a decoding step of the pair, (N tokens - 1 token) / (N - 1). Prints both
+and writes a JSON with every figure, the configuration and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as in training
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.sampling import hardware, versions
+from benchmarks.shapes import parse_pair, write_model
+from benchmarks.weight_sync import GPU, median_ms
+from osd.engine.pair import PairConfig
+from osd.generation import OSDGeneration
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default="3B+1.5B", help="TEACHER+STUDENT as Qwen2.5 shapes (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each sequence")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    return parser.parse_args()
+
+
+def lora_student(path: Path, rank: int) -> Any:
+    """A student with an adapter that is not zero on every linear layer."""
+    dtype = torch.bfloat16 if GPU else torch.float32
+    with torch.device("cuda" if GPU else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+    lora = LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def step_ms(generation: OSDGeneration, sequences: int, tokens: int, repeats: int) -> float:
+    """Milliseconds of one decoding step of the pair."""
+    prompts = [[10 + i, *range(20, 83)] for i in range(sequences)]
+
+    def seconds(length: int) -> float:
+        generation.max_completion_length = length
+        start = time.perf_counter()
+        generation.generate(prompts, None, 1)
+        return time.perf_counter() - start
+
+    seconds(tokens)  # the prompts are in the caches from here on
+    return 1e3 * statistics.median((seconds(tokens) - seconds(1)) / (tokens - 1) for _ in range(repeats))
+
+
+def measure(lora_sync: str, args: argparse.Namespace, teacher: Path, student: Path) -> dict[str, float]:
+    kwargs: dict[str, Any] = dict(load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16" if GPU else "float32")
+    kwargs |= dict(max_model_len=256 + args.tokens, max_num_seqs=args.sequences, gpu_memory_utilization=0.7)
+    kwargs |= {} if GPU else dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28)
+    generation = OSDGeneration(
+        lora_student(student, args.rank),
+        Accelerator(cpu=not GPU),
+        None,
+        pair=PairConfig(teacher=str(teacher), student=str(student), engine_kwargs=kwargs),
+        lora_sync=lora_sync,
+        generation_kwargs={"ignore_eos": True},
+    )
+    try:
+        sync = median_ms(generation.sync_weights, args.repeats)
+        return {"sync_ms": sync, "step_ms": step_ms(generation, args.sequences, args.tokens, args.repeats)}
+    finally:
+        generation.close()
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher, student = (write_model(name, Path(folder)) for name in parse_pair(args.pair))
+        rows = {lora_sync: measure(lora_sync, args, teacher, student) for lora_sync in ("merged", "adapter")}
+    for name, row in rows.items():
+        print(f"{name:>8} sync {row['sync_ms']:9.2f} ms, decoding {row['step_ms']:7.2f} ms per step")
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "versions": versions()}
+    settings = {name: getattr(args, name) for name in ("pair", "rank", "sequences", "tokens", "repeats")}
+    path = args.output if args.output.suffix == ".json" else args.output / f"lora_sync_{args.pair}_{about['date'][:10]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "configuration": settings, "rows": rows}, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
