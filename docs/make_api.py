@@ -46,7 +46,7 @@ def page() -> str:
 
 def _class(home: str, cls: type) -> str:
     lines = [f"## {home}.{cls.__name__}", "", _code(f"{cls.__name__}{_signature(cls)}"), "", _prose(cls.__doc__), ""]
-    for name, member in vars(cls).items():
+    for name, member in _members(cls).items():
         function = member.__func__ if isinstance(member, classmethod) else member
         if name.startswith("_") or not getattr(function, "__doc__", None):
             continue
@@ -62,6 +62,12 @@ def _class(home: str, cls: type) -> str:
         elif isinstance(member, property):
             lines += [f"- `{name}`: {_one_line(member.__doc__)}", ""]
     return "\n".join(lines)
+
+
+def _members(cls: type) -> dict[str, Any]:
+    """Of the class and of those of its bases that are ours and have no section of their own."""
+    ours = [base for base in reversed(cls.__mro__[1:]) if base.__module__ == "osd.sync"]
+    return {name: member for owner in (*ours, cls) for name, member in vars(owner).items()}
 
 
 def _function(home: str, function: Any) -> str:

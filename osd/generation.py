@@ -18,17 +18,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
-from accelerate.utils import is_peft_model
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import ensure_master_addr_port
 
-from osd.live import adapter_parameters, adapter_ranks, checked, expected_shapes, frozen_state, lora_parameters
 from osd.prompts import Prompt, encode
+from osd.sync import LiveStudent
 
 if TYPE_CHECKING:
     from osd.engine.pair import PairCompletion, PairConfig, PairEngine
@@ -60,7 +56,7 @@ class _TeacherSide:
     used: bool = False
 
 
-class OSDGeneration(VLLMGeneration):
+class OSDGeneration(LiveStudent):
     """Samples completions from q* and keeps the student's engine at the trainer's weights.
 
     Subclasses TRL's generator for its walk over the parameters (FSDP, DeepSpeed ZeRO-3, PEFT merging); engine, sync and
@@ -74,6 +70,8 @@ class OSDGeneration(VLLMGeneration):
         lora_sync: of a student under LoRA: "merged" pushes the layers with an adapter, merged (the engine decodes at full
             speed); "adapter" pushes A and B alone, to LoRA layers beside the frozen weights (they cost time in decoding). A
             running engine must have been started with such layers in its `student_kwargs`.
+        enable_sleep_mode: give the GPU memory of both models and their caches back after every `generate` call, and take it
+            again with the next sync (which `generate` then makes itself, if nobody did). Needs a GPU; prefix caches are lost.
         hidden: record the teacher's final hidden states (recorded supervision needs them).
         on_error: what to do with a completion that ended in an error (NaN logits): "raise", or "keep" it for a caller
             that masks it (it comes back as at least one token, and its `error` says what happened).
@@ -94,6 +92,7 @@ class OSDGeneration(VLLMGeneration):
         pair: PairConfig | PairEngine,
         mix_tokens: int | None = None,
         lora_sync: str = "merged",
+        enable_sleep_mode: bool = False,
         hidden: bool = False,
         on_error: str = "raise",
         temperature: float = 1.0,
@@ -108,17 +107,15 @@ class OSDGeneration(VLLMGeneration):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
         if lora_sync not in ("merged", "adapter"):
             raise ValueError(f"lora_sync={lora_sync!r}: choose 'merged' or 'adapter'")
+        if enable_sleep_mode and lora_sync == "adapter":
+            raise ValueError("enable_sleep_mode=True with lora_sync='adapter': LoRA layers do not survive sleep; use 'merged'")
         self.pair = pair
-        self.engine: PairEngine
         self.mix_tokens = mix_tokens
         self.lora_sync = lora_sync
         self.hidden = hidden
         self.on_error = on_error
-        self.sync_seconds = 0.0
         self.last_batch: GeneratedBatch | None = None
-        self._synced = False
-        self._asked: tuple[Any, bool] = None, False  # a model, and whether it has an adapter
-        self._last_sync: tuple[int, list[tuple[int, int]]] | None = None  # weights version, and the frozen weights' state
+        self._stays_awake = False
         self._teacher_side: _TeacherSide | None = None
         super().__init__(
             model,
@@ -131,6 +128,7 @@ class OSDGeneration(VLLMGeneration):
             min_p=min_p,  # type: ignore[arg-type]  # TRL's own trainer passes None for "off"
             repetition_penalty=repetition_penalty,
             max_completion_length=max_completion_length,
+            enable_sleep_mode=enable_sleep_mode,
             generation_kwargs=dict(generation_kwargs or {}),
         )
 
@@ -149,10 +147,13 @@ class OSDGeneration(VLLMGeneration):
             # The trainer hands tensors over by reference, so the engine must not be a process of its own.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             kwargs = self.pair.engine_kwargs | self._process_kwargs(self.pair.engine_kwargs.get("seed", 0))
+            if self.enable_sleep_mode:
+                kwargs["enable_sleep_mode"] = True
             student_kwargs = self.pair.student_kwargs | adapter
             self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs, student_kwargs=student_kwargs))
         else:
             self.engine = self.pair
+        self._sleep()
         self.accelerator.wait_for_everyone()
 
     def _process_kwargs(self, seed: int) -> dict[str, Any]:
@@ -167,107 +168,28 @@ class OSDGeneration(VLLMGeneration):
             ensure_master_addr_port()
         return kwargs
 
-    def _adapter_kwargs(self) -> dict[str, Any]:
-        """Engine arguments of a student that can hold the live one's adapter; a running engine must have them."""
-        from osd.engine.adapter import adapter_kwargs, check_holds
-
-        if not self._walks_adapter:
-            raise ValueError("lora_sync='adapter' is for LoRA students (PEFT), not sharded (FSDP, ZeRO-3); use 'merged'")
-        kwargs = adapter_kwargs(adapter_ranks(self.model))
-        if (running := getattr(self.pair, "config", None)) is not None:
-            check_holds(running.student_kwargs, kwargs)
-        return kwargs
-
     def close(self) -> None:
         """Shut the engine down, if this object started it."""
         self._synced = False
         if self.engine is not self.pair:
             self.engine.close()
 
-    # -- weights ------------------------------------------------------------------------------------------------------
+    # -- sleep --------------------------------------------------------------------------------------------------------
 
-    def sync_weights(self) -> None:
-        """Push the live student into its engine, in one call; its prefix cache is reset, the teacher's is not.
+    def _sleep(self) -> None:
+        if self.enable_sleep_mode and not self._stays_awake:
+            self._synced = False
+            self.engine.sleep()
 
-        Of a student under LoRA, only the layers with an adapter are pushed again after the first sync, merged on the way; or
-        its A and B alone, with `lora_sync="adapter"`.
-        The next batch says how long it took. If it fails, `generate` refuses to sample until a sync succeeds.
-
-        Raises:
-            ValueError: a parameter that the engine's student does not have, or in another shape; parameters missing.
-        """
-        start = time.perf_counter()
-        self._synced = False
-        partial = self._walks_adapter and self._only_adapter_moved()
-        # Generators, so that sharded parameters are gathered one at a time while vLLM copies them.
-        parameters = self._iter_lora_params(trained_only=True) if partial else self._iter_named_params()
-        if self._shapes is not None:
-            parameters = checked(parameters, self._shapes, self.engine.config.student)
-        adapter = adapter_parameters(self.model) if self.lora_sync == "adapter" else ()
-        stay = not (self._adapted or self._sharded)  # the others make each tensor as it is asked for
+    @contextmanager
+    def stays_awake(self) -> Iterator[None]:
+        """In this block `generate` leaves the engine awake, for what else it is to do; after it, it sleeps (if it is to)."""
+        self._stays_awake = True
         try:
-            version = self.engine.load_student_weights(parameters, partial=partial, adapter=adapter, at_once=stay)
-        except BaseException:
-            self._last_sync = None
-            self._unmerge_adapter()
-            raise
-        if self._walks_adapter:
-            self._last_sync = version, frozen_state(self.model)  # after it: merging may move what it puts back
-        self._synced = True
-        self.sync_seconds += time.perf_counter() - start
-
-    @cached_property
-    def _shapes(self) -> dict[str, torch.Size] | None:
-        config = self.engine.config
-        return expected_shapes(config.student, {**config.engine_kwargs, **config.student_kwargs})
-
-    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self._walks_adapter:
-            return self._iter_lora_params()
-        if self._sharded:
-            return super()._iter_named_params()
-        return ((self._fix_param_name_to_vllm(name), p.data) for name, p in self.model.named_parameters())
-
-    def _iter_lora_params(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        return lora_parameters(self.model, merged=self.lora_sync == "merged", trained_only=trained_only)
-
-    def _iter_fsdp1_params(
-        self, module: Any, prefix: str = "", visited: set[str] | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        if visited is None:
-            # FSDP takes the first module that is used for the root, and TRL's walk begins with the leaves: before the first
-            # forward pass it would fail.
-            with FSDP.summon_full_params(module, recurse=False, writeback=False):
-                pass
-        yield from super()._iter_fsdp1_params(module, prefix, visited)
-
-    def _fix_param_name_to_vllm(self, name: str, extra_prefixes: list[str] | None = None) -> str:
-        return super()._fix_param_name_to_vllm(name, [*(extra_prefixes or []), "_orig_mod."])  # torch.compile's
-
-    def _only_adapter_moved(self) -> bool:
-        """Since this object's last sync, nobody has pushed weights to the engine or written to the frozen ones."""
-        engine = self.engine
-        return engine.student_is_whole and self._last_sync == (engine.weights_version, frozen_state(self.model))
-
-    @property
-    def _walks_adapter(self) -> bool:
-        """There is an adapter, and it is not merged by TRL's walk."""
-        return self._adapted and not self._sharded
-
-    @property
-    def _adapted(self) -> bool:
-        if self._asked[0] is not self.model:  # not every time: accelerate reads a package's metadata to answer, in about 1 ms
-            self._asked = self.model, is_peft_model(self.model)
-        return self._asked[1]
-
-    @property
-    def _sharded(self) -> bool:
-        return self._dist.is_fsdp or self._dist.is_zero3
-
-    def _unmerge_adapter(self) -> None:
-        # TRL's walk merges LoRA before it and unmerges after it; a failure in between would leave the trained model merged.
-        if self._adapted and self._sharded:
-            self.model.unmerge_adapter()  # type: ignore[operator]
+            yield
+        finally:
+            self._stays_awake = False
+            self._sleep()
 
     # -- completions --------------------------------------------------------------------------------------------------
 
@@ -325,6 +247,8 @@ class OSDGeneration(VLLMGeneration):
         """
         if images is not None:
             raise ValueError("OSD distils text models; remove the dataset's image columns")
+        if self.engine.asleep:
+            self.sync_weights()
         if not self._synced:
             raise RuntimeError("the student's engine does not have the trainer's weights; call sync_weights() first")
         teacher_prompts, alpha = self._take_teacher_side(prompts)
@@ -344,6 +268,7 @@ class OSDGeneration(VLLMGeneration):
             weights_version=self.engine.weights_version,
         )
         self.sync_seconds = 0.0
+        self._sleep()
         self._check_errors(completions)
         token_ids = [c.token_ids or [self._end_token] for c in completions]
         logprobs = [[[lp] for lp in _logp_draw(c, len(ids))] for c, ids in zip(completions, token_ids, strict=True)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from osd.prompts import template_fields
 from trainers.divergence import DIVERGENCES
 from trainers.importance import CORRECTIONS
@@ -20,7 +22,6 @@ LORA_SYNCS = ("merged", "adapter")
 _REFUSED = (
     ("vllm_server_base_url", "the student and the teacher are sampled in one engine inside the trainer's process"),
     ("vllm_structured_outputs_regex", "structured outputs are not supported by the paired engine"),
-    ("vllm_enable_sleep_mode", "sleep mode is not supported yet"),
     ("cache_implementation", "completions come from vLLM, not from transformers"),
     ("max_tool_calling_iterations", "tools are not supported"),
 )
@@ -145,6 +146,12 @@ def _colocated(args: OSDConfig) -> None:
         raise ValueError(
             f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: every process owns a whole pair on its own "
             "device; use 1, and more processes instead"
+        )
+    if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
+        raise ValueError("vllm_enable_sleep_mode=True needs an NVIDIA GPU, and there is none; leave it false")
+    if args.vllm_enable_sleep_mode and args.lora_sync == "adapter":
+        raise ValueError(
+            "vllm_enable_sleep_mode=True with lora_sync='adapter': LoRA layers do not survive sleep; use lora_sync='merged'"
         )
     if not args.ds3_gather_for_generation:
         raise ValueError("ds3_gather_for_generation=False is not compatible with vLLM generation; leave it true")

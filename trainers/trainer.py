@@ -135,9 +135,13 @@ class OSDTrainer(DistillationTrainer):
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._earlier_syncs = 0  # of a resumed run, before it was broken off
-        recompute = args.teacher_signal == "recompute"
         engine = self.vllm_generation.engine
-        self._teacher: Teacher = RecomputedTeacher(self, engine.config.teacher) if recompute else RecordedTeacher(engine, args)
+        with self.vllm_generation.stays_awake():
+            engine.wake_up()
+            recompute = args.teacher_signal == "recompute"
+            self._teacher: Teacher = (
+                RecomputedTeacher(self, engine.config.teacher) if recompute else RecordedTeacher(engine, args)
+            )
         for name in ("alpha", "token_ids"):
             self._logs[name] = deque(maxlen=self._logs["prompt"].maxlen)
 
@@ -149,6 +153,7 @@ class OSDTrainer(DistillationTrainer):
             pair=pair,
             mix_tokens=self.args.mix_tokens,
             lora_sync=self.args.lora_sync,
+            enable_sleep_mode=self.args.vllm_enable_sleep_mode,
             hidden=self.args.teacher_signal == "recorded",
             on_error="keep",
             temperature=self.temperature,
@@ -160,6 +165,11 @@ class OSDTrainer(DistillationTrainer):
             generation_kwargs=self.args.sampling_kwargs(),
         )
 
+    def _start_teacher(self, engine: PairEngine) -> Teacher:
+        if self.args.teacher_signal == "recompute":
+            return RecomputedTeacher(self, engine.config.teacher)
+        return RecordedTeacher(engine, self.args)
+
     def close(self) -> None:
         """Shut the paired engine down, if this trainer started it, and give its memory back."""
         self.__dict__.pop("_teacher", None)  # it refers to the engine's memory
@@ -168,6 +178,10 @@ class OSDTrainer(DistillationTrainer):
     # -- completions and their supervision ----------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self.vllm_generation.stays_awake():
+            return self._sampled_and_supervised(inputs)
+
+    def _sampled_and_supervised(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         teacher_ids = [self._teacher_ids(row) for row in inputs]
         self.vllm_generation.model = self.model  # FSDP1 wraps it anew when training begins

@@ -29,6 +29,7 @@ SHARED_KWARGS = (
     "max_num_seqs",
     "gpu_memory_utilization",
     "kv_cache_memory_bytes",
+    "enable_sleep_mode",
 )
 # Not implemented for a pair; a clear refusal beats a wrong distribution.
 UNSUPPORTED_KWARGS = ("speculative_config", "kv_transfer_config")

@@ -7,7 +7,6 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -22,53 +21,16 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 import torch  # noqa: E402
 from vllm import LLM, SamplingParams, envs  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
-from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from osd.engine.config import PairConfig, student_vllm_config  # noqa: E402
 from osd.engine.models import check_models  # noqa: E402
 from osd.engine.options import PairOptions  # noqa: E402
 from osd.engine.record import RequestRecord, load_records  # noqa: E402
+from osd.engine.requests import PairCompletion, PairPrompt, RequestChecks, checked_params, one_each  # noqa: E402
 from osd.engine.weights import dump_weights  # noqa: E402
 
-__all__ = ["PairCompletion", "PairConfig", "PairEngine", "PairPrompt"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairPrompt:
-    """One request: what each side reads before the completion, as token ids."""
-
-    teacher_token_ids: list[int]
-    student_token_ids: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairCompletion:
-    """What came of one request.
-
-    Attributes:
-        token_ids: the completion, including the token that ended it.
-        text: its text without special tokens.
-        finish_reason: "stop", "length", "abort" or "error".
-        stop_reason: the stop string or id that ended it, if one did.
-        error: why it ended in an error ("NaN in the student's logits"), or None.
-        record: one row per token, or None if it was not asked for.
-        weights_version: the student weights that sampled it.
-        teacher_prompt_tokens, student_prompt_tokens: prompt lengths.
-        teacher_cached_tokens, student_cached_tokens: how much of each was in that side's prefix cache.
-    """
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str | None
-    stop_reason: int | str | None
-    error: str | None
-    record: TokenRecord | None
-    weights_version: int
-    teacher_prompt_tokens: int
-    student_prompt_tokens: int
-    teacher_cached_tokens: int
-    student_cached_tokens: int
+__all__ = ["PairCompletion", "PairConfig", "PairEngine", "PairPrompt", "checked_params"]
 
 
 class PairEngine:
@@ -89,6 +51,7 @@ class PairEngine:
     def __init__(self, config: PairConfig) -> None:
         self._check_alone()
         check_models(config)
+        self._check_can_sleep(config)
         self.config = config
         _keep_torch_threads()
         self.llm = LLM(**config.teacher_engine_args())
@@ -101,6 +64,7 @@ class PairEngine:
         self.mixing = config.mixing
         self._request_number = itertools.count()
         self._stale: str | None = None
+        self.asleep = False
         if self._worker() is not None:
             PairEngine._in_this_process = weakref.ref(self)
 
@@ -110,6 +74,11 @@ class PairEngine:
         other = cls._in_this_process and cls._in_this_process()
         if other is not None and hasattr(other, "llm"):
             raise RuntimeError("another PairEngine lives in this process; close() it first, or use it")
+
+    @staticmethod
+    def _check_can_sleep(config: PairConfig) -> None:
+        if config.engine_kwargs.get("enable_sleep_mode") and not current_platform.is_cuda():
+            raise ValueError("engine_kwargs['enable_sleep_mode']=True: vLLM's sleep mode needs an NVIDIA GPU; leave it out")
 
     def _check_active(self) -> None:
         """vLLM logs and goes on when a plug-in is not used: make sure that both of ours are."""
@@ -162,12 +131,12 @@ class PairEngine:
             ValueError: an empty prompt, one too long for either model, another number of α; nothing has been sampled then.
             RuntimeError: the last weight sync failed, so the student's weights are not to be sampled from.
         """
-        self._check_open()
+        self._check_awake()
         if self._stale is not None:
-            raise RuntimeError(f"the student's weights are incomplete since a failed sync ({self._stale}); sync again first")
+            raise RuntimeError(f"the student's weights are not to be sampled from ({self._stale}); sync them first")
         options = [
             PairOptions(alpha=a, mix_tokens=mix_tokens, teacher_only=teacher_only, record=record, hidden=hidden)
-            for a in _one_each("alpha", alpha, len(prompts))
+            for a in one_each("alpha", alpha, len(prompts))
         ]
         params = self._sampling_params(prompts, sampling, options)
         ids: dict[str, str] = {}
@@ -185,46 +154,11 @@ class PairEngine:
             for prompt, (name, internal) in zip(prompts, ids.items(), strict=True)
         ]
 
-    def _sampling_params(
-        self,
-        prompts: Sequence[PairPrompt],
-        sampling: dict[str, Any] | Sequence[dict[str, Any]],
-        options: PairOptions | Sequence[PairOptions],
-    ) -> list[SamplingParams]:
-        params = []
-        per_prompt = (_one_each(name, given, len(prompts)) for name, given in (("sampling", sampling), ("options", options)))
-        for index, (prompt, kwargs, option) in enumerate(zip(prompts, *per_prompt, strict=True)):
-            extra = {**vars(option), "weights_version": self.weights_version}
-            extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
-            extra_args = {**(kwargs.get("extra_args") or {}), **PairOptions(**extra).to_extra_args()}
-            params.append(checked_params({**kwargs, "extra_args": extra_args}))
-            self._check_request(index, prompt, params[-1], option.teacher_only)
-        return params
-
-    def _check_request(self, index: int, prompt: PairPrompt, params: SamplingParams, teacher_only: bool) -> None:
-        if params.n != 1:
-            raise ValueError(f"sampling n={params.n}: give each prompt {params.n} times instead")
-        if params.max_tokens is None:
-            raise ValueError("sampling max_tokens is None; give the longest completion you want, in tokens")
-        if params.prompt_logprobs is not None:
-            raise ValueError("sampling prompt_logprobs is not supported by the paired engine; remove it")
-        sides = [
-            ("teacher", prompt.teacher_token_ids, self._engine.vllm_config),
-            ("student", prompt.student_token_ids, self._student_config),
-        ]
-        for side, ids, config in sides[:1] if teacher_only else sides:
-            vocab_size = config.model_config.get_vocab_size()
-            limit = config.model_config.max_model_len
-            if not ids:
-                raise ValueError(f"prompt {index}: the {side}'s prompt is empty; give it at least one token")
-            if not 0 <= min(ids) <= max(ids) < vocab_size:
-                wrong = next(i for i in ids if not 0 <= i < vocab_size)
-                raise ValueError(f"prompt {index}: token id {wrong} is not one of the {side}'s {vocab_size} ids")
-            if len(ids) + params.max_tokens > limit:
-                raise ValueError(
-                    f"prompt {index}: the {side}'s prompt has {len(ids)} tokens, and with max_tokens={params.max_tokens} that "
-                    f"is over its max_model_len={limit}; shorten one of them or raise max_model_len"
-                )
+    def _sampling_params(self, prompts: Sequence[PairPrompt], sampling: Any, options: Any) -> list[SamplingParams]:
+        checks = RequestChecks(
+            teacher=self._engine.vllm_config, student=self._student_config, weights_version=self.weights_version
+        )
+        return checks.sampling_params(prompts, sampling, options)
 
     def _submit(
         self, prompts: Sequence[PairPrompt], params: Sequence[SamplingParams], ids: dict[str, str] | None = None
@@ -320,13 +254,13 @@ class PairEngine:
             ValueError: parameters missing from ``named_tensors``; ``partial`` without a whole sync before it; an adapter that
                 the engine has no place for.
         """
-        self._check_open()
-        self._stale = "it did not finish"
+        self._check_awake()
+        self._stale = "the last sync did not finish"
         try:
             args = (self._sendable(named_tensors), partial, self._sendable(adapter), at_once)
             versions = self.llm.collective_rpc("load_student_weights", args=args)
         except Exception as error:
-            self._stale = str(error)
+            self._stale = f"the last sync failed: {error}"
             raise
         assert len(set(versions)) == 1, f"workers disagree on the student's weights version: {versions}"
         self.weights_version, self._stale = versions[0], None
@@ -336,7 +270,7 @@ class PairEngine:
 
     @property
     def student_is_whole(self) -> bool:
-        """No weight sync was made, or the last one succeeded."""
+        """No weight sync was made, or the last one succeeded, and the engine has not slept since."""
         return self._stale is None
 
     def _scheduler(self) -> Any | None:
@@ -354,11 +288,12 @@ class PairEngine:
         return getattr(wrapper, "worker", None)
 
     def teacher_lm_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The teacher's own output layer, by reference: weight [V, H] and bias [V] or None.
+        """The teacher's own output layer: weight [V, H] and bias [V] or None. By reference, or a copy if the engine can sleep.
 
         Raises:
             RuntimeError: the worker is not in this process, or the vocabulary is sharded over several.
         """
+        self._check_awake()
         worker = self._worker()
         if worker is None or worker.parallel_config.world_size != 1:
             raise RuntimeError(
@@ -368,9 +303,50 @@ class PairEngine:
         head = worker.model_runner.get_model().lm_head
         vocab_size = worker.model_config.get_vocab_size()
         bias = getattr(head, "bias", None)
-        return head.weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        weight, bias = head.weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        if self._can_sleep:
+            return weight.clone(), None if bias is None else bias.clone()
+        return weight, bias
 
     # -- the rest of its life ---------------------------------------------------------------------------------------
+
+    @property
+    def _can_sleep(self) -> bool:
+        return self._engine.vllm_config.model_config.enable_sleep_mode
+
+    def sleep(self) -> None:
+        """Give back the GPU memory of both sides' weights and KV caches; needs ``engine_kwargs={"enable_sleep_mode": True}``.
+
+        The teacher's weights are kept in host memory. The student's are dropped, and both prefix caches are forgotten. Nothing
+        can be sampled or pushed until :meth:`wake_up`, and then nothing sampled until the student was pushed whole.
+
+        Raises:
+            RuntimeError: the engine was not started with sleep mode, or has unfinished requests.
+        """
+        self._check_open()
+        if not self._can_sleep:
+            raise RuntimeError("this engine cannot sleep: start it with engine_kwargs={'enable_sleep_mode': True}")
+        if self._engine.has_unfinished_requests():
+            raise RuntimeError("this engine has unfinished requests; let them finish before it sleeps")
+        if self.asleep:
+            return
+        self._stale, self.asleep = "they were dropped in sleep", True
+        self.llm.sleep(level=1)
+
+    def wake_up(self) -> None:
+        """Take the memory again: the teacher's weights as they were, empty caches, and no student until the next sync.
+
+        If this raises (there is not enough memory), the engine stays asleep.
+        """
+        self._check_open()
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+    def _check_awake(self) -> None:
+        self._check_open()
+        if self.asleep:
+            raise RuntimeError("this engine is asleep; wake_up() and sync the student first")
 
     def reset_prefix_cache(self) -> None:
         """Forget both sides' prefix caches."""
@@ -384,6 +360,8 @@ class PairEngine:
         """Shut the engine down and give its memory back. Idempotent."""
         if (llm := getattr(self, "llm", None)) is None:
             return
+        if self.asleep:
+            self.llm.wake_up()  # vLLM's allocator cannot free memory that it has unmapped
         self._engine.engine_core.shutdown()
         del self.llm, self._engine, llm
         gc.collect()
@@ -394,23 +372,6 @@ class PairEngine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def _one_each(name: str, given: Any, count: int) -> list[Any]:
-    """One value per prompt, from one for all of them or a sequence."""
-    if not isinstance(given, Sequence):
-        return [given] * count
-    if len(given) != count:
-        raise ValueError(f"{name} has {len(given)} entries for {count} prompts; give one each, or one for all")
-    return list(given)
-
-
-def checked_params(kwargs: dict[str, Any]) -> SamplingParams:
-    """vLLM's sampling parameters; its complaints, of several types, as a ValueError."""
-    try:
-        return SamplingParams(**kwargs)
-    except (TypeError, ValueError, VLLMValidationError) as error:
-        raise ValueError(f"sampling: {error}") from error
 
 
 def _keep_torch_threads() -> None:

@@ -29,6 +29,7 @@ from osd.engine.record import RecordLog, RequestRecord, dump_records
 from osd.engine.rows import RowPlan, RowPlanner
 from osd.engine.sampler import FedSampler, PairSampler
 from osd.engine.scheduler import PairStep, student_kv_cache_config
+from osd.engine.sleep import SleepingPair
 from osd.engine.weights import WeightMap, keep_weights_live, load_weights
 
 if current_platform.is_cpu():
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 _CONFIG_ATTRIBUTES = ("model_config", "cache_config", "load_config", "scheduler_config", "compilation_config")
 
 
-class PairWorker(Worker):
+class PairWorker(SleepingPair, Worker):
     """vLLM's worker of this platform, for two models."""
 
     vllm_config: VllmConfig
@@ -331,7 +332,7 @@ class PairWorker(Worker):
 
     def _check_weights(self, step: PairStep) -> None:
         if not self.weights_loaded:
-            raise RuntimeError("the last weight sync of the student failed half way; sync again before sampling")
+            raise RuntimeError("the student's weights are incomplete (a sync that failed, or sleep); sync them before sampling")
         if step.weights_version != self.weights_version:
             raise RuntimeError(
                 f"a request was admitted for the student's weights version {step.weights_version}, and version "

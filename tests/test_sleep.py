@@ -1,0 +1,149 @@
+"""Sleep: memory really falls, the teacher comes back to the bit, and nothing is sampled from what sleep left behind.
+
+vLLM's allocator serves one engine per process, so all of it is tested on one, in order.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.sleep import SleepingPair
+from osd.generation import OSDGeneration
+from tests.tiny import tiny_engine_kwargs
+
+GPU = torch.cuda.is_available()
+on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="vLLM's sleep mode needs a GPU")]
+PROMPTS = [PairPrompt(teacher_token_ids=[7 + i] * 70, student_token_ids=[30, 31 + i]) for i in range(4)]
+SAMPLING = dict(max_tokens=40, temperature=1.0, seed=5, ignore_eos=True)
+
+
+def config(tiny_pair, **engine_kwargs) -> PairConfig:
+    teacher, student = map(str, tiny_pair)
+    return PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs(**engine_kwargs))
+
+
+@pytest.mark.skipif(GPU, reason="needs a machine without a GPU")
+def test_sleep_mode_is_refused_without_a_gpu(tiny_pair):
+    with pytest.raises(ValueError, match=r"engine_kwargs\['enable_sleep_mode'\]=True: vLLM's sleep mode needs an NVIDIA GPU"):
+        PairEngine(config(tiny_pair, enable_sleep_mode=True))
+
+
+def test_sides_do_not_sleep_apart(tiny_pair):
+    teacher, student = map(str, tiny_pair)
+    with pytest.raises(ValueError, match="'enable_sleep_mode'] cannot differ between teacher and student"):
+        PairConfig(teacher=teacher, student=student, teacher_kwargs={"enable_sleep_mode": True})
+
+
+def test_a_level_that_would_lose_the_teacher_is_refused():
+    with pytest.raises(ValueError, match="sleep level=2: a pair sleeps at level 1"):
+        SleepingPair().sleep(level=2)
+
+
+@pytest.mark.skipif(GPU, reason="this engine could sleep")
+def test_an_engine_that_cannot_sleep_says_so(tiny_pair):
+    with PairEngine(config(tiny_pair)) as engine:
+        with pytest.raises(RuntimeError, match="this engine cannot sleep: start it with"):
+            engine.sleep()
+        engine.wake_up()  # it is awake
+        engine.generate(PROMPTS[:1], sampling=SAMPLING | {"max_tokens": 2})
+
+
+class TestOnAGpu:
+    pytestmark = on_a_gpu
+
+    @pytest.fixture(scope="class")
+    def engine(self, tiny_pair):
+        # A cache that is large beside the noise of what else is allocated.
+        with PairEngine(config(tiny_pair, enable_sleep_mode=True, kv_cache_memory_bytes=2 << 30)) as engine:
+            yield engine
+
+    @pytest.fixture
+    def student(self, tiny_pair):
+        return AutoModelForCausalLM.from_pretrained(tiny_pair[1]).cuda()
+
+    @staticmethod
+    def push(engine, student) -> None:
+        engine.load_student_weights((name, p.data) for name, p in student.named_parameters())
+
+    @staticmethod
+    def sampled(engine) -> tuple[list[list[int]], torch.Tensor]:
+        completions = engine.generate(PROMPTS, sampling=SAMPLING)
+        return [c.token_ids for c in completions], torch.cat([c.record.values_TR for c in completions])
+
+    @staticmethod
+    def checksum(model) -> list[torch.Tensor]:
+        return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
+
+    def test_a_night(self, engine, student):
+        """Asleep: less memory, and no sampling. Awake: no sampling before a sync. Synced: the same samples, bit for bit."""
+        worker = engine._worker()
+        self.push(engine, student)
+        before = self.sampled(engine)
+        sides = [runner.get_model() for runner in (worker.model_runner, worker.student_runner)]
+        teacher, buffers = self.checksum(sides[0]), [b.clone() for b in sides[1].buffers()]
+        addresses = [p.data_ptr() for side in sides for p in side.parameters()]
+        head, _ = engine.teacher_lm_head()
+        kept = head.sum().item()
+        free = torch.cuda.mem_get_info()[0]
+
+        engine.sleep()
+        assert torch.cuda.mem_get_info()[0] - free > 1.5 * (1 << 30)  # of 2 GiB for both caches
+        assert head.sum().item() == kept, "the loss reads the output layer while the engine sleeps"
+        with pytest.raises(RuntimeError, match="asleep"):
+            engine.generate(PROMPTS, sampling=SAMPLING)
+        with pytest.raises(RuntimeError, match="asleep"):
+            self.push(engine, student)
+        with pytest.raises(RuntimeError, match="asleep"):
+            engine.teacher_lm_head()
+
+        engine.wake_up()
+        assert all(torch.equal(a, b) for a, b in zip(self.checksum(sides[0]), teacher, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(sides[1].buffers(), buffers, strict=True))
+        assert [p.data_ptr() for side in sides for p in side.parameters()] == addresses
+        with pytest.raises(RuntimeError, match=r"not to be sampled from \(they were dropped in sleep\)"):
+            engine.generate(PROMPTS, sampling=SAMPLING)
+        with pytest.raises(ValueError, match="partial=True"):
+            engine.load_student_weights([], partial=True)
+
+        self.push(engine, student)
+        completions = engine.generate(PROMPTS, sampling=SAMPLING)
+        assert {(c.teacher_cached_tokens, c.student_cached_tokens) for c in completions} == {(0, 0)}, "an empty cache was hit"
+        after = [c.token_ids for c in completions], torch.cat([c.record.values_TR for c in completions])
+        assert after[0] == before[0]
+        assert torch.equal(after[1], before[1])
+
+    def test_what_sleep_left_in_the_students_place_is_not_the_student(self, engine, student):
+        """The check that keeps it from being sampled matters: without it the samples are others."""
+        self.push(engine, student)
+        before, worker = self.sampled(engine), engine._worker()
+        engine.sleep()
+        engine.wake_up()
+        worker.weights_loaded, engine._stale = True, None
+        assert self.sampled(engine)[0] != before[0]
+        self.push(engine, student)
+        assert self.sampled(engine)[0] == before[0]
+
+    def test_generation_sleeps_between_calls_and_syncs_by_itself(self, engine, student):
+        generation = OSDGeneration(
+            student, Accelerator(), engine.tokenizer, pair=engine, enable_sleep_mode=True, max_completion_length=8
+        )
+        assert engine.asleep
+        prompts = [[30, 31], [30, 32]]
+        generation.sync_weights()
+        assert not engine.asleep
+        for _ in range(2):  # in evaluation nobody syncs before the second call
+            generation.generate(prompts, None, 1)
+            assert engine.asleep
+        with generation.stays_awake():
+            generation.generate(prompts, None, 1)
+            assert not engine.asleep
+        assert engine.asleep
+
+    def test_an_engine_can_be_closed_asleep(self, engine):
+        """The last test of the engine."""
+        engine.sleep()
+        engine.close()
