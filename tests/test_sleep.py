@@ -57,8 +57,9 @@ class TestOnAGpu:
 
     @pytest.fixture(scope="class")
     def engine(self, tiny_pair):
-        # A cache that is large beside the noise of what else is allocated.
-        with PairEngine(config(tiny_pair, enable_sleep_mode=True, kv_cache_memory_bytes=2 << 30)) as engine:
+        # CUDA graphs must stay valid; and a cache that is large beside the noise of what else is allocated.
+        graphs = dict(enforce_eager=False, compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})
+        with PairEngine(config(tiny_pair, enable_sleep_mode=True, kv_cache_memory_bytes=2 << 30, **graphs)) as engine:
             yield engine
 
     @pytest.fixture
