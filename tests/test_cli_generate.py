@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -472,6 +473,23 @@ def test_filters_remove_and_count(tmp_path):
 def test_answers(completion, answer, contained, matched):
     assert answers.contains(completion, answer) == contained
     assert answers.matches(completion, answer) == matched
+
+
+def test_the_progress_bar_says_what_became_of_the_samples_and_how_long_it_takes(tmp_path, capsys):
+    rows = [*ROWS[:10], {"question": "", "answer": "w8"}]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    settings = config(tmp_path, input=path, filter_min_tokens=3)
+    counts = generate(settings, lambda settings: FakePair(settings, seconds=0.08))
+    first, *_, last = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
+    assert first.startswith("0/22 samples")
+    assert "loading the models" in first
+    kept, removed = counts.kept, counts.removed["filter_min_tokens"]
+    assert re.fullmatch(
+        rf"22/22 samples \|.*\| [\d,]+ tokens/s, α {counts.alpha_mean:.2f}, {kept} kept, {removed} removed, 2 rejected \| "
+        r"\d\d:\d\d passed, 00:00 left",
+        last,
+    )
+    assert removed
 
 
 # -- kills and resuming -------------------------------------------------------------------------------------------------
