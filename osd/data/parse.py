@@ -21,7 +21,8 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from osd.data.settings import CompareConfig, GenerateConfig, hints, takes_mapping
+from osd.data.hints import hints, takes_mapping
+from osd.data.settings import CompareConfig, GenerateConfig
 
 SECTIONS: dict[str, type] = {"generate": GenerateConfig, "compare": CompareConfig}
 Settings = TypeVar("Settings", GenerateConfig, CompareConfig)
