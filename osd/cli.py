@@ -48,9 +48,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("OSD_TRACEBACK"):
             raise
         sys.exit(_refused(command, str(error)))
+    except OSError as error:  # a full disk, say
+        if os.environ.get("OSD_TRACEBACK"):
+            raise
+        sys.exit(f"osd {command}: failed: {error}{_going_on(command)}")
     except KeyboardInterrupt:
-        print(f"\nosd {command}: interrupted; `--resume` goes on after the last finished shard", file=sys.stderr)
+        print(f"\nosd {command}: interrupted{_going_on(command)}", file=sys.stderr)
         sys.exit(130)
+
+
+def _going_on(command: str) -> str:
+    return "; `--resume` goes on after the last finished shard" if command == "generate" else ""
 
 
 def _refused(command: str, message: str) -> int:

@@ -75,7 +75,8 @@ def encode(tokenizer: Any, prompt: Prompt, **chat_template_kwargs: Any) -> list[
     template with the generation prompt, and `chat_template_kwargs` reach the template.
 
     Raises:
-        ValueError: a conversation and a tokenizer without a chat template, or a prompt of no tokens.
+        ValueError: a conversation that the tokenizer's chat template refuses, or a tokenizer that has none; a prompt of no
+            tokens.
     """
     check_prompt(prompt)
     if isinstance(prompt, str):
@@ -94,7 +95,14 @@ def _apply_chat_template(tokenizer: Any, messages: Sequence[Message], kwargs: di
             "rendered; give plain-text prompts, or a model with a chat template"
         )
     conversation = [dict(message) for message in messages]
-    encoded = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs)
+    from jinja2 import TemplateError
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs
+        )
+    except TemplateError as error:  # some templates refuse a system message, or two user messages in a row
+        raise ValueError(f"the chat template does not take this conversation ({error}): {conversation!r:.200}") from error
     return encoded["input_ids"]
 
 
@@ -108,14 +116,16 @@ def template_fields(template: str) -> frozenset[str]:
         ValueError: a field that is not a plain column name, or braces that are not a field.
     """
     try:
-        names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        fields = [(name, form) for _, name, form, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ValueError(_template_help(template, str(error))) from None
-    for name in names:
+    for name, form in fields:
         # Attribute and index access would reach into Python objects, and "{}" names no column.
         if not name.isidentifier():
             raise ValueError(_template_help(template, f"{{{name}}} is not a column name"))
-    return frozenset(names)
+        if form and "{" in form:
+            raise ValueError(_template_help(template, f"{{{name}:{form}}} has a field in a field"))
+    return frozenset(name for name, _ in fields)
 
 
 def _template_help(template: str, problem: str) -> str:
@@ -179,7 +189,7 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     """The template's text with a row's columns in place of its fields.
 
     Raises:
-        ValueError: a field that is missing from this row, or None in it.
+        ValueError: a field that is missing from this row, or None in it, or that its format (``{price:.2f}``) does not fit.
     """
     absent = sorted(name for name in template_fields(template) if row.get(name) is None)
     if absent:
@@ -187,7 +197,10 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
             f"the template {template!r} needs {', '.join(map(repr, absent))}, which this row does not have "
             f"(its columns are {sorted(row)}): {dict(row)!r:.200}"
         )
-    return template.format(**row)
+    try:
+        return template.format(**row)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the template {template!r} does not fit this row ({error}): {dict(row)!r:.200}") from error
 
 
 def _last_user_message(messages: Sequence[Message]) -> int:

@@ -198,6 +198,20 @@ def test_bad_settings_are_refused(tmp_path, given, message):
         config(tmp_path, **given)
 
 
+def test_the_progress_bar_names_the_arm_that_is_being_drawn(tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(comparison.tqdm):
+        def update(self, n=1):
+            shown.append(self.desc)
+            return super().update(n)
+
+    monkeypatch.setattr(comparison, "tqdm", Bar)
+    compare(config(tmp_path), FakePair)
+    assert [shown[i] for i in range(0, len(shown), len(ROWS))] == [arm.name for arm in comparison.arms(config(tmp_path))]
+    assert len(shown) == 6 * len(ROWS)
+
+
 def test_nothing_usable_fails(tmp_path):
     with pytest.raises(NothingUsable, match="all 1 rows were rejected"):
         compare(config(tmp_path, [{"question": "", "answer": "w8"}]), FakePair)

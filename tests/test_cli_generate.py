@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -136,6 +137,62 @@ def test_bad_rows_are_rejected_with_the_reason_and_the_run_goes_on(tmp_path):
     assert len(read_output(settings.output)) == 3
 
 
+def test_what_no_tokenizer_chat_template_or_file_takes_is_rejected_and_the_run_goes_on(tmp_path):
+    """Each of these once ended the run in a traceback, at the same row again when it was resumed."""
+    chat = tmp_path / "chat.jinja"
+    chat.write_text(
+        "{% for m in messages %}{% if m['content'].startswith('w8') %}{{ raise_exception('no w8 here') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    lines = ['{"question": "w7 \\ud800", "answer": "w8"}', '{"question": "w7", "answer": "w8", "other": "\\ud800"}']
+    lines += ['{"question": "w8", "answer": "w8"}', '{"question": "w9", "answer": "w8"}', '{"question": "w9", "answer": NaN}']
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(lines))
+    given = {"enable_chat_template": True, "student_chat_template": str(chat), "num_samples": 1}
+    settings = config(tmp_path, input=str(path), **given)
+    assert generate(settings, FakePair).kept == 1
+    reasons = [entry["reason"] for entry in rejected(settings.output)]
+    for reason, words in zip(
+        reasons, ("half of a surrogate", "half of a surrogate", "no w8 here", "needs 'answer'"), strict=True
+    ):
+        assert words in reason
+
+
+def test_a_reference_that_says_nothing_is_rejected_where_a_filter_needs_it(tmp_path):
+    rows = [{"question": "w7", "answer": answer} for answer in ("####", " ", r"\boxed{}", "w8")]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    settings = config(tmp_path, input=path, answer_column="answer", filter_answer="contains", num_samples=1)
+    counts = generate(settings, FakePair)
+    assert (counts.rejected, counts.drawn) == (3, 1)
+    assert {entry["reason"] for entry in rejected(settings.output)} == {
+        "it has no 'answer' (answer_column), which filter_answer needs"
+    }
+
+
+def test_long_fields_of_a_csv_are_read(tmp_path):
+    path = tmp_path / "in.csv"
+    path.write_text(f"question,answer\nw7,{'w8 ' * 50_000}\n")
+    settings = config(tmp_path, input=str(path), privileged_template=None, num_samples=1)
+    assert generate(settings, FakePair).kept == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "question\nw7 é\n".encode("latin-1"), "is not CSV in UTF-8"),
+        ("x.csv", b"question,question\nw7,w8\n", "has several columns named 'question'"),
+        ("x.parquet", b"PAR1", "is not a whole Parquet file"),
+        ("x.json", b'{"question": "w7"}', "is not a list of objects"),
+        ("x.jsonl", b"\n", "has no rows"),
+    ],
+)
+def test_input_that_cannot_be_read_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"input='.*{name}' {message}"):
+        generate(config(tmp_path, input=str(path)), FakePair)
+
+
 def generate_id(row):
     from osd.data.source import _digest
 
@@ -194,6 +251,9 @@ def test_a_run_with_every_row_bad_fails(tmp_path, lines):
         ({"student_template": "Solve {problem}"}, "student_template names {problem}"),
         ({"teacher_chat_template": "no-such-file.jinja"}, "teacher_chat_template='no-such-file.jinja' is neither a file"),
         ({"input": "no-such-file.jsonl"}, "input='no-such-file.jsonl' does not exist"),
+        ({"columns": {"answer": "question"}}, "the input has a column 'answer' too"),
+        ({"output": __file__}, "cannot be a folder"),
+        ({"output": f"{__file__}/out"}, "cannot be a folder"),
     ],
 )
 def test_what_does_not_fit_the_input_is_refused(tmp_path, given, message):
@@ -222,6 +282,18 @@ def test_what_does_not_fit_the_input_is_refused(tmp_path, given, message):
         ({"output": None}, "output is not set"),
         ({"model_name_or_path": None}, "model_name_or_path is not set"),
         ({"engine_kwargs": "dtype"}, "engine_kwargs='dtype' is not a mapping"),
+        ({"temperature": float("nan")}, "temperature=nan is no temperature"),
+        ({"seed": -1}, "seed=-1 is not a whole number from 0 to 4294967295"),
+        ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization=1.5 is no share"),
+        ({"vllm_max_model_length": 6}, "max_completion_length=6 leaves no room for a prompt in vllm_max_model_length=6"),
+        ({"engine_kwargs": {"max_model_len": 6}}, "leaves no room for a prompt"),
+        ({"privileged_template": None, "teacher_templates": []}, r"teacher_templates=\[\] has no template"),
+        ({"privileged_template": " "}, "privileged_template: ' ' is empty"),
+        ({"privileged_template": "{prompt:{answer}}"}, "has a field in a field"),
+        ({"chat_template_kwargs": {"tokenize": False}}, r"chat_template_kwargs\['tokenize'\] is set by OSD"),
+        ({"filter_finish_reasons": []}, "would remove everything"),
+        ({"filter_max_kl": float("nan")}, "filter_max_kl=nan would remove everything"),
+        ({"filter_min_tokens": 7}, "filter_min_tokens=7 is not from 0 to max_completion_length=6"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, given, message):
@@ -401,6 +473,23 @@ def test_filters_remove_and_count(tmp_path):
 def test_answers(completion, answer, contained, matched):
     assert answers.contains(completion, answer) == contained
     assert answers.matches(completion, answer) == matched
+
+
+def test_the_progress_bar_says_what_became_of_the_samples_and_how_long_it_takes(tmp_path, capsys):
+    rows = [*ROWS[:10], {"question": "", "answer": "w8"}]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    settings = config(tmp_path, input=path, filter_min_tokens=3)
+    counts = generate(settings, lambda settings: FakePair(settings, seconds=0.08))
+    first, *_, last = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
+    assert first.startswith("0/22 samples")
+    assert "loading the models" in first
+    kept, removed = counts.kept, counts.removed["filter_min_tokens"]
+    assert re.fullmatch(
+        rf"22/22 samples \|.*\| [\d,]+ tokens/s, α {counts.alpha_mean:.2f}, {kept} kept, {removed} removed, 2 rejected \| "
+        r"\d\d:\d\d passed, 00:00 left",
+        last,
+    )
+    assert removed
 
 
 # -- kills and resuming -------------------------------------------------------------------------------------------------
@@ -662,6 +751,9 @@ def cli_compare_config():
         (["generat"], "unknown command 'generat'"),
         (["generate", "--num_sample", "2"], "unknown argument '--num_sample' (did you mean '--num_samples'?)"),
         (["generate", "--config", "absent.yaml"], "config='absent.yaml' does not exist"),
+        (["generate", "--config"], "argument --config"),
+        (["generate", "--config", str(ROOT / "docs")], "is not a file"),
+        (["generate", "--config", str(ROOT / "theory/figures/ess.png")], "is not YAML in UTF-8"),
         (["generate", "--engine_kwargs", "{dtype"], "engine_kwargs='{dtype' is not a JSON object"),
         (["generate"], "model_name_or_path is not set"),
         (["generate", "--num_samples", "two"], "argument --num_samples"),
@@ -676,6 +768,20 @@ def test_mistakes_end_in_one_line_and_status_2(argv, message, capsys):
     assert message in err
     assert err.startswith("osd")
     assert err.count("\n") == 1
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_only_the_shard(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    settings = config(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("osd.data.pair.EnginePair", FakePair)
+        patched.setattr(store.pq, "write_table", full)
+        with pytest.raises(SystemExit, match=r"failed: .*No space left on device; `--resume` goes on") as ended:
+            cli.main(["generate", *flags(settings, *SIZES)])
+    assert "Traceback" not in str(ended.value)
+    assert generate(dataclasses.replace(settings, resume=True), FakePair).kept == 2 * len(ROWS)
 
 
 def test_every_row_bad_ends_with_status_1(tmp_path):

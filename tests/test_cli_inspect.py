@@ -15,7 +15,7 @@ import pytest
 
 from osd import cli
 from osd.core import RECORD_FIELDS
-from osd.data import inspection, tally
+from osd.data import inspection, pages, tally
 from osd.data.inspection import inspect
 from osd.data.samples import SCHEMA
 from osd.data.store import _json_line
@@ -159,6 +159,31 @@ def test_the_page_is_bounded_whatever_the_data(tmp_path):
     assert "long ones are cut after 2000 tokens" in page.read_text()
 
 
+def test_ticks_say_what_they_mark_and_one_tall_bar_does_not_flatten_the_rest(tmp_path):
+    from matplotlib import pyplot as plt
+
+    axes = plt.figure().subplots()
+    inspection._percent(axes)
+    axes.set_yticks([0.025, 0.05, 0.125])  # 2 %, 5 % and 12 % once
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["2.5 %", "5 %", "12.5 %"]
+    shares = np.array([0.9] + [0.1 / 40] * 39)
+    inspection._cut_the_tallest(axes, tally.UNIT, shares)
+    assert axes.get_ylim()[1] == pytest.approx(1.5 * 0.1 / 40)
+    assert axes.texts[0].get_text() == "90 % ↑"
+
+
+def test_the_page_of_a_run_says_what_became_of_its_samples(tmp_path):
+    save(tmp_path / "data-00000-of-00001-000000.parquet", samples(5))
+    counts = {"drawn": 1209, "kept": 5, "rejected": 2, "removed": {"filter_answer": 1204}}
+    (tmp_path / "summary.json").write_text(json.dumps(counts))
+    text = " ".join(inspect(tmp_path).read_text().split())
+    assert "The run: 1,209 drawn, 5 kept, 1,204 removed by filter_answer, 2 rejected before sampling." in text
+
+
+def test_numbers_have_a_true_minus_and_no_negative_zero():
+    assert [pages.decimals(x, 2) for x in (-0.001, -1.5, 2.0, -math.inf)] == ["0.00", "−1.50", "2.00", "−∞"]
+
+
 def test_every_section_is_there_once(tmp_path):
     page = inspect(save(tmp_path / "x.parquet", samples(30))).read_text()
     titles = ["How far apart they are", "The most extreme tokens", "Tokens on which they disagree", "Completions"]
@@ -178,7 +203,10 @@ def test_completions_are_drawn_evenly(tmp_path):
     ("name", "content", "message"),
     [
         ("x.parquet", b"not parquet", "is not a Parquet file"),
-        ("x.jsonl", b'{"id": 1}\n', "has no 'tokens'"),
+        ("x.jsonl", b'{"id": 1}\n', "completion 0: it has no 'tokens'"),
+        ("x.jsonl", b'\n{"id": 1, "tok', "line 2 is not JSON"),
+        ("x.jsonl", b"[1]\n", "it is no mapping"),
+        ("x.jsonl", b'{"id": 1, "tokens": ["a"], "alpha": []}\n', "it has 1 tokens and 0 entries in 'alpha'"),
         ("x.txt", b"hello", "is neither .parquet nor .jsonl"),
         ("folder/readme", b"hello", "has no data"),
     ],

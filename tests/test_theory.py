@@ -374,6 +374,8 @@ def test_theorem_09_ess_and_kl_for_near_policies__orders() -> None:
             distance, third = kl(q, pair.p), pair.moment(0, 3)
             assert -log_ess / (2 * distance) == pytest.approx(1, abs=scale)
             ratio = pair.moment(0.5, 3) / pair.moment(0.5, 2)
+            mirror = pair.q(1 - alpha)  # the roles exchanged: of -ℓ, under r
+            to_teacher = np.log(second_moment(pair.r, mirror)) - 2 * kl(mirror, pair.r)
             settled.append(
                 (
                     (-log_ess - 2 * distance) / (alpha**3 * third),
@@ -382,10 +384,11 @@ def test_theorem_09_ess_and_kl_for_near_policies__orders() -> None:
                     (pair.ess_balance() - 0.5) / ratio * 8,
                     (pair.chernoff() - 0.5 - ratio / 24) / scale**3,
                     (pair.ess_balance() - 0.5 - ratio / 8) / scale**3,
+                    to_teacher / (alpha**3 * -pair.moment(1, 3)),
                 )
             )
         assert settled[0] == pytest.approx(settled[1], rel=0.15)
-        assert settled[1][0] == pytest.approx(-2 / 3, rel=0.1)
+        assert (settled[1][0], settled[1][-1]) == pytest.approx((-2 / 3, -2 / 3), rel=0.1)
         assert settled[1][2:4] == pytest.approx((1, 1), abs=0.02)
 
 

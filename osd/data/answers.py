@@ -8,6 +8,11 @@ _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?%?"
 _STATED = re.compile(r"answer\s*(?:is|:|=)\s*(.+?)(?:\.\s|\.?$|\n)", re.IGNORECASE)
 
 
+def stated(answer: str) -> bool:
+    """Whether a reference answer says anything: ``####`` or ``\\boxed{}`` alone do not."""
+    return bool(_plain(reference(answer)))
+
+
 def contains(completion: str, answer: str) -> bool:
     """Whether the answer stands in the completion, not as a part of a longer word or number."""
     wanted = re.escape(_plain(reference(answer)))
@@ -30,7 +35,8 @@ def _same(given: str, wanted: str) -> bool:
 
 def reference(answer: str) -> str:
     """A reference answer without its reasoning, where ``\\boxed{}`` or ``####`` tells the two apart."""
-    marked = _last_boxed(answer) or (answer.rsplit("####", 1)[1] if "####" in answer else answer)
+    boxed = _last_boxed(answer)
+    marked = boxed if boxed is not None else answer.rsplit("####", 1)[1] if "####" in answer else answer
     return marked.strip()
 
 

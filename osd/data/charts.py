@@ -34,8 +34,11 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def svg(draw: Callable[[Any], None], *, width: float = 5.4, height: float = 2.9) -> str:
-    """What `draw(axes)` draws, as SVG that fills the width it is given; sizes in inches, for the proportions."""
+def svg(draw: Callable[[Any], None], *, width: float = 4.3, height: float = 2.7) -> str:
+    """What `draw(axes)` draws, as SVG that fills the width it is given.
+
+    Sizes are in inches, for the proportions: the narrower, the larger the text on the page.
+    """
     with plt.rc_context(_STYLE):
         figure = _figure(draw, width, height)
         buffer = io.StringIO()

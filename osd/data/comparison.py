@@ -116,14 +116,22 @@ def _draw(
     """The samples of every arm. A request that failed in one arm is left out of all, so that they stay comparable."""
     models = {"student_model": str(settings.model_name_or_path), "teacher_model": str(settings.teacher_model_name_or_path)}
     drawn: dict[str, list[Sample | None]] = {}
-    with tqdm(total=len(compared) * len(requests), unit="sample", file=sys.stderr, desc="loading the models") as bar:
+    with tqdm(
+        total=len(compared) * len(requests),
+        unit="sample",
+        file=sys.stderr,
+        desc="loading the models",
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no animation
+    ) as bar:
         for arm in compared:
             drawn[arm.name] = []
+
+            def finished(_: int, name: str = arm.name) -> None:
+                bar.set_description_str(name, refresh=False)
+                bar.update()
+
             for batch in batches(requests, settings.batch_size):
-                completions = pair.sample(
-                    batch, settings.sampling(), alpha=arm.alpha, mixing=arm.mixing, on_finished=lambda _: bar.update()
-                )
-                bar.set_description_str(arm.name)
+                completions = pair.sample(batch, settings.sampling(), alpha=arm.alpha, mixing=arm.mixing, on_finished=finished)
                 drawn[arm.name] += [
                     None
                     if done.error
@@ -301,7 +309,7 @@ def _page(result: dict[str, Any], drawn: dict[str, list[Sample]]) -> str:
         headline=headline,
         reasons=reasons,
         plots=[
-            (title, svg(partial(_trade_off, result=result, quality=quality), height=4.0))
+            (title, svg(partial(_trade_off, result=result, quality=quality), width=5.4, height=4.0))
             for quality, title in _qualities(result)
         ],
         examples=examples,

@@ -74,7 +74,7 @@ def generate(settings: GenerateConfig, start_pair: StartPair) -> Counts:
             builder.use_tokenizers(pair.teacher_tokenizer, pair.student_tokenizer)
             store.open(run, resume=settings.resume)
             _sample(settings, _Sampler(settings, builder, pair, run["config_hash"]), store, shards)
-    _check_usable(store.finish() or store.state.counts, rows, place)
+    _check_usable(store, rows, place)
     return store.state.counts
 
 
@@ -216,12 +216,14 @@ def _versions(*names: str) -> Mapping[str, str]:
     return installed
 
 
-def _check_usable(counts: Counts, rows: Rows, place: tuple[int, int]) -> None:
+def _check_usable(store: Store, rows: Rows, place: tuple[int, int]) -> None:
+    """Finish; of several processes the last one knows what became of all rows, the others what became of theirs."""
+    index, total = place
+    whole = store.finish()
+    counts = whole or store.state.counts
     if counts.drawn == 0 and counts.rejected:
-        mine = "" if place[1] == 1 else f" of process {place[0]}"
-        first = next((row.error for row in rows.rows if row.error), None)
+        mine = f"{len(rows.rows)} rows" if whole else f"{len(rows.rows[index::total])} rows of process {index}"
         raise NothingUsable(
-            f"nothing was sampled: all {counts.rejected} rows{mine} were rejected"
-            + (f" (the first: {first})" if first else "")
-            + "; the reasons are in rejected.jsonl"
+            f"nothing was sampled: all {mine} were rejected (the first: {store.first_reason(whole=whole is not None)}); "
+            "the reasons are in rejected.jsonl"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from osd.data.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, svg
 from osd.data.pages import render, script_json, write
+from osd.data.store import SUMMARY
 from osd.data.tally import EARLY, NATS, PLACES, UNIT, Tally, TokenSums, data_files, tally
 
 SHOWN_TOKENS = 60_000  # in all completions on the page: about 2 MB
@@ -34,12 +36,22 @@ def inspect(path: Path, output: Path | None = None, *, shown: int = 200) -> Path
     if not result.tokens:
         raise ValueError(f"{str(path)!r} has no tokens to show")
     page = output or (path / "inspect.html" if path.is_dir() else path.with_suffix(".html"))
-    write(page, page_of(result, path.name or str(path.resolve())))
+    write(page, page_of(result, path.resolve().name, _became(path / SUMMARY)))
     return page
 
 
-def page_of(result: Tally, name: str) -> str:
-    """The page of a tally."""
+def _became(summary: Path) -> str | None:
+    """What a finished run says became of its samples; None where there is no summary beside the data."""
+    if not summary.is_file():
+        return None
+    counts = json.loads(summary.read_text(encoding="utf-8"))
+    removed = [f"{count:,} removed by {name}" for name, count in counts["removed"].items()]
+    rejected = [f"{counts['rejected']:,} rejected before sampling"] if counts["rejected"] else []
+    return ", ".join([f"{counts['drawn']:,} drawn", f"{counts['kept']:,} kept", *removed, *rejected])
+
+
+def page_of(result: Tally, name: str, became: str | None = None) -> str:
+    """The page of a tally, with what became of the samples."""
     samples = _within_budget(result.shown)
     vocabulary: dict[str, int] = {}
     data = {"samples": [_compact(sample, vocabulary) for sample in samples], "vocab": list(vocabulary)}
@@ -47,6 +59,7 @@ def page_of(result: Tally, name: str) -> str:
     return render(
         "inspect.html.j2",
         name=name,
+        became=became,
         t=result,
         headline=_headline(result),
         plots=_plots(result),
@@ -151,18 +164,28 @@ def _plots(result: Tally) -> list[tuple[str, str, str]]:
     """(title, SVG, caption) of each."""
     h = result.histograms
     return [
-        ("α, the teacher's weight", svg(lambda axes: _alpha(axes, h["alpha"])), "Share of the tokens in each bin."),
         (
-            "Divergence of q* from each side, nats",
+            "α, the teacher's weight",
+            svg(lambda axes: _alpha(axes, h["alpha"])),
+            "Share of the tokens in each of 40 bins; blue nearer to the student, orange nearer to the teacher.",
+        ),
+        (
+            "Divergence of q* from each side",
             svg(lambda axes: _two(axes, NATS, h["kl_theta"], h["kl_teacher"], log=True)),
-            "Logarithmic axis; its left end holds everything below 10⁻⁴, where the two agree.",
+            "Share of the tokens; the leftmost bin holds everything below 10⁻⁴, where the two agree. "
+            "A bar far above all others is cut, and its share written on it.",
         ),
         (
             "Effective sample size of one token",
             svg(lambda axes: _two(axes, UNIT, h["ess_theta"], h["ess_teacher"])),
-            "1 / Σ π²/q*: 1 where q* covers a side fully, near 0 where importance weights towards it would explode.",
+            "Share of the tokens. 1 / Σ π²/q*: 1 where q* covers a side fully, near 0 where importance weights towards it "
+            "would explode.",
         ),
-        ("Length, tokens", svg(lambda axes: _lengths(axes, result)), "Completions by length."),
+        (
+            "Length",
+            svg(lambda axes: _lengths(axes, result)),
+            f"From {min(result.lengths):,} to {max(result.lengths):,} tokens.",
+        ),
         (
             "Where they disagree: through a completion",
             svg(lambda axes: _places(axes, result)),
@@ -171,7 +194,7 @@ def _plots(result: Tally) -> list[tuple[str, str, str]]:
         (
             f"Where they disagree: the first {EARLY} tokens",
             svg(lambda axes: _early(axes, result)),
-            "Mean KL(q* ‖ student) at each position, over the completions that reach it.",
+            "Mean KL(q* ‖ student) at each position, over the completions that reach it (shaded: their share).",
         ),
     ]
 
@@ -183,6 +206,7 @@ def _alpha(axes: Any, counts: np.ndarray) -> None:
     for bar, middle in zip(bars, middles, strict=True):
         bar.set_alpha(0.35 + 0.6 * abs(2 * middle - 1))
     axes.set_xlim(0, 1)
+    axes.set_xlabel("α: 0 student, 1 teacher")
     _percent(axes)
 
 
@@ -192,7 +216,9 @@ def _two(axes: Any, edges: np.ndarray, student: np.ndarray, teacher: np.ndarray,
     axes.stairs(_shares(student), edges, fill=True, color=STUDENT, alpha=0.22)
     axes.stairs(_shares(student), edges, color=STUDENT, linewidth=2.6, alpha=0.8, label="student")
     axes.stairs(_shares(teacher), edges, color=TEACHER, linestyle=(0, (3, 2)), linewidth=1.6, label="teacher")
-    axes.legend(loc="best")
+    _cut_the_tallest(axes, edges, np.maximum(_shares(student), _shares(teacher)))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=2, borderaxespad=0)
+    axes.set_xlabel("KL, nats" if log else "ESS ratio")
     if log:
         axes.set_xscale("log")
         used = np.flatnonzero(student + teacher)
@@ -200,11 +226,31 @@ def _two(axes: Any, edges: np.ndarray, student: np.ndarray, teacher: np.ndarray,
     _percent(axes)
 
 
+def _cut_the_tallest(axes: Any, edges: np.ndarray, shares: np.ndarray) -> None:
+    """Keep one bin that holds nearly everything from flattening all others; its share is written instead."""
+    second, tallest = np.sort(shares)[-2:]
+    if not 0 < 4 * second < tallest:
+        return
+    axes.set_ylim(0, 1.5 * second)
+    at = int(shares.argmax())
+    right = at > len(shares) / 2  # the text stands to the free side of the bar
+    axes.annotate(
+        f"{tallest:.0%} ↑".replace("%", " %"),
+        (edges[at] if right else edges[at + 1], 1.5 * second),
+        xytext=(-5 if right else 5, -4),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="top",
+    )
+
+
 def _lengths(axes: Any, result: Tally) -> None:
     lengths = np.array(list(result.lengths), dtype=float)
     axes.hist(lengths, weights=list(result.lengths.values()), bins=min(40, max(5, len(lengths))), color=THIRD, alpha=0.8)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("completions")
 
 
 def _places(axes: Any, result: Tally) -> None:
@@ -227,6 +273,7 @@ def _early(axes: Any, result: Tally) -> None:
     axes.plot(np.arange(reached), result.early_sums[:reached] / counts, color=FOURTH, linewidth=1.4)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("token")
+    axes.set_ylabel("KL, nats")
     shares = axes.twinx()
     shares.fill_between(
         np.arange(reached), result.early_counts[:reached] / result.completions, color=INK, alpha=0.06, linewidth=0
@@ -242,6 +289,4 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 
 
 def _percent(axes: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.6g} %")  # as many decimals as a tick needs

@@ -20,7 +20,14 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["visible"] = lambda text: text.replace("\n", "↵")
+    environment.filters["decimals"] = decimals
     return environment.get_template(template).render(**values)
+
+
+def decimals(value: float, digits: int) -> str:
+    """A number as it is set in print: a true minus, and none before a zero."""
+    text = f"{value:.{digits}f}"
+    return (text.lstrip("-") if float(text) == 0 else text.replace("-", "−")).replace("inf", "∞")
 
 
 def script_json(value: Any) -> str:

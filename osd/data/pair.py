@@ -55,6 +55,7 @@ class EnginePair:
 
         self.mixing = settings.mixing()
         kwargs: dict[str, Any] = settings.pair_kwargs()
+        kwargs["engine_kwargs"].setdefault("use_tqdm_on_load", False)  # its bars would tear ours
         self.config: PairConfig = PairConfig(
             teacher=str(settings.teacher_model_name_or_path),
             student=str(settings.model_name_or_path),

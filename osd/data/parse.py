@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import shutil
+import sys
 from argparse import SUPPRESS, ArgumentParser, HelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -20,7 +21,8 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from osd.data.settings import CompareConfig, GenerateConfig, hints, takes_mapping
+from osd.data.hints import hints, takes_mapping
+from osd.data.settings import CompareConfig, GenerateConfig
 
 SECTIONS: dict[str, type] = {"generate": GenerateConfig, "compare": CompareConfig}
 Settings = TypeVar("Settings", GenerateConfig, CompareConfig)
@@ -43,7 +45,7 @@ def parse(
         ValueError: an unknown key or flag, or what `settings_class` refuses.
         SystemExit: `--help`, or a flag without its value.
     """
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _strict(ArgumentParser)(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config, flags = first.parse_known_args(argv)
     values = {} if config.config is None else read_yaml(config.config, settings_class, training_keys)
@@ -64,20 +66,26 @@ def read_yaml(path: str, settings_class: type, training_keys: Callable[[], Itera
         ValueError: no such file, not a mapping, or a key that no command knows.
     """
     if not Path(path).is_file():
-        raise ValueError(f"config={path!r} does not exist")
+        raise ValueError(f"config={path!r} is not a file" if Path(path).exists() else f"config={path!r} does not exist")
     try:
         written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config={path!r} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config={path!r} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
     if not isinstance(written, dict):
         raise ValueError(f"config={path!r} is not a mapping of keys to values")
-    for name, value in (written.pop("env", None) or {}).items():  # as TRL's parser does
-        os.environ[name] = str(value)
+    _set_environment(written.pop("env", None) or {})
     top, sections = split_sections(written)
     _check_top(path, top, training_keys)
     own = {field.name for field in fields(settings_class)}
     read = [top, sections["generate"], *([sections["compare"]] if settings_class is CompareConfig else [])]
     return {key: value for part in read for key, value in part.items() if key in own}
+
+
+def _set_environment(variables: Any) -> None:
+    """The key `env`, as in TRL's parser."""
+    if not isinstance(variables, dict):
+        raise ValueError(f"env: {variables!r} is not a mapping of names to values")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
 
 
 def split_sections(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -131,12 +139,8 @@ def _mapping(name: str, value: Any, settings_class: type) -> Any:
 def _parser(settings_class: Any, prog: str, description: str) -> ArgumentParser:
     from transformers.hf_argparser import HfArgumentParser
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            self.exit(2, f"{prog}: error: {message} (`{prog} --help` says more)\n")
-
     usage = f"{prog} --config FILE --input FILE --output FOLDER [--FLAG VALUE ...]"
-    parser = Parser(
+    parser = _strict(HfArgumentParser)(
         settings_class.groups,
         prog=prog,
         usage=usage,
@@ -152,6 +156,17 @@ def _parser(settings_class: Any, prog: str, description: str) -> ArgumentParser:
     )
     parser._action_groups.insert(0, parser._action_groups.pop())
     return parser
+
+
+def _strict(base: Any) -> Any:
+    """A parser whose complaints are one line."""
+
+    class Parser(base):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            print(f"{self.prog}: error: {message} (`{self.prog} --help` says more)", file=sys.stderr)
+            raise SystemExit(2)
+
+    return Parser
 
 
 class _Help(HelpFormatter):

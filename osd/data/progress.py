@@ -39,7 +39,8 @@ class Progress:
     def tokens(self, count: int) -> None:
         """A completion of that many tokens has finished."""
         if self._start is None:  # loading the models says nothing about the time left
-            self._start, self.bar.start_t = time.perf_counter(), time.time()
+            self._start = time.perf_counter()
+            self.bar.start_t = self.bar.last_print_t = time.time()
         self._drawn_tokens += count
         self._ahead += 1
         self._describe()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from osd.data import answers
 from osd.data.settings import CompareConfig, GenerateConfig, as_mapping
 from osd.data.source import Row
 from osd.prompts import PROMPT_COLUMN, Prompt, encode, fill, for_side, privileged_template_for, teacher_prompt, template_fields
@@ -67,6 +68,8 @@ class RequestBuilder:
             if column is not None and column not in columns:
                 where = f"columns[{name!r}]" if name in self.names else name
                 raise ValueError(f"{where}={column!r} is not a column of the input; its columns are {sorted(columns)}")
+            if name in self.names and name in columns and column != name:
+                raise ValueError(f"columns[{name!r}]={column!r}: the input has a column {name!r} too; use another name")
         fields = sorted({*columns, *self.names})
         if settings.student_template is None and settings.prompt_column not in fields:
             raise ValueError(
@@ -148,7 +151,7 @@ class RequestBuilder:
         if self.settings.answer_column is None:
             return None
         answer = row.values.get(self.settings.answer_column)
-        if answer is None or answer == "":
+        if answer is None or (isinstance(answer, str) and not answers.stated(answer)):
             if getattr(self.settings, "filter_answer", None):
                 raise ValueError(f"it has no {self.settings.answer_column!r} (answer_column), which filter_answer needs")
             return None

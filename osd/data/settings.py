@@ -6,12 +6,12 @@ imports torch, vLLM or TRL: `osd generate --help` is quick, and a wrong setting 
 
 from __future__ import annotations
 
+import math
 import re
-import types
 from dataclasses import dataclass, field, fields
-from functools import cache
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
+from osd.data.hints import check_types
 from osd.prompts import template_fields
 
 if TYPE_CHECKING:
@@ -224,21 +224,42 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine):
             raise ValueError("generation_kwargs['seed'] would give every sample the same noise; set seed instead")
 
     def _check_numbers(self) -> None:
-        for name in ("num_samples", "max_completion_length", "batch_size", "limit"):
+        for name in ("num_samples", "max_completion_length", "batch_size", "limit", "vllm_max_model_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature!r} is negative; use 0 for the most likely token, or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r} is no temperature; use 0 for the most likely token, or more")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(f"vllm_gpu_memory_utilization={self.vllm_gpu_memory_utilization!r} is no share; use 0.9, say")
+        if not 0 <= self.seed < 2**32:  # what NumPy takes, which vLLM seeds too
+            raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to {2**32 - 1}")
+        self._check_room()
+
+    def _check_room(self) -> None:
+        longest, most = self.pair_kwargs()["engine_kwargs"].get("max_model_len"), self.sampling()["max_tokens"]
+        if isinstance(longest, int) and isinstance(most, int) and most >= longest > 0:
+            raise ValueError(
+                f"max_completion_length={most} leaves no room for a prompt in vllm_max_model_length={longest}; "
+                "lower the one, or raise the other"
+            )
 
     def _check_prompts(self) -> None:
         if self.teacher_templates is not None and self.privileged_template is not None:
             raise ValueError(
                 "teacher_templates and privileged_template are both set; keep one (teacher_templates takes several)"
             )
-        for template in (self.student_template, *(self.teacher_template_list() or ())):
-            if template is not None:
+        for name in ("teacher_templates", "privileged_template", "student_template"):
+            given = getattr(self, name)
+            if given == []:
+                raise ValueError(f"{name}=[] has no template; write one, or leave it out")
+            for template in given if isinstance(given, list) else [] if given is None else [given]:
+                if not template.strip():
+                    raise ValueError(f"{name}: {template!r} is empty; write {{prompt}} for the prompt itself")
                 template_fields(template)
+        fixed = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "return_dict"}
+        for name in sorted(fixed & set(as_mapping(self.chat_template_kwargs))):
+            raise ValueError(f"chat_template_kwargs[{name!r}] is set by OSD; remove it")
         for name in as_mapping(self.columns):
             if not name.isidentifier():
                 raise ValueError(f"columns: {name!r} cannot be a field of a template; use letters, digits and underscores")
@@ -273,15 +294,26 @@ class GenerateConfig(_Run, Output, Filters):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("format", self.format, FORMATS)
-        _check_choice("filter_answer", self.filter_answer, (None, *ANSWER_FILTERS))
-        for reason in self.filter_finish_reasons or ():
-            _check_choice("filter_finish_reasons", reason, FINISH_REASONS)
-        if self.filter_answer and not self.answer_column:
-            raise ValueError(f"filter_answer={self.filter_answer!r} needs the reference answer; set answer_column")
+        self._check_filters()
         if self.shard_size < 1:
             raise ValueError(f"shard_size={self.shard_size!r} must be at least 1")
         if self.shard is not None:
             parse_shard(self.shard)
+
+    def _check_filters(self) -> None:
+        """A filter that nothing could pass is a mistake."""
+        _check_choice("filter_answer", self.filter_answer, (None, *ANSWER_FILTERS))
+        if self.filter_answer and not self.answer_column:
+            raise ValueError(f"filter_answer={self.filter_answer!r} needs the reference answer; set answer_column")
+        if self.filter_finish_reasons == []:
+            raise ValueError("filter_finish_reasons=[] would remove everything; name stop or length, or leave it out")
+        for reason in self.filter_finish_reasons or ():
+            _check_choice("filter_finish_reasons", reason, FINISH_REASONS)
+        if self.filter_max_kl is not None and not self.filter_max_kl >= 0:
+            raise ValueError(f"filter_max_kl={self.filter_max_kl!r} would remove everything; a divergence is 0 or more")
+        least, most = self.filter_min_tokens, self.sampling()["max_tokens"]
+        if least is not None and isinstance(most, int) and not 0 <= least <= most:
+            raise ValueError(f"filter_min_tokens={least!r} is not from 0 to max_completion_length={most}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,52 +356,3 @@ def _revision(revision: str | None) -> dict[str, Any]:
 def _check_choice(name: str, given: Any, known: tuple[Any, ...]) -> None:
     if given not in known:
         raise ValueError(f"{name}={given!r} is unknown; use {' or '.join(str(k) for k in known if k is not None)}")
-
-
-# -- types --------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def hints(cls: Any) -> dict[str, Any]:
-    """The resolved type of every field of a settings class."""
-    return {name: hint for name, hint in get_type_hints(cls).items() if name in cls.__dataclass_fields__}
-
-
-def takes_mapping(hint: Any) -> bool:
-    """Whether a field is a mapping (which a flag gives as JSON)."""
-    return any(get_origin(option) is dict for option in get_args(hint))
-
-
-def check_types(settings: Any) -> None:
-    """Refuse a value of another type than its field's: YAML gives whatever was written.
-
-    Raises:
-        ValueError: naming the field, the value and the type.
-    """
-    for name, hint in hints(settings.__class__).items():
-        value = getattr(settings, name)
-        if not _fits(value, hint) or (takes_mapping(hint) and isinstance(value, str)):
-            raise ValueError(f"{name}={value!r} is not {_type_name(hint)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(key, str) and _fits(item, inner[1]) for key, item in value.items())
-    if hint is Any:
-        return True
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _type_name(hint: Any) -> str:
-    if takes_mapping(hint):
-        return 'a mapping; in YAML write "key: value" lines below it, as a flag a JSON object'
-    options = [option for option in get_args(hint) if option is not type(None)] or [hint]
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-    return " or ".join(names.get(option, "a list") for option in (options if get_origin(hint) is not list else [hint]))

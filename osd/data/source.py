@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -62,9 +63,9 @@ def read(
     seen: dict[str, int] = {}
     whole = hashlib.sha256()
     for number, found in enumerate(islice(_records(source, config, split), limit)):
-        error = found if isinstance(found, str) else None
-        values = {} if isinstance(found, str) else found
-        digest = _digest(found)
+        values = {} if isinstance(found, str) else {key: _known(value) for key, value in found.items()}
+        error = found if isinstance(found, str) else _no_text(values)
+        digest = _digest(found if isinstance(found, str) else values)
         whole.update(digest.encode())
         columns.update(dict.fromkeys(values))
         name = values.get(id_column) if id_column else digest[:16]
@@ -86,6 +87,20 @@ def read(
 def canonical(value: Any) -> str:
     """JSON of a value, the same for equal values."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _known(value: Any) -> Any:
+    """None for the NaN by which a table says that there is no value."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _no_text(values: Mapping[str, Any]) -> str | None:
+    r"""Why no file of text can hold a row: half of a surrogate pair, which JSON can write as "\ud800"."""
+    try:
+        canonical(values).encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"it has {error.object[error.start]!r}, which is half of a surrogate pair and no character"
+    return None
 
 
 def _digest(found: Any) -> str:
@@ -119,7 +134,7 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any] | str]:
 def _json(path: Path) -> Iterator[dict[str, Any] | str]:
     try:
         whole = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"input={str(path)!r} is not JSON ({error}); for one object per line, name it .jsonl") from error
     if not isinstance(whole, list):
         raise ValueError(
@@ -133,8 +148,20 @@ def _mapping(value: Any) -> dict[str, Any] | str:
 
 
 def _csv(path: Path) -> Iterator[dict[str, Any] | str]:
+    csv.field_size_limit(2**31 - 1)  # of the whole process; the default of 131,072 characters is less than a long prompt
+    try:
+        yield from _csv_rows(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"input={str(path)!r} is not CSV in UTF-8 ({error}); save it as UTF-8, or as .jsonl") from error
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any] | str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        names = list(reader.fieldnames or ())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"input={str(path)!r} has several columns named {twice[0]!r}; rename them")
+        for row in reader:
             if None in row:
                 yield f"it has more fields than the header: {row.pop(None)!r:.200}"  # type: ignore[call-overload]
             elif None in row.values():
@@ -144,10 +171,14 @@ def _csv(path: Path) -> Iterator[dict[str, Any] | str]:
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"input={str(path)!r} is not a whole Parquet file ({error})") from error
 
 
 def _dataset(source: str, config: str | None, split: str) -> Iterator[Any]:

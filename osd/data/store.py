@@ -88,11 +88,12 @@ class Store:
         Raises:
             ValueError: the folder has another run's data, or this run's and `resume` is off.
         """
+        self._check_place()
         if not self._begun():
             return
         if not (self.folder / RUN).exists():
             raise ValueError(f"output={str(self.folder)!r} has data and no {RUN}; write to another folder")
-        self._check_same(json.loads((self.folder / RUN).read_text(encoding="utf-8"))["settings"], run["settings"])
+        self._check_same(_read_json(self.folder / RUN)["settings"], run["settings"])
         if not resume and self._state_path().exists():
             raise ValueError(f"output={str(self.folder)!r} has this run's data already; add --resume to go on with it")
 
@@ -109,6 +110,14 @@ class Store:
             self.state = self._read_state(self._state_path())
         self._cut_rejected()
         self._write_state()
+
+    def _check_place(self) -> None:
+        """Whether there is a folder, or can be one."""
+        nearest = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise ValueError(f"output={str(self.folder)!r} cannot be a folder: {str(nearest)!r} is a file")
+        if not os.access(nearest, os.W_OK):
+            raise ValueError(f"output={str(self.folder)!r} cannot be written: {str(nearest)!r} is not yours to write to")
 
     def _begun(self) -> bool:
         """Whether any process has finished a shard here."""
@@ -200,6 +209,11 @@ class Store:
         """Where a process's rejected input goes: rejected.jsonl itself if it is the only process."""
         return self.folder / REJECTED if self.total == 1 else self.folder / STATE / f"{self._place(index)}.{REJECTED}"
 
+    def first_reason(self, *, whole: bool) -> str:
+        """Why the first rejected input was rejected: of this process, or of all when all are done."""
+        with (self.folder / REJECTED if whole else self.rejected_path()).open(encoding="utf-8") as lines:
+            return str(json.loads(next(lines))["reason"])
+
     def _state_path(self, index: int | None = None) -> Path:
         return self.folder / STATE / f"{self._place(index)}.json"
 
@@ -212,8 +226,15 @@ class Store:
 
     @staticmethod
     def _read_state(path: Path) -> State:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = _read_json(path)
         return State(**{**written, "counts": Counts(**written["counts"])})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); write to another folder") from error
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -100,20 +100,30 @@ def samples(files: list[Path]) -> Iterator[dict[str, Any]]:
     """The completions of all files, one at a time.
 
     Raises:
-        ValueError: a file without the columns that `osd generate` writes.
+        ValueError: a file that cannot be read, or without the columns that `osd generate` writes, one entry per token.
     """
     for file in files:
-        for sample in _parquet(file) if file.suffix == ".parquet" else _jsonl(file):
-            missing = [name for name in ("id", "tokens", *BINS, *SHOWN_COLUMNS) if name not in sample]
-            if missing:
-                raise ValueError(f"{str(file)!r} has no {missing[0]!r}; give a file that `osd generate` wrote")
+        for number, sample in enumerate(_parquet(file) if file.suffix == ".parquet" else _jsonl(file)):
+            if wrong := _what_is_wrong(sample):
+                raise ValueError(f"{str(file)!r}, completion {number}: {wrong}; give a file that `osd generate` wrote")
             yield sample
+
+
+def _what_is_wrong(sample: Any) -> str | None:
+    if not isinstance(sample, dict):
+        return "it is no mapping of columns"
+    for name in ("id", "tokens", *BINS, *SHOWN_COLUMNS):
+        if sample.get(name) is None:
+            return f"it has no {name!r}"
+        if name != "id" and len(sample[name]) != len(sample["tokens"]):
+            return f"it has {len(sample['tokens'])} tokens and {len(sample[name])} entries in {name!r}"
+    return None
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:
     try:
         opened = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{str(file)!r} is not a Parquet file ({error})") from error
     wanted = [name for name in SCHEMA.names if name in opened.schema_arrow.names and not name.endswith("_ids")]
     for batch in opened.iter_batches(batch_size=256, columns=wanted):
@@ -121,9 +131,14 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{str(file)!r}, line {number} is not JSON ({error}); was it cut off?") from error
 
 
 def tally(files: list[Path], *, shown: int, extremes: int, seed: int = 0) -> Tally:
