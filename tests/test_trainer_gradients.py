@@ -351,6 +351,22 @@ def test_a_share_of_the_completions_is_the_students_own(make):
     assert [[bool((a == 0).all()) for a in step] for step in alphas_over_training(make(**fields))] == own
 
 
+def test_a_row_can_ask_for_the_student_alone(make):
+    rows = [{**row, "mix": i % 3 != 0} for i, row in enumerate(ROWS)]
+    trainer = make(rows=rows, per_device_train_batch_size=8)
+    asked, unmixed = [], trainer._alphas
+    trainer._alphas = lambda inputs, mode: (asked.append([row["mix"] for row in inputs]), unmixed(inputs, mode))[1]
+    seen = [[bool((alpha != 0).any()) for alpha in step] for step in alphas_over_training(trainer)]
+    assert seen == asked
+    assert {True, False} <= set(seen[0])
+
+
+def test_a_mix_that_is_no_truth_value_is_refused(make):
+    trainer = make([{**row, "mix": "no"} for row in ROWS])
+    with pytest.raises(ValueError, match="the dataset's column 'mix' has 'no'; use true, or false"):
+        trainer.train()
+
+
 def test_only_the_first_tokens_are_mixed(make):
     trainer = make(mix_tokens=3, eval_dataset=None)
     for step in alphas_over_training(trainer):

@@ -181,7 +181,7 @@ def test_a_sync_that_is_not_like_the_first_is_refused_and_so_is_sampling(engine,
         engine.load_student_weights(weights.items(), at_once=at_once)
     if at_once:  # it is refused before anything is copied
         assert all(torch.equal(p, before[name]) for name, p in loaded(engine).items())
-    with pytest.raises(RuntimeError, match="sync again first"):
+    with pytest.raises(RuntimeError, match=r"not to be sampled from \(the last sync failed"):
         engine.generate(PROMPT, sampling=dict(max_tokens=2))
     engine.load_student_weights(another(engine, 9).items())
     assert len(engine.generate(PROMPT, sampling=dict(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
@@ -205,4 +205,4 @@ def test_a_load_that_does_more_than_copy_has_no_map_and_says_so(engine, monkeypa
     assert learner.sources is None
     weights = another(engine, 11)
     learner.load(weights.items())
-    torch.testing.assert_close(loaded(engine)["model.norm.weight"], 2 * weights["model.norm.weight"])
+    torch.testing.assert_close(loaded(engine)["model.norm.weight"].cpu(), 2 * weights["model.norm.weight"].cpu())

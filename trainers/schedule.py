@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from osd.core import MixingConfig
 
+MIX_COLUMN = "mix"
 SHAPES = ("constant", "linear", "cosine")
 
 
@@ -49,12 +52,22 @@ class AlphaSchedule:
         return {f"schedule/{name}": getattr(mixing, name) for name in names}
 
 
-def unmixed(count: int, mix_fraction: float, *, seed: str) -> list[float | None] | None:
-    """α of each of `count` completions: None (as configured) with probability `mix_fraction`, else 0: the student alone.
+def unmixed(rows: Sequence[Mapping[str, Any]], mix_fraction: float, *, seed: str) -> list[float | None] | None:
+    """α of the completion of each row: 0, the student alone, where its `mix` column is false, and of the others with
+    probability 1 - `mix_fraction`; None (as configured) elsewhere.
 
     None for all of them if every one is mixed. Depends on nothing but its arguments, so that a resumed run draws the same.
+
+    Raises:
+        ValueError: a `mix` that is neither true nor false.
     """
-    if mix_fraction == 1:
-        return None
     draw = random.Random(seed)
-    return [None if draw.random() < mix_fraction else 0.0 for _ in range(count)]
+    alphas = [None if _wants_mixing(row) and draw.random() < mix_fraction else 0.0 for row in rows]
+    return None if all(alpha is None for alpha in alphas) else alphas
+
+
+def _wants_mixing(row: Mapping[str, Any]) -> bool:
+    wanted = row.get(MIX_COLUMN, True)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"the dataset's column {MIX_COLUMN!r} has {wanted!r}; use true, or false for the student alone")
+    return wanted

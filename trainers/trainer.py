@@ -49,7 +49,7 @@ from trainers.losses import batch_loss, pad_column
 from trainers.metrics import batch_metrics, loss_metrics
 from trainers.privilege import privilege_gap
 from trainers.resume import EpochSampler, check_same_run, marked_when_whole, resolve, run_of
-from trainers.schedule import unmixed
+from trainers.schedule import MIX_COLUMN, unmixed
 from trainers.setup import check_datasets, check_lora_sync, planned_pair, refuse_unsupported
 from trainers.teacher import RecomputedTeacher, RecordedTeacher, Teacher
 
@@ -61,7 +61,8 @@ class OSDTrainer(DistillationTrainer):
     """Trains a student on completions drawn from q* ∝ π_θ^(1-α) π_t^α, against the teacher that sampled them.
 
     The dataset has a `prompt` column (text or conversation) and, for a teacher that knows more, `teacher_prompt`, or
-    `privileged_context`, or any columns that `args.privileged_template` names. Both engines run in this process; the
+    `privileged_context`, or any columns that `args.privileged_template` names; rows whose `mix` column is false are sampled
+    from the student alone. Both engines run in this process; the
     teacher exists only there (unless `args.teacher_signal="recompute"` loads another). Evaluation samples from the student
     alone.
 
@@ -186,7 +187,7 @@ class OSDTrainer(DistillationTrainer):
         teacher_ids = [self._teacher_ids(row) for row in inputs]
         self.vllm_generation.model = self.model  # FSDP1 wraps it anew when training begins
         student_rows = [{**row, PROMPT_COLUMN: self._student_prompt(row)} for row in inputs]
-        with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(len(inputs), mode)):
+        with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(inputs, mode)):
             output = super()._generate_and_score_completions(student_rows)
         batch = self.vllm_generation.last_batch
         assert batch is not None, "TRL called generate()"
@@ -204,12 +205,12 @@ class OSDTrainer(DistillationTrainer):
             self._logs["token_ids"].extend(gather_object([list(c.token_ids) for c in completions]))
         return output
 
-    def _alphas(self, count: int, mode: str) -> float | list[float | None] | None:
+    def _alphas(self, inputs: list[dict[str, Any]], mode: str) -> float | list[float | None] | None:
         """Set the mixing of this step, and return the weights of the completions that have their own."""
         if mode == "eval":
             return 0.0  # evaluation measures the student's own completions
         self.vllm_generation.engine.set_mixing(self._schedule.at(self.state.global_step, self.state.max_steps))
-        return unmixed(count, self.args.mix_fraction, seed=self._step_seed)
+        return unmixed(inputs, self.args.mix_fraction, seed=self._step_seed)
 
     @property
     def _step_seed(self) -> str:
@@ -388,7 +389,7 @@ class OSDTrainer(DistillationTrainer):
         # With remove_unused_columns, what only the teacher reads is not unused.
         super()._set_signature_columns_if_needed()
         named = template_fields(self.args.privileged_template) if self.args.privileged_template else ()
-        wanted = {*(self._signature_columns or ()), TEACHER_PROMPT_COLUMN, PRIVILEGED_COLUMN, *named}
+        wanted = {*(self._signature_columns or ()), TEACHER_PROMPT_COLUMN, PRIVILEGED_COLUMN, MIX_COLUMN, *named}
         self._signature_columns = sorted(wanted)
 
 
