@@ -71,7 +71,7 @@ class OSDGeneration(LiveStudent):
             speed); "adapter" pushes A and B alone, to LoRA layers beside the frozen weights (they cost time in decoding). A
             running engine must have been started with such layers in its `student_kwargs`.
         enable_sleep_mode: give the GPU memory of both models and their caches back after every `generate` call, and take it
-            again with the next sync (which `generate` then makes itself, if nobody did). Needs a GPU; prefix caches are lost.
+            again with the next call or sync. Needs a GPU; both prefix caches are lost every time.
         hidden: record the teacher's final hidden states (recorded supervision needs them).
         on_error: what to do with a completion that ended in an error (NaN logits): "raise", or "keep" it for a caller
             that masks it (it comes back as at least one token, and its `error` says what happened).
@@ -108,7 +108,7 @@ class OSDGeneration(LiveStudent):
         if lora_sync not in ("merged", "adapter"):
             raise ValueError(f"lora_sync={lora_sync!r}: choose 'merged' or 'adapter'")
         if enable_sleep_mode and lora_sync == "adapter":
-            raise ValueError("enable_sleep_mode=True with lora_sync='adapter': LoRA layers do not survive sleep; use 'merged'")
+            raise ValueError("enable_sleep_mode=True with lora_sync='adapter' is not supported; use 'merged'")
         self.pair = pair
         self.mix_tokens = mix_tokens
         self.lora_sync = lora_sync
@@ -178,7 +178,6 @@ class OSDGeneration(LiveStudent):
 
     def _sleep(self) -> None:
         if self.enable_sleep_mode and not self._stays_awake:
-            self._synced = False
             self.engine.sleep()
 
     @contextmanager
@@ -247,12 +246,11 @@ class OSDGeneration(LiveStudent):
         """
         if images is not None:
             raise ValueError("OSD distils text models; remove the dataset's image columns")
-        if self.engine.asleep:
-            self.sync_weights()
         if not self._synced:
             raise RuntimeError("the student's engine does not have the trainer's weights; call sync_weights() first")
         teacher_prompts, alpha = self._take_teacher_side(prompts)
         start = time.perf_counter()
+        self.engine.wake_up()
         with profiler or nullcontext():
             completions = self.engine.generate(
                 _pair_prompts(teacher_prompts, prompts),

@@ -150,9 +150,7 @@ def _colocated(args: OSDConfig) -> None:
     if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
         raise ValueError("vllm_enable_sleep_mode=True needs an NVIDIA GPU, and there is none; leave it false")
     if args.vllm_enable_sleep_mode and args.lora_sync == "adapter":
-        raise ValueError(
-            "vllm_enable_sleep_mode=True with lora_sync='adapter': LoRA layers do not survive sleep; use lora_sync='merged'"
-        )
+        raise ValueError("vllm_enable_sleep_mode=True with lora_sync='adapter' is not supported; use lora_sync='merged'")
     if not args.ds3_gather_for_generation:
         raise ValueError("ds3_gather_for_generation=False is not compatible with vLLM generation; leave it true")
 

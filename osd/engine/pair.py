@@ -270,7 +270,7 @@ class PairEngine:
 
     @property
     def student_is_whole(self) -> bool:
-        """No weight sync was made, or the last one succeeded, and the engine has not slept since."""
+        """No weight sync was made, or the last one succeeded."""
         return self._stale is None
 
     def _scheduler(self) -> Any | None:
@@ -317,8 +317,8 @@ class PairEngine:
     def sleep(self) -> None:
         """Give back the GPU memory of both sides' weights and KV caches; needs ``engine_kwargs={"enable_sleep_mode": True}``.
 
-        The teacher's weights are kept in host memory. The student's are dropped, and both prefix caches are forgotten. Nothing
-        can be sampled or pushed until :meth:`wake_up`, and then nothing sampled until the student was pushed whole.
+        Both models are kept in host memory; both prefix caches are forgotten. Until :meth:`wake_up`, nothing can be sampled or
+        pushed.
 
         Raises:
             RuntimeError: the engine was not started with sleep mode, or has unfinished requests.
@@ -328,13 +328,12 @@ class PairEngine:
             raise RuntimeError("this engine cannot sleep: start it with engine_kwargs={'enable_sleep_mode': True}")
         if self._engine.has_unfinished_requests():
             raise RuntimeError("this engine has unfinished requests; let them finish before it sleeps")
-        if self.asleep:
-            return
-        self._stale, self.asleep = "they were dropped in sleep", True
-        self.llm.sleep(level=1)
+        if not self.asleep:
+            self.asleep = True
+            self.llm.sleep(level=1)
 
     def wake_up(self) -> None:
-        """Take the memory again: the teacher's weights as they were, empty caches, and no student until the next sync.
+        """Take the memory again: both models as they were, at the same addresses, and empty caches.
 
         If this raises (there is not enough memory), the engine stays asleep.
         """
@@ -346,7 +345,7 @@ class PairEngine:
     def _check_awake(self) -> None:
         self._check_open()
         if self.asleep:
-            raise RuntimeError("this engine is asleep; wake_up() and sync the student first")
+            raise RuntimeError("this engine is asleep; wake_up() first")
 
     def reset_prefix_cache(self) -> None:
         """Forget both sides' prefix caches."""

@@ -55,6 +55,7 @@ class PairWorker(SleepingPair, Worker):
 
     def init_device(self) -> None:
         super().init_device()
+        self._keep_cublas_awake()
         self.student_config = student_vllm_config(self.vllm_config)
         with set_current_vllm_config(self.student_config):
             self.student_runner = type(self.model_runner)(self.student_config, self.device)
@@ -88,6 +89,7 @@ class PairWorker(SleepingPair, Worker):
         super().load_model(**kwargs)
         with self._as_student(), keep_weights_live():
             super().load_model(**kwargs)
+        self._back_up_student()
 
     def set_kv_cache_layout(self, kv_cache_layout: str) -> None:
         super().set_kv_cache_layout(kv_cache_layout)
@@ -332,7 +334,7 @@ class PairWorker(SleepingPair, Worker):
 
     def _check_weights(self, step: PairStep) -> None:
         if not self.weights_loaded:
-            raise RuntimeError("the student's weights are incomplete (a sync that failed, or sleep); sync them before sampling")
+            raise RuntimeError("the last weight sync of the student failed half way; sync again before sampling")
         if step.weights_version != self.weights_version:
             raise RuntimeError(
                 f"a request was admitted for the student's weights version {step.weights_version}, and version "
