@@ -34,7 +34,7 @@ class _Step:
     Attributes:
         req_ids, computed: the requests in the scheduler's order, and how many tokens each had computed before the step.
         context, inputs: the forward pass as vLLM set it up: its forward context before it ran, and its arguments.
-        state: what it left for the sampler.
+        state: what it left for the sampler, without the tensors.
         prepare: moves the device's inputs on; returns attention metadata (which a replayed graph of the model does not read).
         logits: [B, V] of hidden states [B, H].
     """
@@ -107,7 +107,7 @@ class SteadyForward:
             computed=cached.num_computed_tokens,
             context=self._context,
             inputs=self._inputs,
-            state=state,
+            state=state._replace(logits=None, hidden_states=None, sample_hidden_states=None),
             prepare=prepare,
             logits=compute_logits,
         )
