@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 from vllm.config import CompilationConfig
@@ -36,6 +37,7 @@ from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from osd.engine import compat
+from osd.engine.worker import PairWorker
 
 
 def parameters(function) -> set[str]:
@@ -120,6 +122,16 @@ def test_a_step_still_splits_into_forward_and_sampling():
     source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
     assert "discard_request_mask.np" in source, "a discarded row is no longer named by discard_request_mask"
     assert "stop_reason" in EngineCoreOutput.__struct_fields__
+
+
+def test_weights_are_a_part_of_the_memory_profile_that_the_runner_tells():
+    """Regression: vLLM 0.26 counted the teacher's weights alone, and the KV caches took the memory of the student's."""
+    assert "self.model_runner.model_memory_usage" in inspect.getsource(Worker.determine_available_memory)
+    runners = {"model_runner": 5, "student_runner": 3}
+    worker = SimpleNamespace(**{n: SimpleNamespace(model_memory_usage=m, profile_run=None) for n, m in runners.items()})
+    with PairWorker._profile_runs_include_student(worker):
+        assert worker.model_runner.model_memory_usage == 8
+    assert worker.model_runner.model_memory_usage == 5
 
 
 def test_a_forward_pass_is_set_up_as_it_is_watched():

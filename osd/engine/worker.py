@@ -106,19 +106,24 @@ class PairWorker(SleepingPair, Worker):
 
     @contextmanager
     def _profile_runs_include_student(self) -> Iterator[None]:
-        """Make vLLM's memory profile see both models' activations."""
-        profile_teacher = self.model_runner.profile_run
+        """Make vLLM's memory profile see both models' weights and activations."""
+        runner = self.model_runner
+        profile_teacher, weights = runner.profile_run, getattr(runner, "model_memory_usage", None)
 
         def profile_both(*args: Any, **kwargs: Any) -> None:
             with self._as_student():
                 self.student_runner.profile_run(*args, **kwargs)
             profile_teacher(*args, **kwargs)
 
-        self.model_runner.profile_run = profile_both
+        runner.profile_run = profile_both
+        if weights is not None:  # a CPU's is not told
+            runner.model_memory_usage = weights + self.student_runner.model_memory_usage
         try:
             yield
         finally:
-            del self.model_runner.profile_run
+            del runner.profile_run
+            if weights is not None:
+                runner.model_memory_usage = weights
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
