@@ -15,7 +15,7 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from osd.core import MixingConfig
@@ -126,6 +126,12 @@ class PairWorker(SleepingPair, Worker):
                 runner.model_memory_usage = weights
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        if any(isinstance(spec, MambaSpec) for spec in self.model_runner.get_kv_cache_spec().values()):
+            # Computing a token again, as the rewind rule does, would advance a recurrent state twice, without a word.
+            raise ValueError(
+                f"teacher {self.model_config.model!r} has recurrent layers (Mamba, linear attention), which the paired engine "
+                "cannot take back by a token; use a teacher with attention in every layer"
+            )
         super().initialize_from_config(kv_cache_config)
         with self._as_student():
             super().initialize_from_config(self._student_kv_cache_config(kv_cache_config))
