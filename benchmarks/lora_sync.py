@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,11 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.sampling import hardware, versions
+from benchmarks.process import GPU, ROOT, header, result_path
 from benchmarks.shapes import parse_pair, write_model
-from benchmarks.weight_sync import GPU, median_ms
+from benchmarks.sync_worker import timed
 from osd.engine.pair import PairConfig
 from osd.generation import OSDGeneration
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,8 +86,8 @@ def measure(lora_sync: str, args: argparse.Namespace, teacher: Path, student: Pa
         generation_kwargs={"ignore_eos": True},
     )
     try:
-        sync = median_ms(generation.sync_weights, args.repeats)
-        return {"sync_ms": sync, "step_ms": step_ms(generation, args.sequences, args.tokens, args.repeats)}
+        sync = timed(generation.sync_weights, torch.cuda.synchronize if GPU else lambda: None, args.repeats)
+        return {"sync_ms": sync["ms"], "step_ms": step_ms(generation, args.sequences, args.tokens, args.repeats)}
     finally:
         generation.close()
 
@@ -102,11 +99,9 @@ def main() -> None:
         rows = {lora_sync: measure(lora_sync, args, teacher, student) for lora_sync in ("merged", "adapter")}
     for name, row in rows.items():
         print(f"{name:>8} sync {row['sync_ms']:9.2f} ms, decoding {row['step_ms']:7.2f} ms per step")
-    about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "versions": versions()}
-    settings = {name: getattr(args, name) for name in ("pair", "rank", "sequences", "tokens", "repeats")}
-    path = args.output if args.output.suffix == ".json" else args.output / f"lora_sync_{args.pair}_{about['date'][:10]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "configuration": settings, "rows": rows}, indent=2) + "\n")
+    result = {**header(["python", "benchmarks/lora_sync.py", *sys.argv[1:]], vars(args)), "rows": rows}
+    path = result_path(args.output, f"lora_sync_{args.pair}", result["hardware"]["device"])
+    path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {path}")
 
 
