@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osd.core import MixingConfig
 from tests.tiny import tiny_engine_kwargs
+from tests.training import watch
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +61,20 @@ def disagreement(model, prompts, completions, column):
         (logp(model, prompt, c.token_ids) - getattr(c.record, column)).abs().max().item()
         for prompt, c in zip(prompts, completions, strict=True)
     )
+
+
+def gaps_over_training(trainer):
+    """Train; after every sampling, how far the recorded log π_θ is from the live student's."""
+    gaps = []
+
+    def look(prompts):
+        trainer.model.eval()
+        gaps.append(disagreement(trainer.model, prompts, trainer.vllm_generation.last_batch.completions, "logp_theta"))
+        trainer.model.train()
+
+    watch(trainer, look)
+    trainer.train()
+    return gaps
 
 
 def perturb(model, seed=0, by=0.3):

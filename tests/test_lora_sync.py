@@ -18,7 +18,7 @@ from osd.engine.pair import PairConfig, PairEngine
 from osd.generation import OSDGeneration
 from osd.live import adapted_layers, adapter_parameters
 from tests.test_engine_async import PROMPTS, SAMPLING, compare_with_stock
-from tests.test_generation import STUDENT_PROMPTS, disagreement
+from tests.test_generation import STUDENT_PROMPTS, disagreement, gaps_over_training
 from tests.test_sync_sources import LORA, with_lora
 from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import build_trainer
@@ -264,17 +264,7 @@ def test_async_scheduling_with_an_adapter(make, student, engine, one_at_a_time, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests' trainer is on the CPU")
 def test_training_with_the_adapter_alone(engine, pair, tmp_path):
     trainer = build_trainer(engine, pair[1], tmp_path, peft_config=LORA, lora_sync="adapter")
-    gaps, generate = [], trainer.vllm_generation.generate
-
-    def watched(prompts, *args, **kwargs):
-        result = generate(prompts, *args, **kwargs)
-        trainer.model.eval()
-        gaps.append(disagreement(trainer.model, prompts, trainer.vllm_generation.last_batch.completions, "logp_theta"))
-        trainer.model.train()
-        return result
-
-    trainer.vllm_generation.generate = watched
-    trainer.train()
+    gaps = gaps_over_training(trainer)
     assert len(gaps) == 3
     assert max(gaps) < NOISE
 

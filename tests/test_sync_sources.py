@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osd.generation import OSDGeneration
 from osd.live import checked, expected_shapes
-from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, perturb
+from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, gaps_over_training, perturb
 from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import ROWS, build_trainer, logged
 
@@ -184,17 +184,7 @@ def test_an_adapter_under_fsdp1_is_refused_before_an_engine_starts(generation_of
 def test_lora_training_samples_from_the_merged_student_and_trains_the_adapter_alone(engine, tiny_pair, tmp_path):
     trainer = build_trainer(engine, tiny_pair[1], tmp_path, peft_config=LORA, max_steps=3, save_strategy="steps", save_steps=2)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    gaps, generate = [], trainer.vllm_generation.generate
-
-    def watched(prompts, *args, **kwargs):
-        result = generate(prompts, *args, **kwargs)
-        trainer.model.eval()
-        gaps.append(disagreement(trainer.model, prompts, trainer.vllm_generation.last_batch.completions, "logp_theta"))
-        trainer.model.train()
-        return result
-
-    trainer.vllm_generation.generate = watched
-    trainer.train()
+    gaps = gaps_over_training(trainer)
     assert len(gaps) == 3
     assert max(gaps) < NOISE
     for name, parameter in trainer.model.named_parameters():

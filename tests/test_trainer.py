@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DistillationTrainer
 
-from tests.test_generation import disagreement
+from tests.test_generation import disagreement, gaps_over_training
 from tests.tiny import tiny_engine_kwargs
 from tests.training import ROWS, build_trainer, logged, watch, weights_after
 from trainers import OSDConfig, OSDTrainer
@@ -39,21 +39,6 @@ def make(engine, tiny_pair, tmp_path):
 
 
 # -- liveness -----------------------------------------------------------------------------------------------------------
-
-
-def gaps_over_training(trainer):
-    """At every step, how far the recorded log π_θ is from the live student's by transformers."""
-    gaps = []
-
-    def look(prompts):
-        completions = trainer.vllm_generation.last_batch.completions
-        trainer.model.eval()
-        gaps.append(disagreement(trainer.model, prompts, completions, "logp_theta"))
-        trainer.model.train()
-
-    watch(trainer, look)
-    trainer.train()
-    return gaps
 
 
 def test_every_step_samples_from_the_live_student(make, engine):

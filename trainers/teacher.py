@@ -97,3 +97,10 @@ class RecomputedTeacher:
         )
         lm_head = teacher.get_output_embeddings()
         return hidden_BTH, head_of(lm_head.weight, getattr(lm_head, "bias", None), teacher.config)
+
+
+def start_teacher(trainer: OSDTrainer, engine: PairEngine) -> Teacher:
+    """What `teacher_signal` asks for; the engine must be awake."""
+    if trainer.args.teacher_signal == "recompute":
+        return RecomputedTeacher(trainer, engine.config.teacher)
+    return RecordedTeacher(engine, trainer.args)

@@ -17,8 +17,7 @@ Of TRL's DistillationTrainer these are overridden, all of them private to TRL an
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ from osd.prompts import (
     teacher_prompt,
     template_fields,
 )
+from trainers._compat import setting
 from trainers.completions import log_completions
 from trainers.config import OSDConfig
 from trainers.divergence import token_logprobs
@@ -51,7 +51,7 @@ from trainers.privilege import privilege_gap
 from trainers.resume import EpochSampler, check_same_run, marked_when_whole, resolve, run_of
 from trainers.schedule import MIX_COLUMN, unmixed
 from trainers.setup import check_datasets, check_lora_sync, planned_pair, refuse_unsupported
-from trainers.teacher import RecomputedTeacher, RecordedTeacher, Teacher
+from trainers.teacher import start_teacher
 
 if TYPE_CHECKING:
     from osd.engine.pair import PairCompletion, PairConfig, PairEngine
@@ -116,7 +116,7 @@ class OSDTrainer(DistillationTrainer):
         if (checkpoint := resolve(args.resume_from_checkpoint, args.output_dir)) is not None:
             check_same_run(checkpoint, self._run)
         # With `use_vllm` set, TRL's constructor would build its own generator inline; ours is put in its place below.
-        with _set(args, use_vllm=False):
+        with setting(args, use_vllm=False):
             super().__init__(
                 model=model,
                 teacher_model=None,
@@ -139,10 +139,7 @@ class OSDTrainer(DistillationTrainer):
         engine = self.vllm_generation.engine
         with self.vllm_generation.stays_awake():
             engine.wake_up()
-            recompute = args.teacher_signal == "recompute"
-            self._teacher: Teacher = (
-                RecomputedTeacher(self, engine.config.teacher) if recompute else RecordedTeacher(engine, args)
-            )
+            self._teacher = start_teacher(self, engine)
         for name in ("alpha", "token_ids"):
             self._logs[name] = deque(maxlen=self._logs["prompt"].maxlen)
 
@@ -165,11 +162,6 @@ class OSDTrainer(DistillationTrainer):
             max_completion_length=self.max_completion_length,
             generation_kwargs=self.args.sampling_kwargs(),
         )
-
-    def _start_teacher(self, engine: PairEngine) -> Teacher:
-        if self.args.teacher_signal == "recompute":
-            return RecomputedTeacher(self, engine.config.teacher)
-        return RecordedTeacher(engine, self.args)
 
     def close(self) -> None:
         """Shut the paired engine down, if this trainer started it, and give its memory back."""
@@ -345,7 +337,7 @@ class OSDTrainer(DistillationTrainer):
             stream = stream.shuffle(seed=self.args.seed)  # before it is repeated, where TRL would do it after
         size = self.args.per_device_train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
         repeated = repeat_iterable_dataset(stream, mini_repeat_count=1, batch_size=size, repeat_count=iterations)
-        with _set(self, train_dataset=repeated, shuffle_dataset=False):
+        with setting(self, train_dataset=repeated, shuffle_dataset=False):
             return super().get_train_dataloader()
 
     # -- breaking off and going on ------------------------------------------------------------------------------------
@@ -391,19 +383,6 @@ class OSDTrainer(DistillationTrainer):
         named = template_fields(self.args.privileged_template) if self.args.privileged_template else ()
         wanted = {*(self._signature_columns or ()), TEACHER_PROMPT_COLUMN, PRIVILEGED_COLUMN, MIX_COLUMN, *named}
         self._signature_columns = sorted(wanted)
-
-
-@contextmanager
-def _set(of: Any, **attributes: Any) -> Iterator[None]:
-    """Other values for some attributes, for as long as the context lasts."""
-    before = {name: getattr(of, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(of, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(of, name, value)
 
 
 def _alpha(completion: PairCompletion) -> list[float]:
