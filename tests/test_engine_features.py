@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from vllm import SamplingParams
@@ -193,6 +195,34 @@ def test_aborting_one_request_leaves_the_others_as_they_were(engine):
     assert [outputs[list(names)[i]] for i in kept] == [undisturbed[i] for i in kept]
 
 
+PENALISED = dict(max_tokens=40, ignore_eos=True, presence_penalty=0.5)
+
+
+def with_one_that_joins(engine, sampling, option, joins, at=15):
+    """Records of two requests, the second (with ``joins`` as its sampling) admitted when the first has ``at`` tokens."""
+    ids, steps = {}, itertools.count()
+    for prompt, settings in ((PROMPTS[0], sampling), (PROMPTS[1], joins)):
+        engine._submit([prompt], engine._sampling_params([prompt], settings, option), ids)
+        while engine._engine.has_unfinished_requests() and (len(ids) > 1 or next(steps) < at):
+            engine._engine.step()
+    return list(engine._take_records().values())
+
+
+def test_tokens_to_mix_are_counted_on_when_a_penalised_request_joins(engine):
+    """vLLM looks up the ids of the tokens sampled so far only from then on."""
+    option = PairOptions(mix_tokens=20, record=True)
+    first, second = with_one_that_joins(engine, dict(max_tokens=40, ignore_eos=True), option, PENALISED)
+    for record in (first, second):
+        assert ((record.values_TR[:, 0] > 0).nonzero()[:, 0] == torch.arange(20)).all()
+
+
+@pytest.mark.parametrize("joins", [PENALISED, dict(max_tokens=40, ignore_eos=True, bad_words=["w9 w10"])])
+def test_min_tokens_are_counted_on_when_a_request_joins_that_reads_its_own_tokens(engine, joins):
+    sampling = dict(max_tokens=60, min_tokens=20, logit_bias={2: 100.0})  # its end as soon as it may
+    first, _ = with_one_that_joins(engine, sampling, PairOptions(record=True), joins)
+    assert len(first.values_TR) in (21, 22)  # a step later is in flight when it ends
+
+
 def test_an_interrupted_run_leaves_nothing_behind(engine, monkeypatch):
     calls = iter(range(100))
     step = engine._engine.step
@@ -272,6 +302,44 @@ def test_an_unknown_option_ends_only_its_own_request(engine):
     assert outputs[0].outputs[0].finish_reason == "error"
     assert "alhpa" in outputs[0].outputs[0].stop_reason
     assert len(outputs[1].outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize("where", ["_set_up_sampler", "_constrain", "_record"])
+def test_an_interrupt_between_a_forward_pass_and_its_end_leaves_nothing_behind(engine, monkeypatch, where):
+    expected = [c.token_ids for c in sample(engine, temperature=0.0)]
+    worker, calls = engine._worker(), itertools.count()
+    stock = getattr(worker, where)
+
+    def interrupted(*args):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return stock(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sample(engine)
+    assert [c.token_ids for c in sample(engine, temperature=0.0)] == expected
+    sample(engine, PROMPTS[:1], max_tokens=1)  # by now both runners have been told who left
+    for runner in (worker.model_runner, worker.student_runner):
+        assert len(runner.requests) <= 1
+
+
+def test_requests_whose_end_a_failed_step_swallowed_are_forgotten(engine, monkeypatch):
+    """A step that fails before a runner has read who ended is not sent again."""
+    worker = engine._worker()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    sample(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_check_weights", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sample(engine, PROMPTS[:1])
+    sample(engine, PROMPTS[:1], max_tokens=1)
+    for runner in (worker.model_runner, worker.student_runner):
+        assert len(runner.requests) <= 1
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])

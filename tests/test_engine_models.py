@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -85,6 +85,17 @@ def test_engine_arguments_the_pair_cannot_take_are_refused(kwargs, message):
         PairConfig(teacher="t", student="s", **kwargs)
 
 
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_recurrent_model_is_refused_before_weights_load(tmp_path, tiny_pair, side):
+    """A state that computed a token twice would be wrong, and nothing would show it."""
+    save_tokenizer(tmp_path, 64)
+    config = MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, architectures=["MambaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: tmp_path}
+    with pytest.raises(ValueError, match=f"{side} '{tmp_path}' has recurrent layers"):
+        pair(**paths)
+
+
 def test_a_completion_ends_at_either_models_eos(tmp_path):
     teacher, student = tiny_model(tmp_path / "t", seed=1), tiny_model(tmp_path / "s", seed=2)
     config = json.loads((student / "generation_config.json").read_text())
@@ -130,8 +141,9 @@ def test_alpha_0_is_the_student_and_alpha_1_the_teacher_exactly(tiny_pair):
         assert [c.token_ids for c in completions] == plain[side]
 
 
+@pytest.mark.parametrize("penalties", [{}, {"presence_penalty": 0.3, "repetition_penalty": 1.1}], ids=["plain", "penalties"])
 @pytest.mark.parametrize("broken", ["teacher", "student"])
-def test_nan_ends_one_request_naming_the_side_and_the_others_go_on(tmp_path, tiny_pair, broken):
+def test_nan_ends_one_request_naming_the_side_and_the_others_go_on(tmp_path, tiny_pair, broken, penalties):
     """One token's embedding is NaN on one side: the request that reads it fails, and leaves no NaN in anyone's cache."""
     paths = dict(zip(("teacher", "student"), tiny_pair, strict=True))
     model = AutoModelForCausalLM.from_pretrained(paths[broken], dtype=torch.float32)
@@ -142,6 +154,7 @@ def test_nan_ends_one_request_naming_the_side_and_the_others_go_on(tmp_path, tin
     paths[broken] = tmp_path
     poisoned = PairPrompt(teacher_token_ids=[7, 63, 9], student_token_ids=[7, 63, 9])
     sampling = dict(max_tokens=30, temperature=0.0, ignore_eos=True, logit_bias={63: -100.0})
+    sampling |= penalties
     with pair(**paths, engine_kwargs=dict(num_gpu_blocks_override=12)) as engine:
         alone = engine.generate(PROMPTS, sampling=sampling)
         mixed = engine.generate([*PROMPTS[:3], poisoned, *PROMPTS[3:]], sampling=sampling)

@@ -64,6 +64,7 @@ class PairEngine:
         self.mixing = config.mixing
         self._request_number = itertools.count()
         self._stale: str | None = None
+        self._caches_in_doubt = False
         self.asleep = False
         if self._worker() is not None:
             PairEngine._in_this_process = weakref.ref(self)
@@ -139,6 +140,8 @@ class PairEngine:
             for a in one_each("alpha", alpha, len(prompts))
         ]
         params = self._sampling_params(prompts, sampling, options)
+        if self._caches_in_doubt:
+            self._forget_caches()
         ids: dict[str, str] = {}
         try:
             self._submit(prompts, params, ids)
@@ -205,7 +208,7 @@ class PairEngine:
         return RequestRecord(values_TR=torch.empty(0), hidden_TH=None, weights_version=self.weights_version)
 
     def _token_record(self, record: RequestRecord, length: int) -> TokenRecord:
-        # A request that ended by a stop string, or in an error, may have one more row than it has tokens.
+        # A request that ended by a stop string, or in an error, may have more rows than tokens: of the steps then in flight.
         # Copies: a record that somebody keeps must not keep those of the whole batch, whose memory it shares.
         hidden = None if record.hidden_TH is None else record.hidden_TH[:length].clone()
         values = record.values_TR[:length].clone() if record.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
@@ -222,9 +225,17 @@ class PairEngine:
 
         vLLM puts a block into the prefix cache when it schedules it, and a step that failed never filled it.
         """
+        self._caches_in_doubt = True  # until they are reset, whatever ends this
         self._engine.abort_request(list(ids.values()), internal=True)
+        if (worker := self._worker()) is not None and (scheduler := self._scheduler()) is not None:
+            scheduler.tell_again_who_ended(worker.model_runner.requests, worker.student_runner.requests)
         self._take_records()
-        self.reset_prefix_cache()
+        self._forget_caches()
+
+    def _forget_caches(self) -> None:
+        if not self.reset_prefix_cache():
+            raise RuntimeError("a run failed, and blocks it left in the prefix cache are in use; let the other requests finish")
+        self._caches_in_doubt = False
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
@@ -347,9 +358,9 @@ class PairEngine:
         if self.asleep:
             raise RuntimeError("this engine is asleep; wake_up() first")
 
-    def reset_prefix_cache(self) -> None:
-        """Forget both sides' prefix caches."""
-        self.llm.reset_prefix_cache()
+    def reset_prefix_cache(self) -> bool:
+        """Forget both sides' prefix caches; False if unfinished requests use them, and nothing was done."""
+        return self.llm.reset_prefix_cache()
 
     def _check_open(self) -> None:
         if not hasattr(self, "llm"):
@@ -359,12 +370,14 @@ class PairEngine:
         """Shut the engine down and give its memory back. Idempotent."""
         if (llm := getattr(self, "llm", None)) is None:
             return
-        if self.asleep:
-            self.llm.wake_up()  # vLLM's allocator cannot free memory that it has unmapped
-        self._engine.engine_core.shutdown()
-        del self.llm, self._engine, llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        try:
+            if self.asleep:
+                llm.wake_up()  # vLLM's allocator cannot free memory that it has unmapped
+        finally:
+            self._engine.engine_core.shutdown()
+            del self.llm, self._engine, llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
 
     def __enter__(self) -> PairEngine:
         return self

@@ -266,6 +266,14 @@ class PairScheduler(Scheduler):
         if any(request.num_in_flight_tokens for side in (self, self.student) for request in side.requests.values()):
             raise ValueError(f"{what} only while no step is in flight; wait for the running requests to finish first")
 
+    def tell_again_who_ended(self, requests: Iterable[str], student_requests: Iterable[str]) -> None:
+        """Of the requests that each side's runner still knows, those that have ended are named in the next step.
+
+        A step that failed before a runner had read who ended is not sent again.
+        """
+        self.finished_req_ids |= set(requests) - self.requests.keys()
+        self.student.finished_req_ids |= set(student_requests) - self.student.requests.keys()
+
     def set_pause_state(self, pause_state: Any) -> None:
         super().set_pause_state(pause_state)
         self.student.set_pause_state(pause_state)

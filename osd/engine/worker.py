@@ -15,12 +15,12 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from osd.core import MixingConfig
 from osd.engine.adapter import StudentAdapter
-from osd.engine.books import feed, note_samples, note_samples_at_once, only_rows
+from osd.engine.books import feed, keep_async_books, note_samples, only_rows
 from osd.engine.config import mixing_config, share_block_size, student_vllm_config, wants_overlap
 from osd.engine.forward import SteadyForward
 from osd.engine.options import PairOptions
@@ -54,9 +54,10 @@ class PairWorker(SleepingPair, Worker):
     # -- building both sides ----------------------------------------------------------------------------------------
 
     def init_device(self) -> None:
+        self.student_config = student_vllm_config(self.vllm_config)
+        _refuse_recurrent(teacher=self.model_config, student=self.student_config.model_config)
         super().init_device()
         self._keep_cublas_awake()
-        self.student_config = student_vllm_config(self.vllm_config)
         with set_current_vllm_config(self.student_config):
             self.student_runner = type(self.model_runner)(self.student_config, self.device)
         self.records = RecordLog()
@@ -126,12 +127,6 @@ class PairWorker(SleepingPair, Worker):
                 runner.model_memory_usage = weights
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        if any(isinstance(spec, MambaSpec) for spec in self.model_runner.get_kv_cache_spec().values()):
-            # Computing a token again, as the rewind rule does, would advance a recurrent state twice, without a word.
-            raise ValueError(
-                f"teacher {self.model_config.model!r} has recurrent layers (Mamba, linear attention), which the paired engine "
-                "cannot take back by a token; use a teacher with attention in every layer"
-            )
         super().initialize_from_config(kv_cache_config)
         with self._as_student():
             super().initialize_from_config(self._student_kv_cache_config(kv_cache_config))
@@ -166,7 +161,7 @@ class PairWorker(SleepingPair, Worker):
         for runner in (self.model_runner, self.student_runner):
             runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes after a NaN
             runner.execute_model = SteadyForward(runner)
-        note_samples_at_once(self.model_runner)
+        keep_async_books(self.model_runner)
         return times
 
     def _install_samplers(self) -> None:
@@ -218,27 +213,19 @@ class PairWorker(SleepingPair, Worker):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         step: PairStep = scheduler_output.osd
+        # A forward pass is still here if an exception (an interrupt, out of memory) ended its step: nobody will sample it.
+        self.model_runner.execute_model_state = self.student_runner.execute_model_state = None
         self._check_weights(step)
         self._note_admissions(scheduler_output, step)
         self.step = step
-        with self._dropping_the_step_on_error():
-            with self._beside_the_teacher():
-                self.student_runner.execute_model(step.student_output)
-            output = super().execute_model(scheduler_output)
-            if output is not None:
-                # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
-                self._join_student()
-                self._finish_student(self.planner.plan(self.model_runner, self.student_runner, step))
+        with self._beside_the_teacher():
+            self.student_runner.execute_model(step.student_output)
+        output = super().execute_model(scheduler_output)
+        if output is not None:
+            # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
+            self._join_student()
+            self._finish_student(self.planner.plan(self.model_runner, self.student_runner, step))
         return output
-
-    @contextmanager
-    def _dropping_the_step_on_error(self) -> Iterator[None]:
-        """After an exception (an interrupt, out of memory) neither runner may hold a forward pass that nobody samples."""
-        try:
-            yield
-        except BaseException:
-            self.model_runner.execute_model_state = self.student_runner.execute_model_state = None
-            raise
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
@@ -248,13 +235,12 @@ class PairWorker(SleepingPair, Worker):
         self._join_student()
         self._set_up_sampler(plan, student_state)
         self._constrain(state, grammar_output)
-        with self._dropping_the_step_on_error():
-            with only_rows(teacher, plan.ready_mask):
-                output = teacher.sample_tokens(None)
-            if teacher.use_async_scheduling:
-                assert self.sampler.token_B is not None
-                feed(teacher, self.sampler.token_B, plan.fed, plan.again)
-            self._finish_student(plan)
+        with only_rows(teacher, plan.ready_mask):
+            output = teacher.sample_tokens(None)
+        if teacher.use_async_scheduling:
+            assert self.sampler.token_B is not None
+            feed(teacher, self.sampler.token_B, plan.fed, plan.again)
+        self._finish_student(plan)
         self._record(plan, state.sample_hidden_states)
         return output
 
@@ -301,8 +287,9 @@ class PairWorker(SleepingPair, Worker):
             return
         assert self.sampler.values_BR is not None
         rows = as_index(plan.recorded_rows)
-        # A clone: the runner reuses this memory for the next step.
-        hidden = hidden_BH[rows].clone() if plan.hidden else None
+        hidden = hidden_BH[rows] if plan.hidden else None
+        if hidden is not None and plan.recorded_rows is None:
+            hidden = hidden.clone()  # the runner reuses this memory for the next step
         self.records.append(plan.recorded_ids, self.sampler.values_BR[rows], hidden)
 
     def collect_records(self) -> dict[str, RequestRecord]:
@@ -350,6 +337,16 @@ class PairWorker(SleepingPair, Worker):
             raise RuntimeError(
                 f"a request was admitted for the student's weights version {step.weights_version}, and version "
                 f"{self.weights_version} is loaded: its KV cache would belong to other weights"
+            )
+
+
+def _refuse_recurrent(**models: Any) -> None:
+    """Computing a token again, as the rewind rule does, would advance a recurrent state twice, without a word."""
+    for side, model in models.items():
+        if model.has_inner_state:
+            raise ValueError(
+                f"{side} {model.model!r} has recurrent layers (Mamba, linear attention), which the paired engine cannot take "
+                "back by a token; use a model with attention in every layer"
             )
 
 
