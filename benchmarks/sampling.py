@@ -135,8 +135,9 @@ def environment(system: str, args: argparse.Namespace, caches: Path) -> dict[str
     if args.teacher is None:
         env["HF_HUB_OFFLINE"] = "1"
     if system == "nested":
-        # Both engines must be in this process, and only the V1 model runner takes custom logits processors.
-        env |= {MULTIPROCESSING: "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+        # Both engines must be in this process, and only the V1 model runner takes custom logits processors. While an engine
+        # estimates what its CUDA graphs will take, vLLM drops those of every engine of the process: the other one's.
+        env |= {MULTIPROCESSING: "0", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0"}
     elif system in args.in_process:
         env[MULTIPROCESSING] = "0"
     return env

@@ -35,7 +35,8 @@ class GeneratedBatch:
     """What one `generate` call sampled, in the order of its prompts.
 
     Attributes:
-        completions: token ids, finish reason, error and per-token record of each.
+        completions: token ids, finish reason, error and per-token record of each; `text` only where `generation_kwargs` has
+            `stop` strings (or `detokenize`).
         seconds: wall-clock time of the call.
         sync_seconds: of the syncs since the call before it; 0 if there was none.
         weights_version: syncs that the student's weights had received.
@@ -291,6 +292,7 @@ class OSDGeneration(LiveStudent):
             "top_k": self.top_k,
             "min_p": self.min_p or 0.0,
             "repetition_penalty": self.repetition_penalty,
+            "detokenize": bool(self.generation_kwargs.get("stop")),  # vLLM needs the text for stop strings; nobody else does
             **self.generation_kwargs,
         }
 

@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from a second thread, and lose much where two test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# vLLM's attention for float32 on a GPU is Triton's, which multiplies in TF32 unless told otherwise: 1e-2 off.
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 from pathlib import Path
 

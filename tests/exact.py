@@ -12,9 +12,6 @@ from transformers import AutoModelForCausalLM
 
 # N tokens, V vocabulary, T tokens of one completion.
 
-# vLLM's float32 attention on a GPU multiplies in TF32, so its log-probabilities are 1e-2 off there; on a CPU, 1e-5.
-NOISE = 60 if torch.cuda.is_available() else 1
-
 
 def completion_logits(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
     """Logits that precede each completion token, float64 [T, V]."""

@@ -49,12 +49,13 @@ def sampled_by(trainer, resume=None):
 
 
 def greedy(out: Path, teacher: str, student: str, engine=None, save="weights", **fields):
-    """Several processes: a greedy run."""
-    trainer = start(out / save, teacher, student, engine, **{"per_device_train_batch_size": 2, **GREEDY, **fields})
-    assert trainer.accelerator.num_processes == 2
+    """A greedy run of 4 prompts a step, whatever the number of processes."""
+    size = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = start(out / save, teacher, student, engine, **{"per_device_train_batch_size": size, **GREEDY, **fields})
     trainer.train()
     seen = {
         "kind": str(trainer.accelerator.distributed_type),
+        "device": str(trainer.vllm_generation.engine._worker().device),
         "elements": sum(getattr(p, "_local_tensor", p).numel() for p in trainer.model.parameters()),
         "loss": logged(trainer, "loss"),
     }
@@ -71,8 +72,17 @@ def off_after_a_sync(trainer):
     for sync in (lambda: None, trainer.vllm_generation.sync_weights):
         sync()
         engines = trainer.vllm_generation.engine._worker().student_runner.get_model().get_parameter(name)
-        off.append((engines.detach() - live).abs().max().item())
+        off.append((engines.detach().cpu() - live).abs().max().item())
     return off
+
+
+def synced(out: Path, teacher: str, student: str) -> None:
+    """A greedy run, and how far the engine's student is from the live one before a last sync and after it."""
+    trainer, seen = greedy(out, teacher, student)
+    seen["off"] = off_after_a_sync(trainer)
+    (out / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
+    trainer.save_model(str(out / "model"))
+    trainer.close()
 
 
 def together(out: Path, teacher: str, student: str) -> None:
@@ -120,4 +130,4 @@ def killed(out: Path, teacher: str, student: str) -> None:
 
 if __name__ == "__main__":
     name, out, teacher, student = sys.argv[1:]
-    {"greedy": greedy, "together": together, "killed": killed}[name](Path(out), teacher, student)
+    {"greedy": greedy, "synced": synced, "together": together, "killed": killed}[name](Path(out), teacher, student)

@@ -14,7 +14,7 @@ from osd.engine import worker as pair_worker
 from osd.engine.forward import SteadyForward
 from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from osd.engine.scheduler import AsyncPairScheduler
-from tests.exact import NOISE, completion_logits, reference
+from tests.exact import completion_logits, reference
 from tests.tiny import tiny_engine_kwargs
 
 pytestmark = pytest.mark.gpu
@@ -91,9 +91,16 @@ def compare_with_stock(engine, monkeypatch) -> list[str]:
     advance = SteadyForward._advance
 
     def both(self, step, output):
+        runner, batch, model = self.runner, self.runner.input_batch, self._model
+        ours: dict[str, torch.Tensor] = {}
+
+        def watched(**inputs):
+            ours.update(prepared(runner, batch.num_reqs))  # before the model runs: its attention counts in the schedule
+            return model(**inputs)
+
+        self._model = watched
         advance(self, step, output)
-        runner, batch = self.runner, self.runner.input_batch
-        ours = prepared(runner, batch.num_reqs)
+        self._model = model
         cached = output.scheduled_cached_reqs
         planned = dict(zip(map(batch.req_id_to_index.get, cached.req_ids), cached.num_computed_tokens, strict=True))
         if batch.num_computed_tokens_cpu[: batch.num_reqs].tolist() != [planned[row] for row in range(batch.num_reqs)]:
@@ -101,7 +108,10 @@ def compare_with_stock(engine, monkeypatch) -> list[str]:
         indices = runner._prepare_inputs(output, np.ones(batch.num_reqs, dtype=np.int32))[0]
         self._build(**self._metadata)
         theirs = prepared(runner, batch.num_reqs)
-        differing.extend(name for name in ours if not torch.equal(ours[name], theirs[name]))
+        for name in ours:
+            if not torch.equal(ours[name], theirs[name]):
+                where = (ours[name] != theirs[name]).nonzero()[:4].tolist()
+                differing.append(f"{name} of {tuple(ours[name].shape)} at {where}")
         if indices.tolist() != list(range(batch.num_reqs)):
             differing.append("rows of the logits")
 
@@ -138,8 +148,7 @@ def test_a_block_table_that_is_not_uploaded_is_seen(engine, monkeypatch):
     monkeypatch.setattr(SteadyForward, "_update_batch", without_upload)
     differing = compare_with_stock(engine, monkeypatch)
     engine.generate(PROMPTS, sampling=SAMPLING)
-    assert "block_table" in differing
-    assert "slot_mapping" in differing
+    assert {"block_table", "slot_mapping"} <= {entry.split()[0] for entry in differing}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no streams")
@@ -169,7 +178,7 @@ def errors(models, completions) -> float:
 
 
 def test_records_are_those_of_the_tokens_that_were_returned(engine, models):
-    assert errors(models, engine.generate(PROMPTS, sampling=SAMPLING | {"temperature": 1.0})) < 1e-3 * NOISE
+    assert errors(models, engine.generate(PROMPTS, sampling=SAMPLING | {"temperature": 1.0})) < 1e-3
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])

@@ -37,6 +37,7 @@ def engine(smollm2):
             block_size=32,
             max_num_seqs=4,
             kv_cache_memory_bytes=1 << 30,
+            gpu_memory_utilization=0.2,
             num_gpu_blocks_override=12,
         ),
         # Chunked prefill at different places on either side, and too few blocks for four of these requests.

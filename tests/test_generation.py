@@ -43,7 +43,7 @@ def make(engine, student, tiny_pair):
 
     def make_generation(**kwargs):
         kwargs = {"pair": engine, "max_completion_length": 8, **kwargs}
-        return OSDGeneration(student, Accelerator(cpu=True), tokenizer, **kwargs)
+        return OSDGeneration(student, Accelerator(), tokenizer, **kwargs)
 
     return make_generation
 
@@ -51,7 +51,7 @@ def make(engine, student, tiny_pair):
 def logp(model, prompt_ids, token_ids):
     """Log-probabilities of a completion by transformers, [T]."""
     with torch.no_grad():
-        logits = model(torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1]
+        logits = model(torch.tensor([prompt_ids + token_ids], device=model.device)).logits[0, len(prompt_ids) - 1 : -1].cpu()
     return logits.log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
 
 

@@ -1,6 +1,7 @@
 """Runs of several processes, and a run that is killed, by `accelerate launch` with the configurations that are shipped.
 
-On a CPU with gloo. Every process owns a whole pair. ZeRO-3 needs GPUs: tests/test_zero3.py has what can be had without.
+On a CPU with gloo, and on two GPUs. Every process owns a whole pair. ZeRO-3 needs GPUs; tests/test_zero3.py has what can be had
+without.
 """
 
 import json
@@ -28,7 +29,8 @@ ACCELERATE = ROOT / "configs" / "accelerate"
 
 def launch(config, *script):
     # As `make setup` installs it, but for this checkout; and with the rank variables of no other run.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     flags = ["--config_file", config, "--main_process_port", "0"]
@@ -133,6 +135,43 @@ def test_fsdp1_is_one_process_with_twice_the_batch(engine, tiny_pair, tmp_path):
     config = fsdp_on_a_cpu(tmp_path / "fsdp1.yaml", **one, fsdp_reshard_after_forward="FULL_SHARD")
     done = launch(config, "tests/fsdp_cpu.py", "tests/launched.py", "greedy", tmp_path, *tiny_pair)
     check_greedy(tmp_path, done, engine, tiny_pair[1])
+
+
+KINDS = {"ddp": "DistributedType.MULTI_GPU", "fsdp2": "DistributedType.FSDP", "zero3": "DistributedType.DEEPSPEED"}
+
+
+def on_gpus(name, path, processes):
+    config = yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text()) | {"num_processes": processes, "mixed_precision": "no"}
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", KINDS)
+def test_two_gpus_are_one_with_twice_the_batch(tiny_pair, tmp_path, name):
+    """And one process that sees two GPUs trains on one of them."""
+    if name == "zero3":
+        pytest.importorskip("deepspeed")
+    weights = []
+    for config, processes in ((name, 2), ("one_gpu", 1)):
+        out = tmp_path / config
+        done = launch(on_gpus(config, tmp_path / f"{config}.yaml", processes), "tests/launched.py", "synced", out, *tiny_pair)
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+        weights.append(torch.load(out / "weights.pt"))
+        ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
+        assert [seen["device"] for seen in ranks] == [f"cuda:{rank}" for rank in range(processes)]
+        for seen in ranks:
+            assert seen["off"][0] > 1e-3  # the last optimizer step
+            assert seen["off"][1] < 1e-6
+            if processes == 2:
+                assert seen["kind"] == KINDS[name]
+    two, one = weights
+    assert two.keys() == one.keys()
+    for key, tensor in two.items():
+        torch.testing.assert_close(tensor, one[key], rtol=1e-3, atol=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
+    torch.testing.assert_close(saved.lm_head.weight, two["lm_head.weight"])
 
 
 # -- SIGKILL ------------------------------------------------------------------------------------------------------------

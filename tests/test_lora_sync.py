@@ -52,7 +52,7 @@ def one_at_a_time(pair) -> list[list[int]]:
     with start(pair, async_scheduling=False) as engine:
         torch.manual_seed(0)  # of A, as it is when it is made
         model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
-        OSDGeneration(model, Accelerator(cpu=True), engine.tokenizer, pair=engine, lora_sync="adapter").sync_weights()
+        OSDGeneration(model, Accelerator(), engine.tokenizer, pair=engine, lora_sync="adapter").sync_weights()
         return [c.token_ids for c in engine.generate(PROMPTS, sampling=SAMPLING)]
 
 
@@ -73,7 +73,7 @@ def make(engine, pair):
 
     def make_generation(model, **kwargs):
         kwargs = {"pair": engine, "max_completion_length": 8, "lora_sync": "adapter", **kwargs}
-        return OSDGeneration(model, Accelerator(cpu=True), tokenizer, **kwargs)
+        return OSDGeneration(model, Accelerator(), tokenizer, **kwargs)
 
     return make_generation
 

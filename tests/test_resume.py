@@ -15,6 +15,8 @@ from tests.training import ROWS, build_trainer, logged, watch
 from trainers import OSDConfig, OSDTrainer
 from trainers.resume import RUN_FILE, EpochSampler, check_same_run, resolve
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair):

@@ -133,6 +133,7 @@ class TestOnAGpu:
 
     def test_a_student_that_is_not_backed_up_is_seen(self, engine, student):
         """The planted error: sleep drops the student's memory, as vLLM would. The engine is of no use afterwards."""
+        engine.wake_up()
         self.push(engine, student)
         model = engine._worker().student_runner.get_model()
         kept, mine = self.checksum(model), {p.untyped_storage().data_ptr() for p in model.parameters()}

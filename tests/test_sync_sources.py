@@ -37,7 +37,7 @@ def student(tiny_pair):
 @pytest.fixture
 def generation_of(engine, tiny_pair):
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair[1])
-    return lambda model: OSDGeneration(model, Accelerator(cpu=True), tokenizer, pair=engine, max_completion_length=8)
+    return lambda model: OSDGeneration(model, Accelerator(), tokenizer, pair=engine, max_completion_length=8)
 
 
 def gap_after_sync(generation, model):

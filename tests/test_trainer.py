@@ -20,6 +20,9 @@ from trainers.divergence import Divergence
 from trainers.heads import head_of
 from trainers.losses import batch_loss
 
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6
 CHATS = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}], "privileged_context": f"w{i + 30}"} for i in range(7, 23)]
 
@@ -192,7 +195,7 @@ def teacher_hidden_by_transformers(teacher, trainer, output):
     for i, prompt in enumerate(prompts):
         completion = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
         with torch.no_grad():
-            states = teacher.model(torch.tensor([prompt + completion])).last_hidden_state[0]
+            states = teacher.model(torch.tensor([prompt + completion], device=DEVICE)).last_hidden_state[0]
         hidden[i, : len(completion)] = states[len(prompt) - 1 : -1]
     return hidden
 
@@ -213,7 +216,7 @@ def test_recorded_loss_equals_the_loss_of_a_transformers_teacher(make, tiny_pair
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     trainer.model.zero_grad()
 
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_pair[0]).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_pair[0]).to(DEVICE).eval()
     student_hidden = trainer._get_last_hidden_state(
         trainer.model,
         torch.cat([output["prompt_ids"], output["completion_ids"]], 1),
@@ -239,7 +242,7 @@ def test_recorded_loss_equals_trls_own_with_the_same_prompts(make, tiny_pair, tm
     trainer = make(rows)
     trainer.model.train()
     output = trainer._generate_and_score_completions(rows[:8])
-    args = OSDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
+    args = OSDConfig(str(tmp_path), use_cpu=DEVICE == "cpu", bf16=False, report_to="none", gradient_checkpointing=False)
     args.use_vllm = False
     trls = DistillationTrainer(
         model=str(tiny_pair[1]), teacher_model=str(tiny_pair[0]), args=args, train_dataset=Dataset.from_list(rows)

@@ -15,6 +15,10 @@ from tests.tiny import tiny_engine_kwargs
 from tests.training import ROWS, build_trainer, logged, watch, weights_after
 from trainers.importance import importance_weights
 
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 # B completions, T tokens of one (padded), V vocabulary, N tokens.
 
 
@@ -34,7 +38,7 @@ def make(engine, tiny_pair, tmp_path):
 
 @pytest.fixture(scope="module")
 def teacher(tiny_pair):
-    return AutoModelForCausalLM.from_pretrained(tiny_pair[0]).eval()
+    return AutoModelForCausalLM.from_pretrained(tiny_pair[0]).to(DEVICE).eval()
 
 
 def sampled(trainer, rows=ROWS[:8]):
@@ -121,7 +125,7 @@ def test_the_configured_divergence_is_what_is_minimised(make, teacher, kind):
         prompts = (batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(), trainer._teacher_ids(row))
         with torch.no_grad():
             q, p = (
-                (model(torch.tensor([ids + completion])).logits[0, len(ids) - 1 : -1] / 0.8).softmax(-1)
+                (model(torch.tensor([ids + completion], device=DEVICE)).logits[0, len(ids) - 1 : -1] / 0.8).softmax(-1)
                 for model, ids in zip((trainer.model, teacher), prompts, strict=True)
             )
         first, second = (p, q) if kind == "skew_kl" else (q, p)
@@ -143,7 +147,7 @@ def test_samples_of_the_engine_are_reweighted_to_the_student(engine, tiny_pair, 
     """
     from osd.engine.pair import PairPrompt
 
-    student = AutoModelForCausalLM.from_pretrained(tiny_pair[1]).eval()
+    student = AutoModelForCausalLM.from_pretrained(tiny_pair[1]).to(DEVICE).eval()
     prompts = {teacher: [50, 7, 51], student: [7, 8, 9]}
     engine.load_student_weights(student.named_parameters())
     # A bias draws from another distribution than q*, so that only the recorded probability of the draw corrects it.
@@ -155,7 +159,8 @@ def test_samples_of_the_engine_are_reweighted_to_the_student(engine, tiny_pair, 
 
     starts = torch.tensor(list(itertools.product(range(64), repeat=2)))
     with torch.no_grad():
-        logits = {m: m(torch.cat([torch.tensor(p).expand(4096, -1), starts], 1)).logits for m, p in prompts.items()}
+        starting = {m: torch.cat([torch.tensor(p).expand(4096, -1), starts], 1).to(DEVICE) for m, p in prompts.items()}
+        logits = {m: m(ids).logits.cpu() for m, ids in starting.items()}
     last = {m: x[:, -1].log_softmax(-1).double() for m, x in logits.items()}
     third_N = (last[teacher].exp() * (last[teacher] - last[student])).sum(-1)  # KL(π_t‖π_θ) at each state
     before = logits[student][:, -3:-1].log_softmax(-1).double().gather(-1, starts[..., None])[..., 0]
@@ -184,7 +189,7 @@ def test_the_loss_is_weighted_by_the_probability_of_the_draw(make):
     assert (records[0].logp_draw - records[0].logq).abs().max() > 0.1
     for name in ("logp_theta", "logp_draw"):
         for i, record in enumerate(records):
-            assert torch.equal(batch[name][i][mask[i] != 0], getattr(record, name))
+            assert torch.equal(batch[name][i][mask[i] != 0].cpu(), getattr(record, name))
 
     weight_BT, _ = importance_weights(batch["logp_theta"], batch["logp_draw"], mask, correction="prefix", clip=None)
     loss, gradient = loss_and_gradient(trainer, batch)
@@ -205,16 +210,16 @@ def test_the_loss_is_weighted_by_the_probability_of_the_draw(make):
 
 
 def test_a_clip_is_applied_and_counted(make):
-    trainer = make(importance_correction="sequence", importance_clip=0.5)
+    trainer = make(importance_correction="sequence")
     batch, _ = sampled(trainer)
-    weight_BT, truncated_BT = importance_weights(
-        batch["logp_theta"], batch["logp_draw"], batch["loss_mask"], correction="sequence", clip=0.5
-    )
+    columns, kept = (batch["logp_theta"], batch["logp_draw"], batch["loss_mask"]), batch["loss_mask"] != 0
+    clip = importance_weights(*columns, correction="sequence", clip=None)[0][kept].median().item()
+    trainer.args.importance_clip = clip
+    weight_BT, truncated_BT = importance_weights(*columns, correction="sequence", clip=clip)
     trainer.compute_loss(trainer.model, batch)
-    kept = batch["loss_mask"] != 0
     assert 0 < truncated_BT[kept].float().mean() < 1
     assert trainer._metrics["train"]["importance/truncated"] == [pytest.approx(truncated_BT[kept].float().mean().item())]
-    assert weight_BT.max() == 0.5
+    assert weight_BT.max() == pytest.approx(clip)
 
 
 def test_on_policy_samples_and_evaluation_have_no_weights(make):

@@ -128,7 +128,7 @@ def shard(model):
 def test_a_student_in_shards_is_gathered_one_parameter_at_a_time(zero3, engine, tiny_pair):
     """The first sync, which is watched, and one by the map."""
     student = shard(AutoModelForCausalLM.from_pretrained(tiny_pair[1]))
-    generation = OSDGeneration(student, Accelerator(cpu=True), AutoTokenizer.from_pretrained(tiny_pair[1]), pair=engine)
+    generation = OSDGeneration(student, Accelerator(), AutoTokenizer.from_pretrained(tiny_pair[1]), pair=engine)
     generation._dist.zero_stage = 3
     for step in range(2):
         whole = AutoModelForCausalLM.from_pretrained(tiny_pair[1]).eval()

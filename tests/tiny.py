@@ -71,7 +71,7 @@ def tiny_engine_kwargs(**overrides: Any) -> dict[str, Any]:
         block_size=32,
         max_num_seqs=64,
         kv_cache_memory_bytes=64 << 20,
-        gpu_memory_utilization=0.5,  # what vLLM wants to find free at start-up, whatever it takes
+        gpu_memory_utilization=0.2,  # what vLLM wants to find free at start-up, whatever it takes
         async_scheduling=True,
         seed=0,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from datasets import Dataset
 
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "teacher_prompt": f"w50 w{i} w51"} for i in range(7, 23)]
@@ -14,7 +15,7 @@ def build_trainer(
 
     settings = {
         "output_dir": str(output_dir),
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",

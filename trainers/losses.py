@@ -83,7 +83,7 @@ def pad_hidden(hidden_TH: Sequence[Tensor | None], length: int, device: torch.de
     padded_BTH = torch.zeros(len(hidden_TH), length, kept.size(-1), dtype=kept.dtype, device=device)
     for row, h in zip(padded_BTH, hidden_TH, strict=True):
         if h is not None:
-            row[: h.size(0)] = h
+            row[: h.size(0)].copy_(h, non_blocking=True)
     return padded_BTH
 
 

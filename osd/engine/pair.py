@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from vllm import LLM, SamplingParams, envs  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 from osd.engine.config import PairConfig, student_vllm_config  # noqa: E402
 from osd.engine.models import check_models  # noqa: E402
@@ -161,7 +162,10 @@ class PairEngine:
         checks = RequestChecks(
             teacher=self._engine.vllm_config, student=self._student_config, weights_version=self.weights_version
         )
-        return checks.sampling_params(prompts, sampling, options)
+        params = checks.sampling_params(prompts, sampling, options)
+        for param in params:
+            param.output_kind = RequestOutputKind.FINAL_ONLY  # nobody looks at an output before its request ends
+        return params
 
     def _submit(
         self, prompts: Sequence[PairPrompt], params: Sequence[SamplingParams], ids: dict[str, str] | None = None
@@ -209,8 +213,10 @@ class PairEngine:
 
     def _token_record(self, record: RequestRecord, length: int) -> TokenRecord:
         # A request that ended by a stop string, or in an error, may have more rows than tokens: of the steps then in flight.
-        # Copies: a record that somebody keeps must not keep those of the whole batch, whose memory it shares.
-        hidden = None if record.hidden_TH is None else record.hidden_TH[:length].clone()
+        # A record that somebody keeps must not keep those of the whole batch, with which its values share memory.
+        hidden = record.hidden_TH
+        if hidden is not None and len(hidden) > length:
+            hidden = hidden[:length].clone()
         values = record.values_TR[:length].clone() if record.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
         return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=record.weights_version)
 

@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-# B rows of a step, R record fields (osd.core.RECORD_FIELDS), H teacher hidden size, T tokens of a completion, S steps of a run,
-# X either R or H.
+# B rows of a step, R record fields (osd.core.RECORD_FIELDS), H teacher hidden size, T tokens of a completion, N rows of all
+# steps, X either R or H.
 
 
 @dataclass
@@ -60,7 +61,7 @@ class RecordLog:
         steps, self._steps = self._steps, []
         cached, self._cached = self._cached, {}
         values = _by_request([(step.request_ids, step.values_BR) for step in steps])
-        hidden = _by_request([(step.request_ids, step.hidden_BH) for step in steps if step.hidden_BH is not None])
+        hidden = _by_request([(step.request_ids, step.hidden_BH) for step in steps if step.hidden_BH is not None], apart=True)
         empty = torch.empty(0)
         return {
             request_id: RequestRecord(
@@ -73,18 +74,36 @@ class RecordLog:
         }
 
 
-def _by_request(steps: list[tuple[Sequence[str], torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The steps' rows by request, on the host: views of one copy.
+def _by_request(steps: list[tuple[list[str], torch.Tensor]], *, apart: bool = False) -> dict[str, torch.Tensor]:
+    """The steps' rows by request, on the host: views of one copy, or ``apart``, each request's in memory of its own.
 
-    Most steps have the rows of the step before; such a run is one block, whatever its length.
+    They are sorted on the device: hidden states of a batch are hundreds of megabytes, which a host moves slowly.
     """
-    pieces: dict[str, list[torch.Tensor]] = {}
-    for _, run in itertools.groupby(steps, key=lambda step: tuple(step[0])):
-        (request_ids, first), *others = run
-        rows_SBX = torch.stack([first, *(rows for _, rows in others)]).cpu()
-        for request_id, rows_SX in zip(request_ids, rows_SBX.transpose(0, 1).contiguous(), strict=True):
-            pieces.setdefault(request_id, []).append(rows_SX)
-    return {request_id: found[0] if len(found) == 1 else torch.cat(found) for request_id, found in pieces.items()}
+    if not steps:
+        return {}
+    places: dict[str, list[np.ndarray]] = {}
+    start = 0
+    for request_ids, run in itertools.groupby(ids for ids, _ in steps):  # most steps have the rows of the step before
+        first = start + len(request_ids) * np.arange(sum(1 for _ in run))
+        for row, request_id in enumerate(request_ids):
+            places.setdefault(request_id, []).append(first + row)
+        start += len(request_ids) * len(first)
+    order = torch.from_numpy(np.concatenate([rows for found in places.values() for rows in found]))
+    rows_NX = torch.cat([rows for _, rows in steps])
+    rows_NX = rows_NX[order.to(rows_NX.device)]
+    lengths = [sum(map(len, found)) for found in places.values()]
+    return dict(zip(places, _apart(rows_NX.split(lengths)) if apart else rows_NX.cpu().split(lengths), strict=True))
+
+
+def _apart(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A copy of each on the host; from a GPU into pinned memory, which can go back to one without being copied first."""
+    from_gpu = pieces[0].is_cuda
+    copies = [torch.empty(piece.shape, dtype=piece.dtype, pin_memory=from_gpu) for piece in pieces]
+    for copy, piece in zip(copies, pieces, strict=True):
+        copy.copy_(piece, non_blocking=True)
+    if from_gpu:
+        torch.cuda.current_stream(pieces[0].device).synchronize()
+    return copies
 
 
 def dump_records(records: dict[str, RequestRecord]) -> bytes:

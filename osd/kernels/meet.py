@@ -1,4 +1,4 @@
-"""The first pass: how the two policies meet at alpha = 1/2, and alpha from that wherever it suffices. See osd.kernels.tiles."""
+"""The first pass: how the two policies meet at alpha = 1/2, and from that where alpha must be. See osd.kernels.tiles."""
 
 import triton
 import triton.language as tl
@@ -41,8 +41,11 @@ _NARROW: tl.constexpr = tl.constexpr(0.25)  # gaps within this of their mean: th
 
 @triton.jit
 def _extremes(mid, token, max_theta, max_teacher, lowest, highest, mid_, token_, m_, n_, l_, h_):
-    """A token of the highest mid, with it; two maxima, a minimum and a maximum. What is not a number loses."""
-    take = mid_ > mid
+    """The first token of the highest mid, with it; two maxima, a minimum and a maximum. What is not a number loses.
+
+    Commutative, ties too: a warp combines in both orders, and its threads must come to one answer.
+    """
+    take = (mid_ > mid) | ((mid_ == mid) & (token_ < token))
     return (
         tl.where(take, mid_, mid),
         tl.where(take, token_, token),
@@ -90,8 +93,9 @@ def meet_kernel(
     mid_N = 0.5 * theta_N + 0.5 * teacher_N
     # Infinite where a policy reaches a token that the other does not, not a number where neither does.
     difference_N = teacher_N - theta_N
+    rank_N = tl.maximum(mid_N, -INF)  # a number, in a bad row too
     top, peak, max_theta, max_teacher, lowest, highest = tl.reduce(
-        (mid_N, token_N, theta_N, teacher_N, difference_N, difference_N), 0, _extremes
+        (rank_N, token_N, theta_N, teacher_N, difference_N, difference_N), 0, _extremes
     )
     shared = top > -INF
     at_theta = tl.load(theta + peak, mask=shared, other=0.0).to(tl.float32) * scale
@@ -229,14 +233,14 @@ def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
     per_k2 = 1 / tl.where(k2 > 0, k2, 1.0)
     expansion = 0.5 + tl.where(k2 > 0, k3 * per_k2 * (1 / 24), 0.0)
     aim = tl.where(narrow & free, tl.minimum(tl.maximum(expansion, low), high), pinned)
-    choice, level, known = solve_interpolated(
+    choice, level = solve_interpolated(
         log1p(rest), m1, k2, k3, theta_low, teacher_high, mean_theta, mean_teacher, target, aim, low, high
     )
     # Where supports differ, K's ends are not the policies' normalisers, and there is nothing to interpolate.
     newton = 0.5 + tl.minimum(tl.maximum((target - m1) * per_k2, -0.3), 0.3)
     choice = tl.where(lost & free, tl.minimum(tl.maximum(newton, low), high), choice)
     choice = tl.where(empty & free, low, choice)
-    status = tl.where((known & (lost == 0)) | empty | (bad > 0), SETTLED, tl.where(free, OPEN, PINNED))
+    status = tl.where((narrow & free) | empty | (bad > 0), SETTLED, tl.where(free, OPEN, PINNED))
     tl.store(state + MID_PEAK, top)
     tl.store(state + GAP_PEAK, gap_peak)
     tl.store(state + PEAK, peak)

@@ -1,4 +1,4 @@
-"""The second pass: alpha of the rows where the first did not settle it. See osd.kernels.tiles."""
+"""The second pass: alpha, from the moments where the first pass put it. See osd.kernels.tiles."""
 
 import triton
 import triton.language as tl

@@ -1,7 +1,7 @@
 """What the three passes share: the row's state, a tile's logits, and how a row's last program is known.
 
     meet     moments of the gap at alpha = 1/2, both normalisers and both ends' means    -> alpha
-    refine   moments at that alpha; rows whose alpha is already known return at once     -> alpha, surely
+    refine   moments at that alpha; rows whose gaps hardly vary are known already        -> alpha, surely
     draw     q and its sums at that alpha, log q when asked for                          -> token and record
 
 Each is one kernel and one pass over both logits. A program holds one tile of one row in registers and reads it once; what
