@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +40,9 @@ def environment(caches: Path) -> dict[str, str]:
     }.items():
         env[name] = str(caches / folder)
     env |= {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with socket.socket() as free:  # TRL's default is one for all, and another run may be on the same host
+        free.bind(("", 0))
+        env["MASTER_PORT"] = str(free.getsockname()[1])
     env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not GPU:
         # vLLM's CPU worker leaves torch with one thread unless told otherwise; every system gets all cores.

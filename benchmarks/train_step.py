@@ -4,8 +4,9 @@
     python benchmarks/train_step.py --completions 256 --micro-batch 16
     python benchmarks/train_step.py --pair tiny+tiny --prompt-tokens 8 --new-tokens 8 --completions 4 --micro-batch 2 --steps 2
 
-trl   samples from the student in vLLM, then runs a transformers teacher over what was sampled
-osd   samples from q* with student and teacher in one vLLM engine, and trains against the teacher that it recorded
+trl            samples from the student in vLLM, then runs a transformers teacher over what was sampled
+trl_autocast   the same, the loss under autocast: TRL 1.16 computes in float32 although bf16=True
+osd            samples from q* with student and teacher in one vLLM engine, and trains against the teacher that it recorded
 
 The same for both: models (random weights, saved once, with logits of a standard deviation of --logit-std), prompts (none comes
 twice), tokens of every prompt and completion (EOS is ignored), completions per optimizer step and per pass, the loss (reverse
@@ -39,7 +40,7 @@ from benchmarks.process import GPU, MULTIPROCESSING, ROOT, Written, environment,
 from benchmarks.shapes import config, parse_pair
 from benchmarks.stopwatch import PARTS
 
-SYSTEMS = {"trl": "TRL DistillationTrainer", "osd": "OSDTrainer"}
+SYSTEMS = {"trl": "TRL DistillationTrainer", "trl_autocast": "TRL DistillationTrainer, autocast", "osd": "OSDTrainer"}
 ROOM = 64  # tokens of KV cache beyond a completion's own: the last block of each sequence is not full
 
 
@@ -98,12 +99,15 @@ def make_models(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def summarise(systems: dict[str, Written]) -> dict[str, Any]:
-    """Medians of each system, and OSD's over TRL's."""
+    """Medians of each system, and OSD's over each of TRL's."""
     of = {name: medians(system) for name, system in systems.items() if system["status"] == "ok"}
-    if len(of) == len(SYSTEMS):
-        keys = [key for key in of["osd"] if of["trl"].get(key) and of["osd"][key] is not None]
-        of["osd_over_trl"] = {key: of["osd"][key] / of["trl"][key] for key in keys}
-    return of
+    osd = of.get("osd", {})
+    ratios = {
+        f"osd_over_{name}": {key: value / of[name][key] for key, value in osd.items() if of[name].get(key)}
+        for name in of
+        if osd and name != "osd"
+    }
+    return of | ratios
 
 
 def medians(system: Written) -> dict[str, float]:
@@ -117,12 +121,11 @@ def medians(system: Written) -> dict[str, float]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    columns = {name: summary[name] for name in (*SYSTEMS, "osd_over_trl") if name in summary}
-    if not columns:
+    if not summary:
         return "nothing was measured"
-    lines = [" " * 24 + "".join(f"{name:>14}" for name in columns)]
-    for key in next(iter(columns.values())):
-        cells = (f"{column[key]:14.3f}" if key in column else f"{'–':>14}" for column in columns.values())
+    lines = [" " * 24 + "".join(f"{name:>23}" for name in summary)]
+    for key in next(iter(summary.values())):
+        cells = (f"{column[key]:23.3f}" if key in column else f"{'–':>23}" for column in summary.values())
         lines.append(f"{key:>24}{''.join(cells)}")
     return "\n".join(lines)
 

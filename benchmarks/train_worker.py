@@ -121,6 +121,19 @@ def trl(job: TrainJob) -> tuple[Any, dict[str, Any]]:
     return trainer, {"student": described(trainer.vllm_generation.llm.llm_engine.vllm_config)}
 
 
+def trl_autocast(job: TrainJob) -> tuple[Any, dict[str, Any]]:
+    """The same in mixed precision, which ``bf16=True`` does not reach under TRL 1.16 (see `OSDTrainer.compute_loss`)."""
+    trainer, settings = trl(job)
+    compute_loss = trainer.compute_loss
+
+    def under_autocast(*args: Any, **kwargs: Any) -> Any:
+        with trainer.accelerator.autocast():
+            return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = under_autocast
+    return trainer, settings
+
+
 def osd(job: TrainJob) -> tuple[Any, dict[str, Any]]:
     """OSD's trainer: both models in one engine, the teacher out of the record. And that engine's settings, side by side."""
     from trainers import OSDConfig, OSDTrainer
@@ -137,7 +150,7 @@ def described(config: Any) -> dict[str, Any]:
     return resolved(config) | {"kv_cache_tokens": (cache.num_gpu_blocks_override or cache.num_gpu_blocks) * cache.block_size}
 
 
-SYSTEMS: dict[str, Callable[[TrainJob], tuple[Any, dict[str, Any]]]] = {"trl": trl, "osd": osd}
+SYSTEMS: dict[str, Callable[[TrainJob], tuple[Any, dict[str, Any]]]] = {"trl": trl, "trl_autocast": trl_autocast, "osd": osd}
 
 
 def instrument(trainer: Any, watch: Stopwatch) -> None:

@@ -162,7 +162,7 @@ def test_two_gpus_are_one_with_twice_the_batch(tiny_pair, tmp_path, name):
         ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
         assert [seen["device"] for seen in ranks] == [f"cuda:{rank}" for rank in range(processes)]
         for seen in ranks:
-            assert seen["off"][0] > 1e-3  # the last optimizer step
+            assert seen["off"][0] > 1e-4  # the last optimizer step
             assert seen["off"][1] < 1e-6
             if processes == 2:
                 assert seen["kind"] == KINDS[name]

@@ -252,6 +252,43 @@ def test_recorded_loss_equals_trls_own_with_the_same_prompts(make, tiny_pair, tm
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def computed_in(trainer, batch):
+    """The dtype of what a layer of the student gives in the loss, and the loss."""
+    seen = []
+    layer = trainer.model.model.layers[0].mlp.down_proj
+    with layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype)):
+        loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in trainer.model.parameters())
+    return seen, loss.item()
+
+
+def test_bf16_computes_in_bfloat16(make):
+    """Weights and gradients are float32, and what lies between is not. The planted error is TRL 1.16's own trainer."""
+    mixed, plain = make(bf16=True), make()
+    mixed.model.train()
+    batch = mixed._generate_and_score_completions(ROWS[:8])
+    seen, loss = computed_in(mixed, batch)
+    assert seen == [torch.bfloat16]
+    seen, exact = computed_in(plain, batch)
+    assert seen == [torch.float32]
+    assert loss == pytest.approx(exact, rel=0.02)
+    assert loss != exact
+
+
+def test_trl_still_needs_the_autocast(make):
+    """When this fails, OSDTrainer.compute_loss need not open one."""
+    mixed = make(bf16=True)
+    mixed.model.train()
+    batch, seen = mixed._generate_and_score_completions(ROWS[:4]), []
+    mixed._compute_loss = lambda *args: (
+        seen.append(torch.is_autocast_enabled(DEVICE)),
+        type(mixed)._compute_loss(mixed, *args),
+    )[1]
+    DistillationTrainer.compute_loss(mixed, mixed.model, batch)
+    assert seen == [False]
+
+
 def test_batch_1_times_8_equals_8_times_1(make):
     shapes = ((8, 1), (1, 8))
     greedy = {"max_steps": 2, "generation_kwargs": {"temperature": 0.0}, "optim": "sgd"}

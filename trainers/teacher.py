@@ -85,16 +85,17 @@ class RecomputedTeacher:
     def supervision(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Head]:
         trainer = self.trainer
         teacher: Any = trainer.accelerator.unwrap_model(self.model)
-        # Through its wrapper, as TRL does, so that FSDP and DeepSpeed gather its parameters first.
-        hidden_BTH = trainer._forward_redirection(
-            self.model,
-            teacher,
-            trainer._get_last_hidden_state,
-            teacher,
-            torch.cat([inputs["teacher_prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["teacher_prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-        )
+        # Through its wrapper, as TRL does, so that FSDP and DeepSpeed gather its parameters first; and in its own dtype.
+        with torch.autocast(inputs["completion_ids"].device.type, enabled=False):
+            hidden_BTH = trainer._forward_redirection(
+                self.model,
+                teacher,
+                trainer._get_last_hidden_state,
+                teacher,
+                torch.cat([inputs["teacher_prompt_ids"], inputs["completion_ids"]], dim=1),
+                torch.cat([inputs["teacher_prompt_mask"], inputs["completion_mask"]], dim=1),
+                inputs["completion_ids"].size(1),
+            )
         lm_head = teacher.get_output_embeddings()
         return hidden_BTH, head_of(lm_head.weight, getattr(lm_head, "bias", None), teacher.config)
 

@@ -245,7 +245,10 @@ class OSDTrainer(DistillationTrainer):
     # -- the loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
+        # accelerate wraps the model's forward method in autocast, and TRL puts the loss in that method's place: under TRL 1.16
+        # bf16=True computes in the dtype of the weights, float32 as a rule.
+        with self.accelerator.autocast():
+            loss = super().compute_loss(*args, **kwargs)
         # Here, and not in _compute_loss: a collective inside the wrapped forward pass could hang.
         metrics = loss_metrics(self._loss_sums, self.accelerator)
         for name, value in metrics.items():
