@@ -1,16 +1,20 @@
-"""The third pass: q, the token and the record. See osd.kernels.tiles."""
+"""The third pass: q, the token and the record; and whether the guess it used was right. See osd.kernels.tiles."""
 
 import triton
 import triton.language as tl
 
+from osd.kernels.rows import refuted
 from osd.kernels.tiles import (
+    AGAIN,
     ALPHA,
     AT_TEACHER,
     AT_THETA,
     BAD,
     GAP_PEAK,
+    GUESSED,
     INF,
     LEVEL,
+    LEVEL_GUESSED,
     LOG_SUM,
     LOST_TEACHER,
     LOST_THETA,
@@ -18,10 +22,14 @@ from osd.kernels.tiles import (
     LSE_THETA,
     MID_PEAK,
     NO_TOKEN,
+    OPEN,
     PARTS,
+    PINNED,
     PURE,
+    REST,
     STATE,
-    add5,
+    STATUS,
+    add6,
     column_of,
     exp,
     gap_of,
@@ -61,15 +69,22 @@ def draw_kernel(
     TEMPERED: tl.constexpr,
     WRITE: tl.constexpr,
     DRAW: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
-    """Grid (tiles, P). Writes log q [P, V] if WRITE, token [P] if DRAW, record [P, RECORD] and bad_side [P]."""
+    """Grid (tiles, P). Writes log q [P, V] if WRITE, token [P] if DRAW, record [P, RECORD] and bad_side [P].
+
+    SECOND: only of the rows that were drawn from a wrong guess.
+    """
     tile, row = tl.program_id(0), tl.program_id(1)
     tiles = tl.num_programs(0)
+    state += row.to(tl.int64) * STATE
+    if SECOND:  # noqa: SIM102
+        if tl.load(state + AGAIN) == 0:
+            return
     row_teacher = row_of(rows_teacher, row, GATHER_TEACHER)
     theta += row_of(rows_theta, row, GATHER_THETA) * theta_stride
     teacher += row_teacher * teacher_stride
     scale, greedy = scale_of(temperature, row_teacher, TEMPERED)
-    state += row.to(tl.int64) * STATE
     level = tl.load(state + LEVEL).to(tl.float32)
     mid_peak = tl.load(state + MID_PEAK).to(tl.float32)
     gap_peak = tl.load(state + GAP_PEAK).to(tl.float32)
@@ -87,33 +102,35 @@ def draw_kernel(
     finite_N = tl.where(logq_N > -INF, logq_N, _OUTSIDE)
     parts += row.to(tl.int64) * PARTS * TILES
     out = parts + tile
+    first_N = weight_N * gap_N
     sums = tl.reduce(
         (
             weight_N,
             weight_N * finite_N,
-            weight_N * gap_N,
+            first_N,
             exp(2 * (theta_N - lse_theta) - finite_N),
             exp(2 * (teacher_N - lse_teacher) - finite_N),
+            first_N * gap_N,
         ),
         0,
-        add5,
+        add6,
     )
-    for i in tl.static_range(5):
+    for i in tl.static_range(6):
         tl.store(out + i * TILES, sums[i])
     if WRITE:
         tl.store(logq + row.to(tl.int64) * vocab + token_N, logq_N, mask=token_N < vocab)
     if greedy | (WRITE & (pure > 0)):
         top, index = _peak_at(score_N, token_N)
-        tl.store(out + 5 * TILES, top)
-        tl.store(out + 6 * TILES, index.to(tl.float32))
+        tl.store(out + 6 * TILES, top)
+        tl.store(out + 7 * TILES, index.to(tl.float32))
     if last_to_arrive(count + row, tiles):
         record += row * RECORD
         total, log_sum = _finish(parts, state, record, bad_side + row, tiles, TILES)
         tile_T = tl.arange(0, TILES)
         chosen = 0
         if greedy | (WRITE & (pure > 0)):
-            top_T = column_of(parts, 5, tile_T, tiles, TILES, -INF)
-            index_T = column_of(parts, 6, tile_T, tiles, TILES, 0.0)
+            top_T = column_of(parts, 6, tile_T, tiles, TILES, -INF)
+            index_T = column_of(parts, 7, tile_T, tiles, TILES, 0.0)
             first = tl.min(tl.where(top_T == tl.max(top_T, 0), index_T, vocab), 0)
             chosen = tl.minimum(first, vocab - 1.0).to(tl.int32)
             # Not one condition: nothing of this may be compiled where there is no logq.
@@ -158,18 +175,22 @@ def _lift(place):
 
 @triton.jit
 def _finish(parts, state, record, bad_side, tiles, TILES: tl.constexpr):
-    """Write what the record keeps of a row whatever its token, and LOG_SUM; returns the sum of the weights and its log."""
+    """Write what the record keeps of a row whatever its token, LOG_SUM, and what came of a guess.
+
+    Returns the sum of the weights and its log.
+    """
     tile_T = tl.arange(0, TILES)
-    total, mean_log, mean, square_theta, square_teacher = tl.reduce(
+    total, mean_log, mean, square_theta, square_teacher, m2 = tl.reduce(
         (
             sums_of(parts, 0, tile_T, tiles, TILES),
             sums_of(parts, 1, tile_T, tiles, TILES),
             sums_of(parts, 2, tile_T, tiles, TILES),
             sums_of(parts, 3, tile_T, tiles, TILES),
             sums_of(parts, 4, tile_T, tiles, TILES),
+            sums_of(parts, 5, tile_T, tiles, TILES),
         ),
         0,
-        add5,
+        add6,
     )
     log_sum, share = tl.log(total), 1 / total
     entropy, mean = log_sum - mean_log * share, mean * share
@@ -178,6 +199,11 @@ def _finish(parts, state, record, bad_side, tiles, TILES: tl.constexpr):
     at_theta, at_teacher = tl.load(state + AT_THETA), tl.load(state + AT_TEACHER)
     lost_theta, lost_teacher = tl.load(state + LOST_THETA) > 0, tl.load(state + LOST_TEACHER) > 0
     f = mean - (at_teacher - at_theta)
+    status = tl.load(state + STATUS)
+    alpha_guessed, level_guessed = status == GUESSED, status == LEVEL_GUESSED
+    again = refuted(f, mean, m2 * share, tl.load(state + REST), log_sum, alpha_guessed, level_guessed)
+    tl.store(state + AGAIN, again.to(tl.float64))
+    tl.store(state + STATUS, tl.where(again, tl.where(alpha_guessed, OPEN, PINNED).to(tl.float64), status))
     log_z = tl.where(
         pure == 0, level.to(tl.float32).to(tl.float64) + log_sum - (1 - alpha) * at_theta - alpha * at_teacher, 0.0
     )

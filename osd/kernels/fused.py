@@ -1,4 +1,4 @@
-"""Both models' raw logits to alpha, the draw and the record, in three launches: `mix_and_draw`.
+"""Both models' raw logits to alpha, the draw and the record, in five launches: `mix_and_draw`.
 
 The same definitions as `osd.mixing.mix`, which is the reference; osd.kernels.tiles says how. Shape suffixes: B rows of
 a model's batch, P rows that are mixed, V vocabulary, R record columns. Needs Triton.
@@ -116,7 +116,7 @@ def mix_and_draw(
     smallest = min(tuning.meet.tile, tuning.refine.tile, tuning.draw.tile)
     parts = torch.empty(rows * PARTS.value * _power_of_two(-(-vocab_size // smallest)), device=device)
     state = torch.empty(rows * STATE.value, device=device, dtype=torch.float64)
-    count = torch.zeros(3 * rows, device=device, dtype=torch.int32)
+    count = torch.zeros(5, rows, device=device, dtype=torch.int32)
     values = torch.empty(rows, len(RECORD_FIELDS), device=device)
     bad_side = torch.empty(rows, device=device, dtype=torch.int8)
     token = None if uniform is None else torch.empty(rows, device=device, dtype=torch.int32)
@@ -132,27 +132,30 @@ def mix_and_draw(
     low, high, fixed = _bounds(config)
     tiles, launch = tuning.meet.launch(vocab_size)
     meet_kernel[tiles, rows](
-        *inputs, alpha, parts, count, state, vocab_size, low, high, fixed, GIVEN=alpha is not None, **flags, **launch
+        *inputs, alpha, parts, count[0], state, vocab_size, low, high, fixed, GIVEN=alpha is not None, **flags, **launch
     )
-    tiles, launch = tuning.refine.launch(vocab_size)
-    refine_kernel[tiles, rows](*inputs, parts, count[rows:], state, vocab_size, low, high, **flags, **launch)
-    tiles, launch = tuning.draw.launch(vocab_size)
-    draw_kernel[tiles, rows](
-        *inputs,
-        uniform,
-        parts,
-        count[2 * rows :],
-        state,
-        logq,
-        token,
-        values,
-        bad_side,
-        vocab_size,
-        WRITE=write_logq,
-        DRAW=uniform is not None,
-        **flags,
-        **launch,
-    )
+    for second in (False, True):
+        refine_count, draw_count = count[3:] if second else count[1:3]
+        tiles, launch = tuning.refine.launch(vocab_size)
+        refine_kernel[tiles, rows](*inputs, parts, refine_count, state, vocab_size, low, high, **flags, **launch)
+        tiles, launch = tuning.draw.launch(vocab_size)
+        draw_kernel[tiles, rows](
+            *inputs,
+            uniform,
+            parts,
+            draw_count,
+            state,
+            logq,
+            token,
+            values,
+            bad_side,
+            vocab_size,
+            WRITE=write_logq,
+            DRAW=uniform is not None,
+            SECOND=second,
+            **flags,
+            **launch,
+        )
     return FusedMixture(
         token_P=token,
         values_PR=values,

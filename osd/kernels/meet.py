@@ -9,7 +9,9 @@ from osd.kernels.tiles import (
     AT_THETA,
     BAD,
     GAP_PEAK,
+    GUESSED,
     INF,
+    LEVEL_GUESSED,
     LOST_TEACHER,
     LOST_THETA,
     LSE_TEACHER,
@@ -233,14 +235,16 @@ def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
     per_k2 = 1 / tl.where(k2 > 0, k2, 1.0)
     expansion = 0.5 + tl.where(k2 > 0, k3 * per_k2 * (1 / 24), 0.0)
     aim = tl.where(narrow & free, tl.minimum(tl.maximum(expansion, low), high), pinned)
-    choice, level = solve_interpolated(
+    choice, level, agree = solve_interpolated(
         log1p(rest), m1, k2, k3, theta_low, teacher_high, mean_theta, mean_teacher, target, aim, low, high
     )
     # Where supports differ, K's ends are not the policies' normalisers, and there is nothing to interpolate.
     newton = 0.5 + tl.minimum(tl.maximum((target - m1) * per_k2, -0.3), 0.3)
     choice = tl.where(lost & free, tl.minimum(tl.maximum(newton, low), high), choice)
     choice = tl.where(empty & free, low, choice)
-    status = tl.where((narrow & free) | empty | (bad > 0), SETTLED, tl.where(free, OPEN, PINNED))
+    guess = agree & (lost == 0)
+    unknown = tl.where(free, tl.where(guess, GUESSED, OPEN), tl.where(guess, LEVEL_GUESSED, PINNED))
+    status = tl.where((narrow & free) | empty | (bad > 0), SETTLED, unknown)
     tl.store(state + MID_PEAK, top)
     tl.store(state + GAP_PEAK, gap_peak)
     tl.store(state + PEAK, peak)

@@ -1,4 +1,4 @@
-"""The second pass: alpha, from the moments where the first pass put it. See osd.kernels.tiles."""
+"""The second pass: alpha of the rows where the first pass has no guess, or a refuted one. See osd.kernels.tiles."""
 
 import triton
 import triton.language as tl
@@ -13,6 +13,7 @@ from osd.kernels.tiles import (
     LSE_TEACHER,
     LSE_THETA,
     MID_PEAK,
+    OPEN,
     PARTS,
     PEAK,
     PINNED,
@@ -55,12 +56,13 @@ def refine_kernel(
     GATHER_TEACHER: tl.constexpr,
     TEMPERED: tl.constexpr,
 ):
-    """Grid (tiles, P). One more step for rows that are not settled, by all their programs; the last one goes on alone."""
+    """Grid (tiles, P). One more step for rows that are open, by all their programs; the last one goes on alone."""
     # Backwards: the rows read last are those that the cache still has.
     tile, row = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     tiles = tl.num_programs(0)
     state += row.to(tl.int64) * STATE
-    if tl.load(state + STATUS) == SETTLED:
+    status = tl.load(state + STATUS)
+    if (status != OPEN) & (status != PINNED):
         return
     row_teacher = row_of(rows_teacher, row, GATHER_TEACHER)
     theta += row_of(rows_theta, row, GATHER_THETA) * theta_stride
@@ -102,7 +104,7 @@ def refine_kernel(
         lower, upper = tl.full([], low, tl.float64), tl.full([], high, tl.float64)
         target = tl.load(state + AT_TEACHER) - tl.load(state + AT_THETA)
         rest_ends = tl.load(state + REST)
-        pinned = tl.load(state + STATUS) == PINNED
+        pinned = status == PINNED
         left, right, last = lower - 1.0, upper + 1.0, upper - lower + 1.0
         level = origin
         settled = 0

@@ -7,6 +7,12 @@ KL(q||pi_theta) - KL(q||pi_t), and alpha - 1/2 is its root.
 import triton
 import triton.language as tl
 
+# Two interpolants of K that agree to this have found alpha to about a fifth of it, or are wrong alike.
+_AGREEMENT: tl.constexpr = tl.constexpr(1e-4)
+_LEVEL_AGREEMENT: tl.constexpr = tl.constexpr(2e-6)
+# What a guess may be off, as its own sums show it. A level is rounded to float32, and log q is made with it.
+_ALPHA_TOLERANCE: tl.constexpr = tl.constexpr(3e-5)
+_LEVEL_TOLERANCE: tl.constexpr = tl.constexpr(2e-5)
 _STEP_TOLERANCE: tl.constexpr = tl.constexpr(2e-5)
 # Sums of float32 terms are known to about this share of themselves.
 _ROUNDING: tl.constexpr = tl.constexpr(1.5e-7)
@@ -55,10 +61,10 @@ def solve_interpolated(k_mid, m, k2, k3, k_low, k_high, m_low, m_high, target, p
     """Alpha from K at -1/2, 0 and 1/2 alone: K(0) and three derivatives, and K and K' at both ends.
 
     Interpolates K' by its value, slope and curvature at 0 and its integrals to both ends (degree 4), and from there by its
-    values at the ends as well (degree 6). No proof of the result: of rows where the two agree to 1e-4, one in a hundred can
-    be further off than that, alike.
+    values at the ends as well (degree 6). That the two agree is no proof: one row in a hundred of those is further off than
+    they differ. See `refuted`.
     pinned: an alpha that is given, NaN for none.
-    Returns (alpha, K(alpha - 1/2)).
+    Returns (alpha, K(alpha - 1/2), whether alpha is inside its bounds, or given, and the two agree on it and on K there).
     """
     f = m - target
     even, odd = (k_high + k_low) * 0.5 - k_mid - k2 * 0.125, (k_high - k_low) - m - k3 * (1 / 24)
@@ -74,9 +80,22 @@ def solve_interpolated(k_mid, m, k2, k3, k_low, k_high, m_low, m_high, target, p
     start = tl.minimum(tl.maximum(-_ratio(f, tl.where(k2 > 0, k2, 1.0)), -0.4), 0.4)
     quintic = _root(start, f, k2, k3 * 0.5, a3, a4, 0.0, 0.0, STEPS=4)
     septic = _root(quintic, f, k2, k3 * 0.5, c3, c4, c5, c6, STEPS=3)
-    alpha = tl.where(pinned == pinned, pinned, tl.minimum(tl.maximum(0.5 + septic, low), high))
+    free = pinned != pinned
+    agree = (tl.abs(septic - quintic) < _AGREEMENT) & (0.5 + septic > low) & (0.5 + septic < high)
+    alpha = tl.where(free, tl.minimum(tl.maximum(0.5 + septic, low), high), pinned)
     alpha = alpha.to(tl.float32).to(tl.float64)
-    return alpha, k_mid + _level(alpha - 0.5, m, k2, k3 * 0.5, c3, c4, c5, c6)
+    delta = alpha - 0.5
+    level = _level(delta, m, k2, k3 * 0.5, c3, c4, c5, c6)
+    agree_on_level = tl.abs(level - _level(delta, m, k2, k3 * 0.5, a3, a4, 0.0, 0.0)) < _LEVEL_AGREEMENT
+    return alpha, k_mid + level, (agree | (free == 0)) & agree_on_level
+
+
+@triton.jit
+def refuted(f, m1, m2, rest, log_sum, alpha_guessed, level_guessed):
+    """Whether a guess is off, by the sums at that alpha: f, which must be 0, the gap's moments, and log of q's total."""
+    alpha_off = tl.abs(f) > _ALPHA_TOLERANCE * (m2 - m1 * m1) + 2 * rounding_of(rest, m2)
+    level_off = tl.abs(log_sum) > _LEVEL_TOLERANCE
+    return (alpha_guessed & (alpha_off | level_off)) | (level_guessed & level_off)
 
 
 @triton.jit

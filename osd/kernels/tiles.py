@@ -1,10 +1,11 @@
 """What the three passes share: the row's state, a tile's logits, and how a row's last program is known.
 
     meet     moments of the gap at alpha = 1/2, both normalisers and both ends' means    -> alpha
-    refine   moments at that alpha; rows whose gaps hardly vary are known already        -> alpha, surely
-    draw     q and its sums at that alpha, log q when asked for                          -> token and record
+    refine   moments at that alpha, where it is not known and not even a good guess      -> alpha, surely
+    draw     q and its sums at that alpha, log q when asked for                          -> token and record, or a guess refuted
 
-Each is one kernel and one pass over both logits. A program holds one tile of one row in registers and reads it once; what
+and once more refine and draw, for the rows whose guess draw's sums refuted; there is hardly ever one. Each is one kernel and
+one pass over both logits. A program holds one tile of one row in registers and reads it once; what
 it sums goes to `parts`, and the row's last program to arrive combines the tiles in float64 and writes the row's `state`.
 
 Coordinates are osd.curve's, relative to the likeliest token under alpha = 1/2, the row's peak: its gap is 0 and its
@@ -33,13 +34,16 @@ LOST_TEACHER: tl.constexpr = tl.constexpr(12)
 BAD: tl.constexpr = tl.constexpr(13)  # osd.mixing.Mixture.bad_side_B
 REST: tl.constexpr = tl.constexpr(14)  # the larger of both policies' off-peak masses
 LOG_SUM: tl.constexpr = tl.constexpr(15)  # log of the sum of e^(score - level): 0 but for rounding
-STATE: tl.constexpr = tl.constexpr(16)
+AGAIN: tl.constexpr = tl.constexpr(16)  # 1: the row was drawn from a guess that turned out wrong
+STATE: tl.constexpr = tl.constexpr(17)
 PARTS: tl.constexpr = tl.constexpr(16)  # columns of parts_PT, float32, whatever a kernel keeps in them
 
 # Values of STATUS.
 OPEN: tl.constexpr = tl.constexpr(0)
 SETTLED: tl.constexpr = tl.constexpr(1)
 PINNED: tl.constexpr = tl.constexpr(2)  # alpha is given, the level is not known
+GUESSED: tl.constexpr = tl.constexpr(3)  # alpha, and so the level, by two interpolants that agree
+LEVEL_GUESSED: tl.constexpr = tl.constexpr(4)  # the level alone: alpha is given
 
 INF: tl.constexpr = tl.constexpr(float("inf"))
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -122,6 +126,11 @@ def add5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
 
 
 @triton.jit
+def add6(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5
+
+
+@triton.jit
 def add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
 
@@ -129,7 +138,7 @@ def add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 @triton.jit
 def write_choice(state, alpha, level, status, empty, lse_theta, lse_teacher):
     """alpha = 0 and alpha = 1 are the policies themselves, and so is the student where the supports share nothing."""
-    known = status != OPEN
+    known = (status == SETTLED) | (status == PINNED)
     student = known & ((alpha == 0) | (empty & (alpha < 1)))
     teacher = known & (alpha == 1)
     tl.store(state + ALPHA, alpha)
