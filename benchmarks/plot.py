@@ -69,7 +69,7 @@ def draw(axes: Any, result: Result) -> None:
         )
         if name == "paired":
             for x, y in points:
-                axes.annotate(f"{y:.2f}×", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8, color=colour)
+                axes.annotate(f"{y:.2f}×", (x, y), (0, -13), textcoords="offset points", ha="center", fontsize=8, color=colour)
     sizes = sorted({x for points in lines.values() for x, _ in points})
     axes.set(
         xscale="log", yscale="log", xlabel="sequences in the batch", title=f"{result['pair']}, {result['hardware']['device']}"

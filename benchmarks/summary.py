@@ -117,9 +117,12 @@ def merge(results: Iterable[Result]) -> Result:
         if not merged:
             merged = json.loads(json.dumps(result))
             continue
-        for what in (lambda r: r["pair"], lambda r: r["hardware"]["device"], lambda r: r["versions"]):
-            if what(merged) != what(result):
-                raise ValueError(f"these results cannot be merged: one is of {what(merged)}, another of {what(result)}")
+        shared = sorted(merged["versions"].keys() & result["versions"].keys())  # a later script may list more
+        one, other = ([r["pair"], r["hardware"]["device"], {k: r["versions"][k] for k in shared}] for r in (merged, result))
+        for mine, its in zip(one, other, strict=True):
+            if mine != its:
+                raise ValueError(f"these results cannot be merged: one is of {mine}, another of {its}")
+        merged["versions"] |= result["versions"]
         merged["runs"] += result["runs"]
         for name, new in result["systems"].items():
             old = merged["systems"].setdefault(name, new)
