@@ -185,8 +185,7 @@ class OSDConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # A process that sees several GPUs would train by torch's DataParallel, which shares the engine with threads; as its
-        # engine, it has one. `accelerate launch` starts a process for each.
+        # Where a process sees several GPUs, transformers would wrap the student in torch's DataParallel; its engine is on one.
         self._n_gpu = min(self.n_gpu, 1)
         check(self)
 
