@@ -11,8 +11,9 @@ osd            samples from q* with student and teacher in one vLLM engine, and 
 The same for both: models (random weights, saved once, with logits of a standard deviation of --logit-std), prompts (none comes
 twice), tokens of every prompt and completion (EOS is ignored), completions per optimizer step and per pass, the loss (reverse
 KL), optimizer, dtypes, and room for as many tokens in the KV cache of every model that an engine holds, so that the peaks of
-memory can be compared. Everything else is TRL's default, and the engines' settings are in the result. Each runs in a process of
-its own with empty compile caches of its own. How a step and its parts are timed stands in benchmarks/train_worker.py.
+memory can be compared. Only `trl` computes its passes in float32: judge by osd_over_trl_autocast. Everything else is TRL's
+default, and the engines' settings are in the result. Each runs in a process of its own with empty compile caches of its own.
+How a step and its parts are timed stands in benchmarks/train_worker.py.
 
 What differs is the method: OSD decodes two models, TRL one; TRL runs the teacher over every sample, OSD does not. TRL's
 teacher reads the student's prompt, so here OSD's does too. A step of decoding costs about the same for few completions as for

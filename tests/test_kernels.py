@@ -155,6 +155,11 @@ def zoo(vocab: int) -> dict[str, tuple[Tensor, Tensor]]:
     theta, teacher = near(41, 1.0)
     teacher[5] = theta[7] = -1e9
     found["masked by a number"] = (theta, teacher)
+    theta, teacher = near(43, 1.0)
+    for token, sign in ((3, 1), (vocab - 5, -1)):  # as at a low temperature: the row's peak is far below either's favourite
+        theta[token] += sign * 200
+        teacher[token] -= sign * 200
+    found["favourites apart"] = (theta, teacher)
     return found
 
 
@@ -295,6 +300,35 @@ def test_a_fixed_alpha_and_greedy_ties_made_by_rounding(alpha: float) -> None:
     if alpha in (0.0, 1.0):
         assert fused.token_P[2] == 250
         assert fused.logq_PV[2].argmax() == 250
+
+
+@kernel
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_alpha_0_and_1_are_the_policies_themselves(alpha: float) -> None:
+    """As evaluation and mix_tokens ask for: the policy's own ties, a divergence of 0, whatever the other one masks."""
+    own, other = 2 * randn(1, 6, 301).round(decimals=1), 2 * randn(2, 6, 301)
+    other[4, 30:90], other[5, 20:] = -1e4, -1e9
+    theta, teacher = (z.to(DEVICE) for z in ((own, other) if alpha == 0 else (other, own)))
+    greedy = torch.tensor([True, True, False, True, False, True], device=DEVICE)
+    given = torch.full((6,), alpha, device=DEVICE)
+    fused = mix_and_draw(
+        theta,
+        teacher,
+        MixingConfig(),
+        vocab_size=301,
+        alpha=given,
+        temperature=torch.where(greedy, 0.0, 1.0),
+        uniform=rand(1, 6),
+        write_logq=True,
+        tuning=SMALL,
+    )
+    exact = own.to(DEVICE).double().log_softmax(-1)
+    close("log q", fused.logq_PV, exact, atol=3e-6)
+    column = dict(zip(RECORD_FIELDS, fused.values_PR.unbind(1), strict=True))
+    assert (column["kl_theta" if alpha == 0 else "kl_teacher"] == 0).all()
+    first = (own == own.amax(1, keepdim=True)).int().argmax(1).to(DEVICE)
+    assert torch.equal(fused.token_P[greedy].long(), first[greedy])
+    assert torch.equal(fused.logq_PV[greedy].argmax(1), first[greedy])
 
 
 @kernel

@@ -135,6 +135,7 @@ class OSDTrainer(DistillationTrainer):
         self._last_loaded_step = -1  # TRL syncs whenever this is not the current step
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
         self._loss_sums: dict[str, torch.Tensor] = {}
+        self._logp_BT: torch.Tensor | None = None  # of the last pass, where samples are used again
         self._earlier_syncs = 0  # of a resumed run, before it was broken off
         engine = self.vllm_generation.engine
         with self.vllm_generation.stays_awake():
@@ -244,11 +245,14 @@ class OSDTrainer(DistillationTrainer):
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         # accelerate wraps the model's forward method in autocast, and TRL puts the loss in that method's place: under TRL 1.16
         # bf16=True computes in the dtype of the weights, float32 as a rule.
+        self._logp_BT = None
         with self.accelerator.autocast():
-            loss = super().compute_loss(*args, **kwargs)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self._logp_BT is not None:
+            inputs.setdefault("logp_at_first", self._logp_BT)  # not inside: DDP hands a copy of the inputs on
         # Here, and not in _compute_loss: a collective inside the wrapped forward pass could hang.
         metrics = loss_metrics(self._loss_sums, self.accelerator)
         for name, value in metrics.items():
@@ -291,8 +295,11 @@ class OSDTrainer(DistillationTrainer):
         if args.importance_correction == "none" or not self.model.training:  # evaluation samples from the student itself
             return None, {}
         logp_theta_BT = inputs["logp_theta"]
-        if args.num_iterations > 1:  # the student has moved on since it sampled
-            logp_theta_BT = self._logp_now(student_hidden_BTH, student, teacher, inputs)
+        if args.num_iterations > 1:
+            # How far the student has moved since it sampled, by the trainer's arithmetic both times: the engine's differs in
+            # bfloat16 by hundredths of a nat per token, which would be noise in every weight.
+            self._logp_BT = self._logp_now(student_hidden_BTH, student, teacher, inputs)
+            logp_theta_BT = logp_theta_BT + self._logp_BT - inputs.get("logp_at_first", self._logp_BT)
         weight_BT, truncated_BT = importance_weights(
             logp_theta_BT, inputs["logp_draw"], mask_BT, correction=args.importance_correction, clip=args.importance_clip
         )

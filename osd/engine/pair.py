@@ -193,7 +193,8 @@ class PairEngine:
         completion = output.outputs[0]
         error = None
         if completion.finish_reason == "error":
-            error = str(completion.stop_reason).removeprefix("osd: ")
+            reason = completion.stop_reason or "vLLM gives no reason; a grammar that no token can continue is one"
+            error = str(reason).removeprefix("osd: ")
         return PairCompletion(
             token_ids=list(completion.token_ids),
             text=completion.text,

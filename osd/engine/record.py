@@ -13,6 +13,8 @@ import torch
 # B rows of a step, R record fields (osd.core.RECORD_FIELDS), H teacher hidden size, T tokens of a completion, N rows of all
 # steps, X either R or H.
 
+_MOST_PINNED = 1 << 30  # bytes a call; pinned memory is nobody else's, and torch keeps it
+
 
 @dataclass
 class RequestRecord:
@@ -58,10 +60,11 @@ class RecordLog:
 
     def take(self) -> dict[str, RequestRecord]:
         """Every record since the last call, by request id, on the host; the log is empty afterwards."""
-        steps, self._steps = self._steps, []
         cached, self._cached = self._cached, {}
-        values = _by_request([(step.request_ids, step.values_BR) for step in steps])
-        hidden = _by_request([(step.request_ids, step.hidden_BH) for step in steps if step.hidden_BH is not None], apart=True)
+        values_of = [(step.request_ids, step.values_BR) for step in self._steps]
+        hidden_of = [(step.request_ids, step.hidden_BH) for step in self._steps if step.hidden_BH is not None]
+        self._steps = []
+        values, hidden = _by_request(values_of), _by_request(hidden_of, apart=True)
         empty = torch.empty(0)
         return {
             request_id: RequestRecord(
@@ -77,10 +80,9 @@ class RecordLog:
 def _by_request(steps: list[tuple[list[str], torch.Tensor]], *, apart: bool = False) -> dict[str, torch.Tensor]:
     """The steps' rows by request, on the host: views of one copy, or ``apart``, each request's in memory of its own.
 
-    They are sorted on the device: hidden states of a batch are hundreds of megabytes, which a host moves slowly.
+    They are sorted on the device: hidden states of a batch are hundreds of megabytes, which a host moves slowly. Empties
+    ``steps``, so that their memory is free once the rows are in one tensor.
     """
-    if not steps:
-        return {}
     places: dict[str, list[np.ndarray]] = {}
     start = 0
     for request_ids, run in itertools.groupby(ids for ids, _ in steps):  # most steps have the rows of the step before
@@ -88,21 +90,25 @@ def _by_request(steps: list[tuple[list[str], torch.Tensor]], *, apart: bool = Fa
         for row, request_id in enumerate(request_ids):
             places.setdefault(request_id, []).append(first + row)
         start += len(request_ids) * len(first)
-    order = torch.from_numpy(np.concatenate([rows for found in places.values() for rows in found]))
+    if not places:
+        return {}
     rows_NX = torch.cat([rows for _, rows in steps])
-    rows_NX = rows_NX[order.to(rows_NX.device)]
+    steps.clear()
+    order = torch.from_numpy(np.concatenate([rows for found in places.values() for rows in found])).to(rows_NX.device)
     lengths = [sum(map(len, found)) for found in places.values()]
-    return dict(zip(places, _apart(rows_NX.split(lengths)) if apart else rows_NX.cpu().split(lengths), strict=True))
+    host = _apart(rows_NX, order.split(lengths)) if apart else rows_NX[order].cpu().split(lengths)
+    return dict(zip(places, host, strict=True))
 
 
-def _apart(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """A copy of each on the host; from a GPU into pinned memory, which can go back to one without being copied first."""
-    from_gpu = pieces[0].is_cuda
-    copies = [torch.empty(piece.shape, dtype=piece.dtype, pin_memory=from_gpu) for piece in pieces]
-    for copy, piece in zip(copies, pieces, strict=True):
-        copy.copy_(piece, non_blocking=True)
+def _apart(rows_NX: torch.Tensor, orders: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A copy on the host for each; from a GPU into pinned memory, which goes back to one without being copied first."""
+    from_gpu = rows_NX.is_cuda
+    pinned = from_gpu and rows_NX.nbytes <= _MOST_PINNED
+    copies = [torch.empty(len(order), rows_NX.shape[1], dtype=rows_NX.dtype, pin_memory=pinned) for order in orders]
+    for copy, order in zip(copies, orders, strict=True):
+        copy.copy_(rows_NX[order], non_blocking=True)
     if from_gpu:
-        torch.cuda.current_stream(pieces[0].device).synchronize()
+        torch.cuda.current_stream(rows_NX.device).synchronize()
     return copies
 
 

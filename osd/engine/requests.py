@@ -28,7 +28,7 @@ class PairCompletion:
 
     Attributes:
         token_ids: the completion, including the token that ended it.
-        text: its text without special tokens.
+        text: its text without special tokens; empty with ``detokenize=False``.
         finish_reason: "stop", "length", "abort" or "error".
         stop_reason: the stop string or id that ended it, if one did.
         error: why it ended in an error ("NaN in the student's logits"), or None.
@@ -126,5 +126,7 @@ def checked_params(kwargs: dict[str, Any]) -> SamplingParams:
     """vLLM's sampling parameters; its complaints, of several types, as a ValueError."""
     try:
         return SamplingParams(**kwargs)
-    except (TypeError, ValueError, VLLMValidationError) as error:
-        raise ValueError(f"sampling: {error}") from error
+    except (AssertionError, TypeError, ValueError, VLLMValidationError) as error:
+        raise ValueError(
+            f"sampling: {error}" if str(error) else f"sampling {kwargs}: vLLM refuses it by an assertion"
+        ) from error

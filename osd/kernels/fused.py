@@ -116,7 +116,8 @@ def mix_and_draw(
     smallest = min(tuning.meet.tile, tuning.refine.tile, tuning.draw.tile)
     parts = torch.empty(rows * PARTS.value * _power_of_two(-(-vocab_size // smallest)), device=device)
     state = torch.empty(rows * STATE.value, device=device, dtype=torch.float64)
-    count = torch.zeros(5, rows, device=device, dtype=torch.int32)
+    # Whole 16 bytes each: Triton compiles a kernel anew for pointers that are not aligned to them.
+    count = torch.zeros(5, -(-rows // 4) * 4, device=device, dtype=torch.int32)
     values = torch.empty(rows, len(RECORD_FIELDS), device=device)
     bad_side = torch.empty(rows, device=device, dtype=torch.int8)
     token = None if uniform is None else torch.empty(rows, device=device, dtype=torch.int32)

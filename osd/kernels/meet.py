@@ -151,7 +151,8 @@ def _side(top, total, first, at_peak):
     Returns (log sum exp less its logit at the row's peak, the share off the peak, mean gap).
     """
     share = 1 / (total + tl.exp(tl.minimum(at_peak - top, 0.0)))
-    return lse_at_peak(total, top - at_peak), total * share, first * share
+    # In float64: the row's peak may be hundreds of nats below a policy's own, at a low temperature.
+    return lse_at_peak(total, top.to(tl.float64) - at_peak.to(tl.float64)), total * share, first * share
 
 
 @triton.jit

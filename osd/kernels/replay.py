@@ -1,6 +1,6 @@
 """`mix_and_draw` replayed as a CUDA graph, for a caller that gives it the same memory again and again.
 
-Launching three kernels with some twenty arguments each takes the host longer than the kernels take the GPU. In steady decoding
+Launching five kernels with some twenty arguments each takes the host longer than the kernels take the GPU. In steady decoding
 the logits are written to the same memory step after step (osd.engine.forward), so a graph captured for a set of addresses
 fits nearly all of them.
 """

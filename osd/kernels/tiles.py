@@ -138,7 +138,7 @@ def add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 @triton.jit
 def write_choice(state, alpha, level, status, empty, lse_theta, lse_teacher):
     """alpha = 0 and alpha = 1 are the policies themselves, and so is the student where the supports share nothing."""
-    known = (status == SETTLED) | (status == PINNED)
+    known = (status != OPEN) & (status != GUESSED)
     student = known & ((alpha == 0) | (empty & (alpha < 1)))
     teacher = known & (alpha == 1)
     tl.store(state + ALPHA, alpha)
