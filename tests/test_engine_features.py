@@ -259,7 +259,7 @@ def test_teacher_only_requests_run_beside_paired_ones(engine, models):
     outputs, records = engine._run(8, progress=False), engine._take_records()
     for prompt, option, (name, internal) in zip(PROMPTS, options, names.items(), strict=True):
         completion = outputs[name].outputs[0]
-        record = engine._token_record(records[internal], len(completion.token_ids))
+        record = records[internal].of_tokens(len(completion.token_ids))
         token = torch.tensor(completion.token_ids)[:, None]
         lt = completion_logits(models[0], prompt.teacher_token_ids, completion.token_ids).log_softmax(-1)
         expected = lt if option.teacher_only else q_star(models, prompt, completion)

@@ -78,7 +78,7 @@ def test_both_policies_log_probabilities_agree_with_transformers(engine, smollm2
     worst = 0.0
     for pair, (name, internal) in zip(pairs, names.items(), strict=True):
         ids = outputs[name].token_ids
-        record = engine._token_record(records[internal], len(ids))
+        record = records[internal].of_tokens(len(ids))
         for column, prompt in (("logp_teacher", pair.teacher_token_ids), ("logp_theta", pair.student_token_ids)):
             logp = completion_logits(model, prompt, ids).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
             worst = max(worst, (getattr(record, column).double() - logp).abs().max().item())

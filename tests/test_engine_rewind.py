@@ -74,7 +74,7 @@ def run_with_random_arrivals(engine: PairEngine, schedule: int, **sampling):
             outputs |= {o.request_id: o.outputs[0] for o in engine._engine.step() if o.finished}
     records = engine._take_records()
     return {
-        index: (outputs[name], engine._token_record(records[internal], len(outputs[name].token_ids)))
+        index: (outputs[name], records[internal].of_tokens(len(outputs[name].token_ids)))
         for index, (name, internal) in zip(order, names.items(), strict=True)
     }
 

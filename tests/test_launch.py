@@ -29,8 +29,7 @@ ACCELERATE = ROOT / "configs" / "accelerate"
 
 def launch(config, *script):
     # As `make setup` installs it, but for this checkout; and with the rank variables of no other run.
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     flags = ["--config_file", config, "--main_process_port", "0"]
@@ -110,12 +109,16 @@ def test_two_processes_are_one_with_twice_the_batch(engine, tiny_pair, tmp_path)
     assert [seen["kind"] for seen in ranks] == ["DistributedType.MULTI_CPU"] * 2
 
 
-def fsdp_on_a_cpu(path, **fsdp):
-    config = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())
-    config |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True}
-    config["fsdp_config"] |= fsdp
-    path.write_text(yaml.safe_dump(config))
+def in_float32(name, path, **changes):
+    """A shipped configuration in float32, with these changes."""
+    config = yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text())
+    path.write_text(yaml.safe_dump(config | {"mixed_precision": "no"} | changes))
     return path
+
+
+def fsdp_on_a_cpu(path, **fsdp):
+    shipped = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())["fsdp_config"]
+    return in_float32("fsdp2", path, num_processes=2, use_cpu=True, fsdp_config=shipped | fsdp)
 
 
 @pytest.mark.slow
@@ -140,12 +143,6 @@ def test_fsdp1_is_one_process_with_twice_the_batch(engine, tiny_pair, tmp_path):
 KINDS = {"ddp": "DistributedType.MULTI_GPU", "fsdp2": "DistributedType.FSDP", "zero3": "DistributedType.DEEPSPEED"}
 
 
-def on_gpus(name, path, processes):
-    config = yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text()) | {"num_processes": processes, "mixed_precision": "no"}
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", KINDS)
@@ -156,7 +153,8 @@ def test_two_gpus_are_one_with_twice_the_batch(tiny_pair, tmp_path, name):
     weights = []
     for config, processes in ((name, 2), ("one_gpu", 1)):
         out = tmp_path / config
-        done = launch(on_gpus(config, tmp_path / f"{config}.yaml", processes), "tests/launched.py", "synced", out, *tiny_pair)
+        changed = in_float32(config, tmp_path / f"{config}.yaml", num_processes=processes)
+        done = launch(changed, "tests/launched.py", "synced", out, *tiny_pair)
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
         weights.append(torch.load(out / "weights.pt"))
         ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]

@@ -14,7 +14,7 @@ from trl import DistillationTrainer
 
 from tests.test_generation import disagreement, gaps_over_training
 from tests.tiny import tiny_engine_kwargs
-from tests.training import ROWS, build_trainer, logged, watch, weights_after
+from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
 from trainers import OSDConfig, OSDTrainer
 from trainers.divergence import Divergence
 from trainers.heads import head_of
@@ -22,7 +22,6 @@ from trainers.losses import batch_loss
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6
 CHATS = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}], "privileged_context": f"w{i + 30}"} for i in range(7, 23)]
 

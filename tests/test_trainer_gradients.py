@@ -12,12 +12,10 @@ import trainers.privilege as privilege_module
 import trainers.trainer as trainer_module
 from tests.test_generation import logp
 from tests.tiny import tiny_engine_kwargs
-from tests.training import ROWS, build_trainer, logged, watch, weights_after
+from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
 from trainers.importance import importance_weights
 
 pytestmark = pytest.mark.gpu
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # B completions, T tokens of one (padded), V vocabulary, N tokens.
 

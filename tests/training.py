@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from datasets import Dataset
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "teacher_prompt": f"w50 w{i} w51"} for i in range(7, 23)]
 
 
@@ -15,7 +16,7 @@ def build_trainer(
 
     settings = {
         "output_dir": str(output_dir),
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": DEVICE == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",

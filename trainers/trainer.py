@@ -246,9 +246,9 @@ class OSDTrainer(DistillationTrainer):
     # -- the loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        self._logp_BT = None
         # accelerate wraps the model's forward method in autocast, and TRL puts the loss in that method's place: under TRL 1.16
         # bf16=True computes in the dtype of the weights, float32 as a rule.
-        self._logp_BT = None
         with self.accelerator.autocast():
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self._logp_BT is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from osd.core import RECORD_FIELDS, MixingConfig, TokenRecord
+from osd.core import MixingConfig
 from osd.engine.compat import check_vllm
 
 check_vllm()
@@ -22,7 +22,6 @@ import torch  # noqa: E402
 from vllm import LLM, SamplingParams, envs  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
-from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 from osd.engine.config import PairConfig, student_vllm_config  # noqa: E402
 from osd.engine.models import check_models  # noqa: E402
@@ -162,10 +161,7 @@ class PairEngine:
         checks = RequestChecks(
             teacher=self._engine.vllm_config, student=self._student_config, weights_version=self.weights_version
         )
-        params = checks.sampling_params(prompts, sampling, options)
-        for param in params:
-            param.output_kind = RequestOutputKind.FINAL_ONLY  # nobody looks at an output before its request ends
-        return params
+        return checks.sampling_params(prompts, sampling, options)
 
     def _submit(
         self, prompts: Sequence[PairPrompt], params: Sequence[SamplingParams], ids: dict[str, str] | None = None
@@ -201,7 +197,7 @@ class PairEngine:
             finish_reason=completion.finish_reason,
             stop_reason=None if error else completion.stop_reason,
             error=error,
-            record=None if record is None else self._token_record(record, len(completion.token_ids)),
+            record=None if record is None else record.of_tokens(len(completion.token_ids)),
             weights_version=self.weights_version,
             teacher_prompt_tokens=len(prompt.teacher_token_ids),
             student_prompt_tokens=len(prompt.student_token_ids),
@@ -211,15 +207,6 @@ class PairEngine:
 
     def _no_record(self) -> RequestRecord:
         return RequestRecord(values_TR=torch.empty(0), hidden_TH=None, weights_version=self.weights_version)
-
-    def _token_record(self, record: RequestRecord, length: int) -> TokenRecord:
-        # A request that ended by a stop string, or in an error, may have more rows than tokens: of the steps then in flight.
-        # A record that somebody keeps must not keep those of the whole batch, with which its values share memory.
-        hidden = record.hidden_TH
-        if hidden is not None and len(hidden) > length:
-            hidden = hidden[:length].clone()
-        values = record.values_TR[:length].clone() if record.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
-        return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=record.weights_version)
 
     def _take_records(self) -> dict[str, RequestRecord]:
         if (worker := self._worker()) is not None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from osd.core import RECORD_FIELDS, TokenRecord
+
 # B rows of a step, R record fields (osd.core.RECORD_FIELDS), H teacher hidden size, T tokens of a completion, N rows of all
 # steps, X either R or H.
 
@@ -32,6 +34,16 @@ class RequestRecord:
     weights_version: int
     teacher_cached_tokens: int = 0
     student_cached_tokens: int = 0
+
+    def of_tokens(self, length: int) -> TokenRecord:
+        """The record of a completion of that many tokens."""
+        # A request that ended by a stop string, or in an error, may have more rows than tokens: of the steps then in flight.
+        # A record that somebody keeps must not keep those of the whole batch, with which its values share memory.
+        hidden = self.hidden_TH
+        if hidden is not None and len(hidden) > length:
+            hidden = hidden[:length].clone()
+        values = self.values_TR[:length].clone() if self.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
+        return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=self.weights_version)
 
 
 @dataclass

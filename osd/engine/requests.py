@@ -9,6 +9,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
 
 from osd.core import TokenRecord
 from osd.engine.options import PairOptions
@@ -83,7 +84,8 @@ class RequestChecks:
             extra = {**vars(option), "weights_version": self.weights_version}
             extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
             extra_args = {**(kwargs.get("extra_args") or {}), **PairOptions(**extra).to_extra_args()}
-            params = checked_params({**kwargs, "extra_args": extra_args})
+            # Nobody looks at an output before its request ends.
+            params = checked_params({**kwargs, "extra_args": extra_args, "output_kind": RequestOutputKind.FINAL_ONLY})
             self._check(index, prompt, params, option.teacher_only)
             yield params
 

@@ -135,12 +135,12 @@ def mix_and_draw(
     meet_kernel[tiles, rows](
         *inputs, alpha, parts, count[0], state, vocab_size, low, high, fixed, GIVEN=alpha is not None, **flags, **launch
     )
+    refine_tiles, refine_launch = tuning.refine.launch(vocab_size)
+    draw_tiles, draw_launch = tuning.draw.launch(vocab_size)
     for second in (False, True):
         refine_count, draw_count = count[3:] if second else count[1:3]
-        tiles, launch = tuning.refine.launch(vocab_size)
-        refine_kernel[tiles, rows](*inputs, parts, refine_count, state, vocab_size, low, high, **flags, **launch)
-        tiles, launch = tuning.draw.launch(vocab_size)
-        draw_kernel[tiles, rows](
+        refine_kernel[refine_tiles, rows](*inputs, parts, refine_count, state, vocab_size, low, high, **flags, **refine_launch)
+        draw_kernel[draw_tiles, rows](
             *inputs,
             uniform,
             parts,
@@ -155,7 +155,7 @@ def mix_and_draw(
             DRAW=uniform is not None,
             SECOND=second,
             **flags,
-            **launch,
+            **draw_launch,
         )
     return FusedMixture(
         token_P=token,

@@ -1,4 +1,4 @@
-"""The first pass: how the two policies meet at alpha = 1/2, and from that where alpha must be. See osd.kernels.tiles."""
+"""The first pass: how the two policies meet at alpha = 1/2, and a guess of alpha from that. See osd.kernels.tiles."""
 
 import triton
 import triton.language as tl

@@ -1,12 +1,12 @@
 """What the three passes share: the row's state, a tile's logits, and how a row's last program is known.
 
-    meet     moments of the gap at alpha = 1/2, both normalisers and both ends' means    -> alpha
+    meet     moments of the gap at alpha = 1/2, both normalisers and both ends' means    -> a guess of alpha
     refine   moments at that alpha, where it is not known and not even a good guess      -> alpha, surely
     draw     q and its sums at that alpha, log q when asked for                          -> token and record, or a guess refuted
 
 and once more refine and draw, for the rows whose guess draw's sums refuted; there is hardly ever one. Each is one kernel and
-one pass over both logits. A program holds one tile of one row in registers and reads it once; what
-it sums goes to `parts`, and the row's last program to arrive combines the tiles in float64 and writes the row's `state`.
+one pass over both logits. A program holds one tile of one row in registers and reads it once; what it sums goes to `parts`,
+and the row's last program to arrive combines the tiles in float64 and writes the row's `state`.
 
 Coordinates are osd.curve's, relative to the likeliest token under alpha = 1/2, the row's peak: its gap is 0 and its
 weight exactly 1, apart from the sums, so that a row with 1e-9 off its peak keeps its digits. delta = alpha - 1/2.
