@@ -13,6 +13,7 @@ import pytest
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -22,7 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from osd.engine import scheduler as pair_scheduler
-from osd.engine.config import PairConfig
+from osd.engine.config import PairConfig, student_vllm_config
 from osd.engine.options import PairOptions
 from osd.engine.scheduler import PairScheduler, student_kv_cache_config
 from tests.tiny import tiny_engine_kwargs
@@ -55,6 +56,20 @@ def make_scheduler(pair, *, blocks: int, budget: int, student_budget: int, max_n
         return PairScheduler(
             vllm_config, student_kv_cache_config(vllm_config, blocks), StructuredOutputManager(vllm_config), block_size=BLOCK
         )
+
+
+@pytest.mark.parametrize(("own", "tokens"), [({}, None), ({"max_num_batched_tokens": 512}, 512)])
+def test_a_step_admits_as_much_of_the_student_as_of_the_teacher(tiny_pair, own, tokens):
+    """vLLM's defaults depend on who asks: `LLM` gets 8 times the requests and tokens that the student would get by itself."""
+    unlimited = {name: value for name, value in tiny_engine_kwargs().items() if name != "max_num_seqs"}
+    teacher, student = map(str, tiny_pair)
+    config = PairConfig(teacher=teacher, student=student, engine_kwargs=unlimited, student_kwargs=own)
+    vllm_config = EngineArgs(**config.teacher_engine_args()).create_engine_config(UsageContext.LLM_CLASS)
+    of_teacher, of_student = vllm_config.scheduler_config, student_vllm_config(vllm_config).scheduler_config
+    assert of_student.max_num_seqs == of_teacher.max_num_seqs
+    assert of_student.max_num_batched_tokens == (tokens or of_teacher.max_num_batched_tokens)
+    alone = EngineArgs(**unlimited, model=student).create_engine_config().scheduler_config
+    assert alone.max_num_seqs < of_teacher.max_num_seqs and alone.max_num_batched_tokens < of_teacher.max_num_batched_tokens
 
 
 def request(name: str, prompt: list[int], student_prompt: list[int], max_tokens: int, **options) -> Request:

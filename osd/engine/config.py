@@ -127,9 +127,12 @@ def wants_overlap(teacher_config: VllmConfig) -> bool:
 def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     """The student's own ``VllmConfig``, made to run inside the teacher's workers.
 
-    Weights, model, compilation and CUDA graphs are the student's; the process group and the block size are the teacher's.
+    Weights, model, compilation and CUDA graphs are the student's; the process group, the block size and, unless the student
+    has its own, the limits of a step are the teacher's: a side that admits less than the other holds it up.
     """
-    config = EngineArgs(**_pair_section(teacher_config)["student"]).create_engine_config()
+    teacher = teacher_config.scheduler_config
+    limits = dict(max_num_seqs=teacher.max_num_seqs, max_num_batched_tokens=teacher.max_num_batched_tokens)
+    config = EngineArgs(**limits | _pair_section(teacher_config)["student"]).create_engine_config()
     config.parallel_config = teacher_config.parallel_config
     config.device_config = teacher_config.device_config
     config.scheduler_config.async_scheduling = teacher_config.scheduler_config.async_scheduling

@@ -71,12 +71,12 @@ def draw_kernel(
     DRAW: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """Grid (tiles, P). Writes log q [P, V] if WRITE, token [P] if DRAW, record [P, RECORD] and bad_side [P].
+    """Grid (programs, P). Writes log q [P, V] if WRITE, token [P] if DRAW, record [P, RECORD] and bad_side [P].
 
-    SECOND: only of the rows that were drawn from a wrong guess.
+    SECOND: only of the rows that were drawn from a wrong guess. Otherwise every tile has its program.
     """
-    tile, row = tl.program_id(0), tl.program_id(1)
-    tiles = tl.num_programs(0)
+    row = tl.program_id(1)
+    tiles, programs = tl.cdiv(vocab, TILE), tl.num_programs(0)
     state += row.to(tl.int64) * STATE
     if SECOND:  # noqa: SIM102
         if tl.load(state + AGAIN) == 0:
@@ -91,17 +91,79 @@ def draw_kernel(
     delta = (tl.load(state + ALPHA) - 0.5).to(tl.float32)
     pure = tl.load(state + PURE)
     lse_theta, lse_teacher = tl.load(state + LSE_THETA).to(tl.float32), tl.load(state + LSE_TEACHER).to(tl.float32)
+    parts += row.to(tl.int64) * PARTS * TILES
+    if WRITE:
+        logq += row.to(tl.int64) * vocab
+    wants_peak = greedy | (WRITE & (pure > 0))
+    if SECOND:
+        for tile in range(tl.program_id(0), tiles, programs):
+            _tile(
+                theta, teacher, tile, scale, vocab, gap_peak, pure, mid_peak, delta, level, lse_theta, lse_teacher,
+                wants_peak, parts + tile, logq, TILE, TILES, WRITE,
+            )  # fmt: skip
+    else:
+        tile = tl.program_id(0)
+        _tile(
+            theta, teacher, tile, scale, vocab, gap_peak, pure, mid_peak, delta, level, lse_theta, lse_teacher,
+            wants_peak, parts + tile, logq, TILE, TILES, WRITE,
+        )  # fmt: skip
+    if last_to_arrive(count + row, programs):
+        record += row * RECORD
+        total, log_sum = _finish(parts, state, record, bad_side + row, tiles, TILES)
+        tile_T = tl.arange(0, TILES)
+        chosen = 0
+        if wants_peak:
+            top_T = column_of(parts, 6, tile_T, tiles, TILES, -INF)
+            index_T = column_of(parts, 7, tile_T, tiles, TILES, 0.0)
+            first = tl.min(tl.where(top_T == tl.max(top_T, 0), index_T, vocab), 0)
+            chosen = tl.minimum(first, vocab - 1.0).to(tl.int32)
+            # Not one condition: nothing of this may be compiled where there is no logq.
+            if WRITE:  # noqa: SIM102
+                if pure > 0:
+                    _lift(logq + chosen)
+        if DRAW:
+            if greedy == 0:
+                target = tl.load(uniform + row).to(tl.float64) * total
+                chosen = _invert(
+                    theta, teacher, scale, vocab, gap_peak, pure, mid_peak, delta, level, parts, tiles, target, TILE, TILES
+                )
+            bad = tl.load(state + BAD).to(tl.int32)
+            chosen = tl.where(bad > 0, 0, chosen)
+            tl.store(token + row, tl.where(bad > 0, -1 - bad, chosen))
+            columns = _token_columns(theta, teacher, scale, state, log_sum, chosen)
+            _write_token(record, columns, tl.where(greedy, 0.0, columns[0]))
+
+
+@triton.jit
+def _tile(
+    theta,
+    teacher,
+    tile,
+    scale,
+    vocab,
+    gap_peak,
+    pure,
+    mid_peak,
+    delta,
+    level,
+    lse_theta,
+    lse_teacher,
+    wants_peak,
+    out,
+    logq,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    """Sums over one tile under q, into the row's parts, and its log q."""
     token_N = tile * TILE + tl.arange(0, TILE)
     theta_N, teacher_N = load(theta, teacher, token_N, scale, vocab)
-
     gap_N = gap_of(theta_N, teacher_N, gap_peak)
     score_N = _scores(theta_N, teacher_N, gap_N, pure, mid_peak, delta)
     logq_N = score_N - level
     weight_N = exp(logq_N)
     # Outside the support the weight is 0; a number that is not infinite makes the products below 0 too.
     finite_N = tl.where(logq_N > -INF, logq_N, _OUTSIDE)
-    parts += row.to(tl.int64) * PARTS * TILES
-    out = parts + tile
     first_N = weight_N * gap_N
     sums = tl.reduce(
         (
@@ -118,36 +180,11 @@ def draw_kernel(
     for i in tl.static_range(6):
         tl.store(out + i * TILES, sums[i])
     if WRITE:
-        tl.store(logq + row.to(tl.int64) * vocab + token_N, logq_N, mask=token_N < vocab)
-    if greedy | (WRITE & (pure > 0)):
+        tl.store(logq + token_N, logq_N, mask=token_N < vocab)
+    if wants_peak:
         top, index = _peak_at(score_N, token_N)
         tl.store(out + 6 * TILES, top)
         tl.store(out + 7 * TILES, index.to(tl.float32))
-    if last_to_arrive(count + row, tiles):
-        record += row * RECORD
-        total, log_sum = _finish(parts, state, record, bad_side + row, tiles, TILES)
-        tile_T = tl.arange(0, TILES)
-        chosen = 0
-        if greedy | (WRITE & (pure > 0)):
-            top_T = column_of(parts, 6, tile_T, tiles, TILES, -INF)
-            index_T = column_of(parts, 7, tile_T, tiles, TILES, 0.0)
-            first = tl.min(tl.where(top_T == tl.max(top_T, 0), index_T, vocab), 0)
-            chosen = tl.minimum(first, vocab - 1.0).to(tl.int32)
-            # Not one condition: nothing of this may be compiled where there is no logq.
-            if WRITE:  # noqa: SIM102
-                if pure > 0:
-                    _lift(logq + row.to(tl.int64) * vocab + chosen)
-        if DRAW:
-            if greedy == 0:
-                target = tl.load(uniform + row).to(tl.float64) * total
-                chosen = _invert(
-                    theta, teacher, scale, vocab, gap_peak, pure, mid_peak, delta, level, parts, tiles, target, TILE, TILES
-                )
-            bad = tl.load(state + BAD).to(tl.int32)
-            chosen = tl.where(bad > 0, 0, chosen)
-            tl.store(token + row, tl.where(bad > 0, -1 - bad, chosen))
-            columns = _token_columns(theta, teacher, scale, state, log_sum, chosen)
-            _write_token(record, columns, tl.where(greedy, 0.0, columns[0]))
 
 
 @triton.jit

@@ -36,11 +36,20 @@ class Cut:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The cuts of the three passes; benchmarks/mixing.py --sweep finds them."""
+    """The cuts of the three passes; benchmarks/mixing.py --sweep finds them.
+
+    spare: programs, of all rows together, of the passes that hardly any row needs (refine, and draw once more). About as many
+        as a GPU runs at once: more take longer to start than to find that there is nothing to do.
+    """
 
     meet: Cut = Cut()
     refine: Cut = Cut()
     draw: Cut = Cut()
+    spare: int = 512
+
+    def spare_programs(self, tiles: int, rows: int) -> int:
+        """Of one row; enough that a row that needs them is soon done."""
+        return min(tiles, max(1, self.spare // max(1, min(rows, 64))))
 
 
 DEFAULT = Tuning()
@@ -139,8 +148,10 @@ def mix_and_draw(
     draw_tiles, draw_launch = tuning.draw.launch(vocab_size)
     for second in (False, True):
         refine_count, draw_count = count[3:] if second else count[1:3]
-        refine_kernel[refine_tiles, rows](*inputs, parts, refine_count, state, vocab_size, low, high, **flags, **refine_launch)
-        draw_kernel[draw_tiles, rows](
+        refine_kernel[tuning.spare_programs(refine_tiles, rows), rows](
+            *inputs, parts, refine_count, state, vocab_size, low, high, **flags, **refine_launch
+        )
+        draw_kernel[tuning.spare_programs(draw_tiles, rows) if second else draw_tiles, rows](
             *inputs,
             uniform,
             parts,

@@ -56,10 +56,10 @@ def refine_kernel(
     GATHER_TEACHER: tl.constexpr,
     TEMPERED: tl.constexpr,
 ):
-    """Grid (tiles, P). One more step for rows that are open, by all their programs; the last one goes on alone."""
+    """Grid (programs, P). One more step for rows that are open, by all their programs; the last one goes on alone."""
     # Backwards: the rows read last are those that the cache still has.
-    tile, row = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
-    tiles = tl.num_programs(0)
+    row = tl.num_programs(1) - 1 - tl.program_id(1)
+    tiles, programs = tl.cdiv(vocab, TILE), tl.num_programs(0)
     state += row.to(tl.int64) * STATE
     status = tl.load(state + STATUS)
     if (status != OPEN) & (status != PINNED):
@@ -72,19 +72,19 @@ def refine_kernel(
     gap_peak = tl.load(state + GAP_PEAK).to(tl.float32)
     peak = tl.load(state + PEAK).to(tl.int32)
     alpha = tl.load(state + ALPHA)
-    token_N = tl.arange(0, TILE)
-    top, s0, s1, s2, s3, s4 = _moments(
-        theta, teacher, tile * TILE + token_N, scale, vocab, mid_peak, gap_peak, peak, (alpha - 0.5).to(tl.float32)
-    )
+    delta = (alpha - 0.5).to(tl.float32)
     parts += row.to(tl.int64) * PARTS * TILES
-    out = parts + tile
-    tl.store(out, top)
-    tl.store(out + TILES, s0)
-    tl.store(out + 2 * TILES, s1)
-    tl.store(out + 3 * TILES, s2)
-    tl.store(out + 4 * TILES, s3)
-    tl.store(out + 5 * TILES, s4)
-    if last_to_arrive(count + row, tiles):
+    for tile in range(tl.program_id(0), tiles, programs):
+        token_N = tile * TILE + tl.arange(0, TILE)
+        top, s0, s1, s2, s3, s4 = _moments(theta, teacher, token_N, scale, vocab, mid_peak, gap_peak, peak, delta)
+        out = parts + tile
+        tl.store(out, top)
+        tl.store(out + TILES, s0)
+        tl.store(out + 2 * TILES, s1)
+        tl.store(out + 3 * TILES, s2)
+        tl.store(out + 4 * TILES, s3)
+        tl.store(out + 5 * TILES, s4)
+    if last_to_arrive(count + row, programs):
         tile_T = tl.arange(0, TILES)
         top_T = column_of(parts, 0, tile_T, tiles, TILES, -INF)
         highest = tl.maximum(tl.max(top_T, 0), 0.0)
