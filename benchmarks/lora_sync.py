@@ -6,9 +6,9 @@
 merged    every layer with an adapter is merged and copied; the engine decodes plain weights
 adapter   A and B alone are copied; the engine decodes through vLLM's LoRA layers
 
-All linear layers have an adapter. Random weights, in the engine's process, the trainer's copy on the same device. Medians over
---repeats; syncs are those after the first. A step is a decoding step of the pair, (N tokens - 1 token) / (N - 1). Prints both
-and writes a JSON with every figure, the configuration and versions.
+All linear layers have an adapter. Random weights, in the engine's process, the trainer's copy on the same device; a new process
+for each way. Medians over --repeats; syncs are those after the first. A step is a decoding step of the pair, (N tokens - 1
+token) / (N - 1). Prints both and writes a JSON with every figure, the configuration and versions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each sequence")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--engine-kwargs", type=json.loads, default={}, metavar="JSON", help="vLLM engine arguments for both")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args()
 
@@ -77,6 +80,7 @@ def measure(lora_sync: str, args: argparse.Namespace, teacher: Path, student: Pa
     kwargs: dict[str, Any] = dict(load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16" if GPU else "float32")
     kwargs |= dict(max_model_len=256 + args.tokens, max_num_seqs=args.sequences, gpu_memory_utilization=0.7)
     kwargs |= {} if GPU else dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28)
+    kwargs |= args.engine_kwargs
     generation = OSDGeneration(
         lora_student(student, args.rank),
         Accelerator(cpu=not GPU),
@@ -96,7 +100,9 @@ def main() -> None:
     args = parse_args()
     with tempfile.TemporaryDirectory() as folder:
         teacher, student = (write_model(name, Path(folder)) for name in parse_pair(args.pair))
-        rows = {lora_sync: measure(lora_sync, args, teacher, student) for lora_sync in ("merged", "adapter")}
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
+            waiting = {way: processes.submit(measure, way, args, teacher, student) for way in ("merged", "adapter")}
+            rows = {way: row.result() for way, row in waiting.items()}
     for name, row in rows.items():
         print(f"{name:>8} sync {row['sync_ms']:9.2f} ms, decoding {row['step_ms']:7.2f} ms per step")
     result = {**header(["python", "benchmarks/lora_sync.py", *sys.argv[1:]], vars(args)), "rows": rows}

@@ -60,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--student-dtype", choices=("bfloat16", "float32"), default="float32", help="of the weights that are trained; float32 "
         "with bfloat16 elsewhere is TRL's default, mixed precision")  # fmt: skip
     add("--gradient-checkpointing", action="store_true")
+    add("--sleep", action="store_true", help="the engines give their memory back while the student trains")
     add("--learning-rate", type=float, default=1e-6)
     add("--logit-std", type=float, default=4.0, help="spread of the random weights' logits: see benchmarks/logits.py")
     add("--engine-kwargs", type=json.loads, default={}, metavar="JSON", help="vLLM engine arguments for both")
@@ -79,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def job(args: argparse.Namespace, models: Path, output: Path) -> dict[str, Any]:
     """See benchmarks.train_worker.TrainJob."""
     same = ("dtype", "student_dtype", "prompt_tokens", "new_tokens", "completions", "micro_batch", "warm_up", "steps")
-    same += ("gradient_checkpointing", "learning_rate", "engine_kwargs")
+    same += ("gradient_checkpointing", "sleep", "learning_rate", "engine_kwargs")
     return {
         "teacher": str(models / "teacher"),
         "student": str(models / "student"),

@@ -47,6 +47,7 @@ class TrainJob:
         micro_batch: completions per forward and backward pass.
         kv_tokens: room in the KV cache of each model that an engine holds.
         warm_up, steps: see the module's docstring.
+        sleep: engines sleep between their `generate` calls; the teacher's weights are in OSD's engine, and not in TRL's.
         engine_kwargs: further ``vllm.LLM`` arguments for the engines of both.
     """
 
@@ -63,6 +64,7 @@ class TrainJob:
     warm_up: int
     steps: int
     gradient_checkpointing: bool
+    sleep: bool
     learning_rate: float
     output_dir: str
     engine_kwargs: dict[str, Any]
@@ -81,6 +83,7 @@ class TrainJob:
             gradient_accumulation_steps=self.completions // self.micro_batch,
             max_steps=self.warm_up + 2 * self.steps,
             max_completion_length=self.new_tokens,
+            vllm_enable_sleep_mode=self.sleep,
             vllm_max_model_length=self.prompt_tokens + self.new_tokens,
             generation_kwargs={"ignore_eos": True},
             logging_steps=1,

@@ -143,33 +143,38 @@ def test_fsdp1_is_one_process_with_twice_the_batch(engine, tiny_pair, tmp_path):
 KINDS = {"ddp": "DistributedType.MULTI_GPU", "fsdp2": "DistributedType.FSDP", "zero3": "DistributedType.DEEPSPEED"}
 
 
+def on_gpus(name, processes, out, tiny_pair):
+    """The weights that a run in float32 ends with, and what each of its processes saw."""
+    config = in_float32(name, out / f"{name}.yaml", num_processes=processes)
+    done = launch(config, "tests/launched.py", "synced", out, *tiny_pair)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
+    assert [seen["device"] for seen in ranks] == [f"cuda:{rank}" for rank in range(processes)]
+    for seen in ranks:
+        assert seen["off"][0] > 1e-4  # the last optimizer step
+        assert seen["off"][1] < 1e-6
+    return torch.load(out / "weights.pt"), ranks
+
+
+@pytest.fixture(scope="module")
+def one_gpu(tiny_pair, tmp_path_factory):
+    """One process, which sees both."""
+    return on_gpus("one_gpu", 1, tmp_path_factory.mktemp("one_gpu"), tiny_pair)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", KINDS)
-def test_two_gpus_are_one_with_twice_the_batch(tiny_pair, tmp_path, name):
-    """And one process that sees two GPUs trains on one of them."""
+def test_two_gpus_are_one_with_twice_the_batch(one_gpu, tiny_pair, tmp_path, name):
     if name == "zero3":
         pytest.importorskip("deepspeed")
-    weights = []
-    for config, processes in ((name, 2), ("one_gpu", 1)):
-        out = tmp_path / config
-        changed = in_float32(config, tmp_path / f"{config}.yaml", num_processes=processes)
-        done = launch(changed, "tests/launched.py", "synced", out, *tiny_pair)
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-        weights.append(torch.load(out / "weights.pt"))
-        ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
-        assert [seen["device"] for seen in ranks] == [f"cuda:{rank}" for rank in range(processes)]
-        for seen in ranks:
-            assert seen["off"][0] > 1e-4  # the last optimizer step
-            assert seen["off"][1] < 1e-6
-            if processes == 2:
-                assert seen["kind"] == KINDS[name]
-    two, one = weights
-    assert two.keys() == one.keys()
-    for key, tensor in two.items():
-        torch.testing.assert_close(tensor, one[key], rtol=1e-3, atol=1e-5)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
-    torch.testing.assert_close(saved.lm_head.weight, two["lm_head.weight"])
+    weights, ranks = on_gpus(name, 2, tmp_path, tiny_pair)
+    assert [seen["kind"] for seen in ranks] == [KINDS[name]] * 2
+    assert weights.keys() == one_gpu[0].keys()
+    for key, tensor in weights.items():
+        torch.testing.assert_close(tensor, one_gpu[0][key], rtol=1e-3, atol=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(saved.lm_head.weight, weights["lm_head.weight"])
 
 
 # -- SIGKILL ------------------------------------------------------------------------------------------------------------

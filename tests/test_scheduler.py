@@ -69,7 +69,8 @@ def test_a_step_admits_as_much_of_the_student_as_of_the_teacher(tiny_pair, own, 
     assert of_student.max_num_seqs == of_teacher.max_num_seqs
     assert of_student.max_num_batched_tokens == (tokens or of_teacher.max_num_batched_tokens)
     alone = EngineArgs(**unlimited, model=student).create_engine_config().scheduler_config
-    assert alone.max_num_seqs < of_teacher.max_num_seqs and alone.max_num_batched_tokens < of_teacher.max_num_batched_tokens
+    assert alone.max_num_seqs < of_teacher.max_num_seqs
+    assert alone.max_num_batched_tokens < of_teacher.max_num_batched_tokens
 
 
 def request(name: str, prompt: list[int], student_prompt: list[int], max_tokens: int, **options) -> Request:
