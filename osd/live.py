@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import set_zero3_state
 
 _PLAIN_LORA = "lora_sync='adapter' takes one adapter of LoRA's A and B on linear layers of the body; use lora_sync='merged'"
 
@@ -27,7 +28,7 @@ def expected_shapes(student: str, kwargs: dict[str, Any]) -> dict[str, torch.Siz
         return None
     options = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), set_zero3_state():  # under DeepSpeed's ZeRO-3 too: whole, and nothing initialized
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(student, **options), trust_remote_code=kwargs.get("trust_remote_code", False)
             )

@@ -1,7 +1,6 @@
 """Runs of several processes, and a run that is killed, by `accelerate launch` with the configurations that are shipped.
 
-On a CPU with gloo, and on two GPUs. Every process owns a whole pair. ZeRO-3 needs GPUs; tests/test_zero3.py has what can be had
-without.
+On a CPU with gloo, and on two GPUs. Every process owns a whole pair.
 """
 
 import json
@@ -9,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -138,6 +138,18 @@ def test_fsdp1_is_one_process_with_twice_the_batch(engine, tiny_pair, tmp_path):
     config = fsdp_on_a_cpu(tmp_path / "fsdp1.yaml", **one, fsdp_reshard_after_forward="FULL_SHARD")
     done = launch(config, "tests/fsdp_cpu.py", "tests/launched.py", "greedy", tmp_path, *tiny_pair)
     check_greedy(tmp_path, done, engine, tiny_pair[1])
+
+
+@pytest.mark.slow
+def test_zero3_is_one_process_with_twice_the_batch(engine, tiny_pair, tmp_path, monkeypatch):
+    """DeepSpeed's own, on a CPU."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed: DS_BUILD_OPS=0 pip install deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = in_float32("zero3", tmp_path / "zero3.yaml", num_processes=2, use_cpu=True)
+    done = launch(config, "tests/launched.py", "together", tmp_path, *tiny_pair)
+    ranks = check_together(tmp_path, done, engine, tiny_pair[1])
+    assert [seen["kind"] for seen in ranks] == ["DistributedType.DEEPSPEED"] * 2
 
 
 KINDS = {"ddp": "DistributedType.MULTI_GPU", "fsdp2": "DistributedType.FSDP", "zero3": "DistributedType.DEEPSPEED"}

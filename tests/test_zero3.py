@@ -1,6 +1,6 @@
 """The loss and the sync under DeepSpeed ZeRO-3, with a stand-in for DeepSpeed: all they see of it is a status and a gather.
 
-The real one needs GPUs (configs/accelerate/zero3.yaml). What went wrong in the loss: TRL's asks every weight for its status,
+Runs with the real one, in two processes: tests/test_launch.py. What went wrong in the loss: TRL's asks every weight for its status,
 and the engine's own head, a plain tensor, has none.
 """
 
@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osd.generation import OSDGeneration
+from osd.live import expected_shapes
 from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, perturb
 from tests.test_losses import H_S, H_T, V, head
 from tests.tiny import tiny_engine_kwargs
@@ -115,6 +116,13 @@ def engine(tiny_pair):
     teacher, student = map(str, tiny_pair)
     with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
         yield engine
+
+
+def test_what_the_engine_must_be_given_is_known(zero3, tiny_pair, monkeypatch):
+    """The model without weights that says so is neither sharded nor initialized, as transformers would have it."""
+    shapes = {name: weight.shape for name, weight in AutoModelForCausalLM.from_pretrained(tiny_pair[1]).named_parameters()}
+    monkeypatch.setattr("transformers.modeling_utils.is_deepspeed_zero3_enabled", lambda: True)
+    assert expected_shapes(str(tiny_pair[1]), {}) == shapes
 
 
 def shard(model):
