@@ -1,7 +1,7 @@
 """The loss and the sync under DeepSpeed ZeRO-3, with a stand-in for DeepSpeed: all they see of it is a status and a gather.
 
-Runs with the real one, in two processes: tests/test_launch.py. What went wrong in the loss: TRL's asks every weight for its status,
-and the engine's own head, a plain tensor, has none.
+Runs with the real one, in two processes, are in tests/test_launch.py. What went wrong in the loss: TRL's asks every weight for
+its status, and the engine's own head, a plain tensor, has none.
 """
 
 import enum
