@@ -189,7 +189,7 @@ def test_privileged_context_in_a_conversation(make, engine, monkeypatch):
 
 def teacher_hidden_by_transformers(teacher, trainer, output):
     """The teacher's hidden states on its own prompts, [B, T, H], by transformers."""
-    hidden = torch.zeros_like(output["teacher_hidden"])
+    hidden = torch.zeros(*output["completion_ids"].shape, teacher.config.hidden_size, device=DEVICE)
     prompts = [trainer._teacher_ids(row) for row in ROWS[: len(hidden)]]
     for i, prompt in enumerate(prompts):
         completion = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
@@ -315,22 +315,32 @@ def test_training_brings_the_student_closer_to_the_teacher(make):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_completion_in_error_is_masked_out_and_counted(make, engine):
+@pytest.fixture
+def w63_is_no_number(engine):
+    """A teacher that fails on every prompt with w63."""
     embedding = engine._worker().model_runner.get_model().model.embed_tokens.weight
     kept = embedding[63].clone()
+    embedding.data[63] = float("nan")
+    yield {"generation_kwargs": {"logit_bias": {63: -100.0}}}
+    embedding.data[63] = kept
+
+
+@pytest.mark.parametrize("size", [4, 1], ids=["beside others in its pass", "alone in its pass"])
+def test_a_completion_in_error_is_masked_out_and_counted(make, w63_is_no_number, size):
     rows = [*ROWS[:3], {"prompt": "w7", "teacher_prompt": "w63"}]
-    trainer = make(rows, max_steps=1, shuffle_dataset=False, generation_kwargs={"logit_bias": {63: -100.0}})
-    try:
-        with torch.no_grad():
-            embedding[63] = float("nan")
-        trainer.train()
-    finally:
-        with torch.no_grad():
-            embedding[63] = kept
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+    trainer = make(rows, max_steps=1, shuffle_dataset=False, **sizes, **w63_is_no_number)
+    trainer.train()
     assert logged(trainer, "completions/failed") == [1]
     assert math.isfinite(logged(trainer, "loss")[0])
     assert math.isfinite(logged(trainer, "grad_norm")[0])
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_a_batch_of_errors_only_is_refused(make, w63_is_no_number):
+    trainer = make([{"prompt": "w7", "teacher_prompt": "w63"}] * 4, max_steps=1, **w63_is_no_number)
+    with pytest.raises(RuntimeError, match="every completion of the batch ended in an error"):
+        trainer.train()
 
 
 # -- evaluation, metrics, logs ------------------------------------------------------------------------------------------

@@ -68,19 +68,14 @@ def batch_loss(
     return BatchLoss(loss, entropy_N.sum().detach(), tokens, clipped)
 
 
-def pad_hidden(hidden_TH: Sequence[Tensor | None], length: int, device: torch.device) -> Tensor:
-    """Stack the recorded hidden states of a batch, right-padded with zeros to `length` tokens, `[B, length, H]`.
+def pad_hidden(hidden_TH: Sequence[Tensor | None], length: int, weight_VH: Tensor, device: torch.device) -> Tensor:
+    """Stack recorded hidden states, right-padded with zeros to `length` tokens, `[B, length, H]` in the dtype of `weight_VH`,
+    the output layer that they belong to.
 
     None (a completion that ended in an error) becomes zeros too: masking a NaN in the loss would not keep it out of the
     gradient, where it would be multiplied by zero.
-
-    Raises:
-        RuntimeError: no completion of the batch has a record.
     """
-    kept = next((h for h in hidden_TH if h is not None), None)
-    if kept is None:
-        raise RuntimeError("every completion of the batch ended in an error; there is nothing to train on")
-    padded_BTH = torch.zeros(len(hidden_TH), length, kept.size(-1), dtype=kept.dtype, device=device)
+    padded_BTH = torch.zeros(len(hidden_TH), length, weight_VH.size(1), dtype=weight_VH.dtype, device=device)
     for row, h in zip(padded_BTH, hidden_TH, strict=True):
         if h is not None:
             row[: h.size(0)].copy_(h, non_blocking=True)

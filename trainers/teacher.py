@@ -28,10 +28,14 @@ class Teacher(Protocol):
 
     def columns(
         self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
-    ) -> dict[str, Tensor]:
-        """What the batch must carry for `supervision`, batch first; `prompts` are the teacher's."""
+    ) -> dict[str, Any]:
+        """What the batch must carry for `supervision`: tensors, batch first, or lists; `prompts` are the teacher's.
 
-    def supervision(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Head]:
+        Raises:
+            RuntimeError: there is nothing to train on.
+        """
+
+    def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
         """The teacher's hidden states [B, T, H] for a batch that carries `columns`, and its output layer."""
 
 
@@ -46,12 +50,17 @@ class RecordedTeacher:
 
     def columns(
         self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
+        # They stay on the host, each [T, H], until their pass: a whole optimizer step's may be gigabytes.
         hidden_TH = [None if c.error or c.record is None else c.record.teacher_hidden_TH for c in completions]
-        return {"teacher_hidden": pad_hidden(hidden_TH, completion_mask_BT.size(1), completion_mask_BT.device)}
+        if all(h is None for h in hidden_TH):
+            raise RuntimeError("every completion of the batch ended in an error; there is nothing to train on")
+        return {"teacher_hidden": hidden_TH}
 
-    def supervision(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Head]:
-        return inputs["teacher_hidden"], self.head
+    def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
+        completion_BT = inputs["completion_ids"]
+        padded = pad_hidden(inputs["teacher_hidden"], completion_BT.size(1), self.head.weight_VH, completion_BT.device)
+        return padded, self.head
 
 
 class RecomputedTeacher:
@@ -72,7 +81,7 @@ class RecomputedTeacher:
 
     def columns(
         self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         device = completion_mask_BT.device
         ids = [torch.tensor(prompt, device=device) for prompt in prompts]
         padding = self.trainer._tokenizer.pad_token_id
@@ -82,7 +91,7 @@ class RecomputedTeacher:
         }
 
     @torch.no_grad()
-    def supervision(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Head]:
+    def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
         trainer = self.trainer
         teacher: Any = trainer.accelerator.unwrap_model(self.model)
         # Through its wrapper, as TRL does, so that FSDP and DeepSpeed gather its parameters first; and in its own dtype.
