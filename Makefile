@@ -6,7 +6,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export VLLM_LOGGING_LEVEL ?= ERROR
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-all test-gpu check clean
+.PHONY: setup demo test test-sharded test-all test-gpu check clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,14 @@ demo: setup  ## train SmolLM2 to do what a teacher with the answers does; writes
 test: setup  ## everything but the slow tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
+# DeepSpeed is nobody's dependency, so it gets a folder of its own.
+build/deepspeed: setup
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+	  deepspeed==0.19.8 hjson==3.1.0 py-cpuinfo==9.0.0 msgpack==1.2.4
+
+test-sharded: build/deepspeed  ## FSDP2 and ZeRO-3, in two processes on a CPU
+	PYTHONPATH=build/deepspeed $(BIN)/python -m pytest -m slow tests/test_launch.py -k "fsdp2 or zero3"
+
 test-all: setup
 	$(BIN)/python -m pytest
 
@@ -34,7 +42,7 @@ check: setup  ## what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) test
+	$(MAKE) test test-sharded
 
 clean:
 	rm -rf $(VENV) outputs models .pytest_cache .ruff_cache .mypy_cache

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_utils import set_zero3_state
 
 _PLAIN_LORA = "lora_sync='adapter' takes one adapter of LoRA's A and B on linear layers of the body; use lora_sync='merged'"
 
@@ -26,6 +25,8 @@ def expected_shapes(student: str, kwargs: dict[str, Any]) -> dict[str, torch.Siz
     """
     if kwargs.get("hf_overrides"):
         return None
+    from transformers.modeling_utils import set_zero3_state  # not public
+
     options = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     try:
         with torch.device("meta"), set_zero3_state():  # under DeepSpeed's ZeRO-3 too: whole, and nothing initialized

@@ -30,6 +30,7 @@ from tests.tiny import tiny_engine_kwargs
 
 BLOCK = 4
 HASH_FN = get_hash_fn_by_name("sha256")
+LONG = {"max_position_embeddings": 32768}
 init_none_hash(HASH_FN)  # once: it may be random, and prefixes match only under the same one
 
 
@@ -58,19 +59,29 @@ def make_scheduler(pair, *, blocks: int, budget: int, student_budget: int, max_n
         )
 
 
-@pytest.mark.parametrize(("own", "tokens"), [({}, None), ({"max_num_batched_tokens": 512}, 512)])
-def test_a_step_admits_as_much_of_the_student_as_of_the_teacher(tiny_pair, own, tokens):
-    """vLLM's defaults depend on who asks: `LLM` gets 8 times the requests and tokens that the student would get by itself."""
-    unlimited = {name: value for name, value in tiny_engine_kwargs().items() if name != "max_num_seqs"}
+@pytest.mark.parametrize(
+    ("shared", "own", "limits"),
+    [
+        ({}, {}, (1024, 16384)),
+        ({"max_num_seqs": None, "max_num_batched_tokens": None}, {"max_num_batched_tokens": None}, (1024, 16384)),
+        ({"max_num_seqs": 32}, {}, (32, 8192)),  # as long as 32 sequences can be
+        ({}, {"max_num_batched_tokens": 512}, (512, 512)),
+        ({"max_num_seqs": 32}, {"max_num_batched_tokens": 512}, (32, 512)),
+        ({}, {"enable_chunked_prefill": False, "max_model_len": 20000, "hf_overrides": LONG}, (1024, 20000)),
+    ],
+)
+def test_a_step_admits_as_much_of_the_student_as_of_the_teacher(tiny_pair, monkeypatch, shared, own, limits):
+    """vLLM's defaults depend on who asks; these are an H100's."""
+    of_llm = {UsageContext.LLM_CLASS: 16384}, {UsageContext.LLM_CLASS: 1024}
+    monkeypatch.setattr(EngineArgs, "get_batch_defaults", classmethod(lambda cls, world_size: of_llm))
+    kwargs = {name: value for name, value in tiny_engine_kwargs().items() if name != "max_num_seqs"}
     teacher, student = map(str, tiny_pair)
-    config = PairConfig(teacher=teacher, student=student, engine_kwargs=unlimited, student_kwargs=own)
+    config = PairConfig(teacher=teacher, student=student, engine_kwargs=kwargs | shared, student_kwargs=own)
     vllm_config = EngineArgs(**config.teacher_engine_args()).create_engine_config(UsageContext.LLM_CLASS)
-    of_teacher, of_student = vllm_config.scheduler_config, student_vllm_config(vllm_config).scheduler_config
-    assert of_student.max_num_seqs == of_teacher.max_num_seqs
-    assert of_student.max_num_batched_tokens == (tokens or of_teacher.max_num_batched_tokens)
-    alone = EngineArgs(**unlimited, model=student).create_engine_config().scheduler_config
-    assert alone.max_num_seqs < of_teacher.max_num_seqs
-    assert alone.max_num_batched_tokens < of_teacher.max_num_batched_tokens
+    scheduler = student_vllm_config(vllm_config).scheduler_config
+    assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == limits
+    alone = EngineArgs(**kwargs, model=student).create_engine_config().scheduler_config
+    assert (alone.max_num_seqs, alone.max_num_batched_tokens) == (128, 2048)
 
 
 def request(name: str, prompt: list[int], student_prompt: list[int], max_tokens: int, **options) -> Request:

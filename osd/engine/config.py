@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import SchedulerConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -127,12 +127,11 @@ def wants_overlap(teacher_config: VllmConfig) -> bool:
 def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     """The student's own ``VllmConfig``, made to run inside the teacher's workers.
 
-    Weights, model, compilation and CUDA graphs are the student's; the process group, the block size and, unless the student
-    has its own, the limits of a step are the teacher's: a side that admits less than the other holds it up.
+    Weights, model, compilation and CUDA graphs are the student's; the process group and the block size are the teacher's, and
+    so are the limits of a step where the student has none of its own.
     """
-    teacher = teacher_config.scheduler_config
-    limits = dict(max_num_seqs=teacher.max_num_seqs, max_num_batched_tokens=teacher.max_num_batched_tokens)
-    config = EngineArgs(**limits | _pair_section(teacher_config)["student"]).create_engine_config()
+    own = {name: value for name, value in _pair_section(teacher_config)["student"].items() if value is not None}
+    config = EngineArgs(**_step_limits(teacher_config.scheduler_config, own) | own).create_engine_config()
     config.parallel_config = teacher_config.parallel_config
     config.device_config = teacher_config.device_config
     config.scheduler_config.async_scheduling = teacher_config.scheduler_config.async_scheduling
@@ -140,6 +139,19 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
         config.compilation_config.cudagraph_specialize_lora = False  # all batches have the adapter: no graphs without it
     share_block_size(teacher_config, config)
     return config
+
+
+def _step_limits(teacher: SchedulerConfig, own: dict[str, Any]) -> dict[str, int]:
+    """The teacher's, as far as they fit the student's ``own`` engine arguments.
+
+    A side that admits less than the other holds it up, and vLLM's defaults would: they depend on who asks, and are for `LLM` 8
+    times what they are otherwise.
+    """
+    tokens = own.get("max_num_batched_tokens", teacher.max_num_batched_tokens)
+    limits = {"max_num_seqs": min(teacher.max_num_seqs, tokens), "max_num_batched_tokens": tokens}
+    if own.get("enable_chunked_prefill") is False:
+        del limits["max_num_batched_tokens"]  # it must hold the student's longest prompt, which vLLM sees to
+    return limits
 
 
 def share_block_size(teacher_config: VllmConfig, student_config: VllmConfig) -> None:

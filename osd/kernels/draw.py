@@ -95,6 +95,7 @@ def draw_kernel(
     if WRITE:
         logq += row.to(tl.int64) * vocab
     wants_peak = greedy | (WRITE & (pure > 0))
+    # Not one loop for both: the first run's programs, which all rows wait for, have no use for one.
     if SECOND:
         for tile in range(tl.program_id(0), tiles, programs):
             _tile(

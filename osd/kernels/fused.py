@@ -38,8 +38,8 @@ class Cut:
 class Tuning:
     """The cuts of the three passes; benchmarks/mixing.py --sweep finds them.
 
-    spare: programs, of all rows together, of the passes that hardly any row needs (refine, and draw once more). About as many
-        as a GPU runs at once: more take longer to start than to find that there is nothing to do.
+    spare: programs of the passes that hardly any row needs (refine, and draw once more), shared among up to 64 rows; more rows
+        get as many each as 64 do. About what a GPU runs at once: more take longer to start than to find nothing to do.
     """
 
     meet: Cut = Cut()

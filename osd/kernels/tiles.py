@@ -5,8 +5,9 @@
     draw     q and its sums at that alpha, log q when asked for                          -> token and record, or a guess refuted
 
 and once more refine and draw, for the rows whose guess draw's sums refuted; there is hardly ever one. Each is one kernel and
-one pass over both logits. A program holds one tile of one row in registers and reads it once; what it sums goes to `parts`,
-and the row's last program to arrive combines the tiles in float64 and writes the row's `state`.
+one pass over both logits. A program holds one tile of one row in registers at a time, and reads it once: one for each tile in
+meet and draw; in the passes that hardly any row needs fewer, which take several tiles each. What they sum goes to `parts`, and
+the row's last program to arrive combines the tiles in float64 and writes the row's `state`.
 
 Coordinates are osd.curve's, relative to the likeliest token under alpha = 1/2, the row's peak: its gap is 0 and its
 weight exactly 1, apart from the sums, so that a row with 1e-9 off its peak keeps its digits. delta = alpha - 1/2.
@@ -109,12 +110,12 @@ def sums_of(parts, column, tile_T, tiles, TILES: tl.constexpr):
 
 
 @triton.jit
-def last_to_arrive(count, tiles):
+def last_to_arrive(count, programs):
     """Whether all other programs of this row are done; what they stored is then visible to this one."""
     tl.debug_barrier()  # the atomic is one thread's: every thread must have stored
     arrived = tl.atomic_add(count, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
-    return arrived == tiles - 1
+    return arrived == programs - 1
 
 
 # Reductions of several values at once: each costs a barrier or two, however many values it takes.
