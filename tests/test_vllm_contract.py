@@ -9,6 +9,7 @@ from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationConfig
 from vllm.forward_context import ForwardContext
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -67,6 +68,7 @@ def attributes(cls) -> set[str]:
         (KVCacheManager, "get_num_common_prefix_blocks"),
         (BlockPool, "get_num_free_blocks"),
         (Worker, "init_device load_model determine_available_memory initialize_from_config compile_or_warm_up_model"),
+        (Worker, "shutdown"),
         (Worker, "execute_model sample_tokens vllm_config model_config cache_config scheduler_config compilation_config"),
         (GPUModelRunner, "sampler input_batch requests execute_model_state discard_request_mask profile_run"),
         (GPUModelRunner, "_prepare_inputs use_async_scheduling uses_mrope enable_prompt_embeds lora_config num_spec_tokens"),
@@ -82,7 +84,8 @@ def attributes(cls) -> set[str]:
         (LRUCacheWorkerLoRAManager, "_adapter_manager add_dummy_lora pin_adapter"),
         (LRUCacheLoRAModelManager, "model modules packed_modules _last_mapping"),
         (BaseLinearLayerWithLoRA, "base_layer n_slices set_lora reset_lora"),
-        (GPUModelRunner, "lora_config pin_lora"),
+        (GPUModelRunner, "lora_config pin_lora shutdown"),
+        (TorchCompileWithNoGuardsWrapper, "cleanup"),
         (LogitsProcessors, "all argmax_invariant"),
         (Sampler, "forward sample apply_temperature logprobs_mode"),
     ],

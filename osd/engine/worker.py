@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
@@ -207,6 +208,21 @@ class PairWorker(SleepingPair, Worker):
     def pair_active(self) -> bool:
         """Both samplers are in place; asked once at start-up, because vLLM goes on without a plug-in that is not used."""
         return self.model_runner.sampler is self.sampler and self.student_runner.sampler is self.student_sampler
+
+    def shutdown(self) -> None:
+        """Let go of both models and their caches: the process may go on without them.
+
+        vLLM's own knows of one runner; and a compiled model is registered with torch's compiler, which keeps it.
+        """
+        runners = [runner for name in ("student_runner", "model_runner") if (runner := getattr(self, name, None))]
+        for runner in runners:
+            if getattr(runner, "model", None) is not None:
+                for module in runner.get_model().modules():
+                    if isinstance(module, TorchCompileWithNoGuardsWrapper):
+                        module.cleanup()
+            if runner is not self.model_runner:
+                runner.shutdown()
+        super().shutdown()
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
