@@ -40,6 +40,21 @@ def test_replayed_inputs_are_those_that_vllm_prepares(engine, monkeypatch):
     assert draw.replayed - replayed > 60, "the draw's inputs do not stay where they are"
 
 
+def test_the_first_generate_compiles_no_kernels(tiny_pair):
+    from osd.kernels.draw import draw_kernel
+    from osd.kernels.meet import meet_kernel
+    from osd.kernels.refine import refine_kernel
+
+    kernels = (meet_kernel, refine_kernel, draw_kernel)
+    for kernel in kernels:
+        kernel.device_caches.clear()  # what earlier tests compiled
+    with start(tiny_pair, dtype="bfloat16", enforce_eager=False, compilation_config=GRAPHS) as engine:
+        compiled = [len(kernel.device_caches[0][0]) for kernel in kernels]
+        assert all(compiled)
+        sampled(engine)  # prompts of several lengths: steps in which some rows are sampled, and steps in which all are
+        assert [len(kernel.device_caches[0][0]) for kernel in kernels] == compiled
+
+
 def test_steps_that_are_replayed_sample_what_vllms_own_do(engine, monkeypatch):
     replayed = sampled(engine)
     for runner in runners(engine).values():

@@ -122,6 +122,24 @@ class PairSampler(Sampler):
         self.token_B = sampled_B.clamp(min=0)  # a negative id is a failure, see FAILED_TOKEN
         return SamplerOutput(sampled_token_ids=sampled_B.unsqueeze(-1), logprobs_tensors=None)
 
+    def warm_up(self, teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> None:
+        """Compile the kernels for logits like these, [B, V] with any values, before the first step needs them."""
+        ones = torch.ones(len(teacher_logits), device=teacher_logits.device)
+        in_order = torch.arange(len(teacher_logits), device=teacher_logits.device)
+        draw = Draw()
+        for rows in (None, in_order):
+            part = PartInputs(
+                student=student_logits,
+                teacher=teacher_logits,
+                student_rows=rows,
+                rows=rows,
+                temperature_B=ones,
+                alpha=None,
+                vocab_size=self.vocab_size,
+                solo=False,
+            )
+            draw(part, self.mixing, draw.uniform(len(ones), ones.device, {}))
+
     def _with_failures(self, parts: list[Any]) -> torch.Tensor:
         """The sampled ids [B, 1]; a negative one tells the scheduler whose logits were not numbers, by FAILED_TOKEN.
 

@@ -25,7 +25,7 @@ from osd.engine.books import feed, keep_async_books, note_samples, only_rows
 from osd.engine.config import mixing_config, share_block_size, student_vllm_config, wants_overlap
 from osd.engine.forward import SteadyForward
 from osd.engine.options import PairOptions
-from osd.engine.parts import as_index, take
+from osd.engine.parts import as_index, fused, take
 from osd.engine.record import RecordLog, RequestRecord, dump_records
 from osd.engine.rows import RowPlan, RowPlanner
 from osd.engine.sampler import FedSampler, PairSampler
@@ -157,6 +157,7 @@ class PairWorker(SleepingPair, Worker):
             super().compile_or_warm_up_model()
         times = super().compile_or_warm_up_model()
         self._install_samplers()
+        self._warm_up_sampler()
         self.student_weights = WeightMap(self.student_runner.get_model())
         self.student_adapter = StudentAdapter(self.student_runner)
         for runner in (self.model_runner, self.student_runner):
@@ -173,6 +174,18 @@ class PairWorker(SleepingPair, Worker):
         self.model_runner.sampler, self.student_runner.sampler = self.sampler, self.student_sampler
         self.planner = RowPlanner(self.device)
         self.overlap_forwards(wants_overlap(self.vllm_config))
+
+    @torch.inference_mode()
+    def _warm_up_sampler(self) -> None:
+        """Seconds of compilation that would otherwise be in the first step; other methods' kernels are compiled when used."""
+        if not fused(self.sampler.mixing, self.device):
+            return
+        logits = []
+        for runner in (self.model_runner, self.student_runner):
+            config = runner.model_config
+            hidden_BH = torch.zeros(2, config.get_hidden_size(), dtype=config.dtype, device=self.device)
+            logits.append(runner.model.compute_logits(hidden_BH))
+        self.sampler.warm_up(*logits)
 
     def overlap_forwards(self, on: bool) -> bool:
         """Run the student's forward beside the teacher's, on a stream of its own, or before it; returns which it will be.
