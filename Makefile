@@ -25,11 +25,12 @@ test: setup  ## everything but the slow tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 # DeepSpeed is nobody's dependency, so it gets a folder of its own.
-build/deepspeed: setup
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+build/deepspeed/.ready: $(VENV)/.ready
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) \
 	  deepspeed==0.19.8 hjson==3.1.0 py-cpuinfo==9.0.0 msgpack==1.2.4
+	touch $@
 
-test-sharded: build/deepspeed  ## FSDP2 and ZeRO-3, in two processes on a CPU
+test-sharded: build/deepspeed/.ready  ## FSDP2 and ZeRO-3, in two processes on a CPU
 	PYTHONPATH=build/deepspeed $(BIN)/python -m pytest -m slow tests/test_launch.py -k "fsdp2 or zero3"
 
 test-all: setup
@@ -45,4 +46,4 @@ check: setup  ## what CI runs
 	$(MAKE) test test-sharded
 
 clean:
-	rm -rf $(VENV) outputs models .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build outputs models .pytest_cache .ruff_cache .mypy_cache

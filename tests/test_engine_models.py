@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig
 from vllm import LLM, SamplingParams
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from osd.core import MixingConfig
 from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.worker import PairWorker
 from tests.exact import completion_logits, mixture, reference, solve
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 
@@ -184,13 +189,67 @@ def held_by(engine: PairEngine) -> dict[str, weakref.ref]:
     return held
 
 
+def compiled() -> dict[str, Any]:
+    """Compiled models, as on a GPU: vLLM registers them with torch's compiler, which kept 20 of a GPU's 80 GB."""
+    if torch.cuda.is_available():
+        return {"enforce_eager": False}
+    return {"enforce_eager": False, "compilation_config": {"backend": "eager"}}  # traced, but no kernels made of it
+
+
+def compiled_models() -> int:
+    gc.collect()
+    return sum(isinstance(thing, TorchCompileWithNoGuardsWrapper) for thing in gc.get_objects())
+
+
 def test_a_closed_engine_leaves_nothing_behind(tiny_pair):
-    """Compiled, as it is on a GPU: vLLM registers such a model with torch's compiler, which kept 20 of a GPU's 80 GB."""
-    compiled: dict[str, Any] = {"enforce_eager": False}
-    if not torch.cuda.is_available():
-        compiled["compilation_config"] = {"backend": "eager"}  # traced, but no kernels made of it
-    engine = pair(*tiny_pair, engine_kwargs=compiled)
+    engine = pair(*tiny_pair, engine_kwargs=compiled())
     engine.generate(PROMPTS, sampling=SAMPLING)
     held = held_by(engine)
     engine.close()
     assert not [name for name, ref in held.items() if ref() is not None]
+
+
+def test_an_engine_closed_by_an_error_leaves_no_weights_with_it(tiny_pair, monkeypatch):
+    """Its traceback holds the worker and both runners, and a notebook holds the traceback."""
+    steps = itertools.count()
+
+    def fail(*args: Any) -> None:
+        if next(steps) == 3:
+            raise RuntimeError("in the middle")
+        return sample_tokens(*args)
+
+    engine = pair(*tiny_pair, engine_kwargs=compiled())
+    worker, held = engine._worker(), held_by(engine)
+    sample_tokens = worker.sample_tokens
+    monkeypatch.setattr(worker, "sample_tokens", fail)
+    with pytest.raises(RuntimeError, match="in the middle") as error, engine:
+        engine.generate(PROMPTS, sampling=SAMPLING)
+    assert error.value.__traceback__ is not None
+    assert not [name for name, ref in held.items() if ref() is not None and not name.endswith(" ")]
+
+
+@pytest.mark.parametrize("stage", ["load_model", "initialize_from_config", "_warm_up_sampler", None])
+def test_an_engine_that_does_not_start_leaves_nothing_behind(tiny_pair, monkeypatch, stage):
+    """Whoever reads the error changes an argument and tries again, with the memory of the first try."""
+    before = compiled_models()
+    small = compiled()
+    if stage is None:
+        small["kv_cache_memory_bytes"] = 4096  # refused by vLLM, in nobody's worker
+    else:
+        monkeypatch.setattr(PairWorker, stage, failing_after(getattr(PairWorker, stage)))
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        pair(*tiny_pair, engine_kwargs=small)
+    assert compiled_models() == before
+    assert not PairWorker.alive
+    monkeypatch.undo()
+    with pair(*tiny_pair) as engine:
+        assert engine.generate(PROMPTS, sampling=SAMPLING)
+    del error
+
+
+def failing_after(method: Callable[..., Any]) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        method(*args, **kwargs)
+        raise RuntimeError("out of memory")
+
+    return fail

@@ -27,20 +27,8 @@ def sampled(engine: PairEngine, **sampling) -> tuple[list[list[int]], torch.Tens
     return [c.token_ids for c in completions], torch.cat([c.record.values_TR for c in completions])
 
 
-def test_replayed_inputs_are_those_that_vllm_prepares(engine, monkeypatch):
-    sampled(engine)
-    captured = [list(runner.execute_model._replays.values()) for runner in runners(engine).values()]
-    assert all(any(prepare.captured and logits.captured for prepare, logits in side) for side in captured)
-    assert all("schedule" in prepared(runner, 1) for runner in runners(engine).values()), "compares less than it says"
-    draw = engine._worker().sampler._drawing._draw
-    replayed = draw.replayed
-    differing = compare_with_stock(engine, monkeypatch)
-    sampled(engine)
-    assert not differing
-    assert draw.replayed - replayed > 60, "the draw's inputs do not stay where they are"
-
-
 def test_the_first_generate_compiles_no_kernels(tiny_pair):
+    # The first test of the file: the others share an engine.
     from osd.kernels.draw import draw_kernel
     from osd.kernels.meet import meet_kernel
     from osd.kernels.refine import refine_kernel
@@ -53,6 +41,19 @@ def test_the_first_generate_compiles_no_kernels(tiny_pair):
         assert all(compiled)
         sampled(engine)  # prompts of several lengths: steps in which some rows are sampled, and steps in which all are
         assert [len(kernel.device_caches[0][0]) for kernel in kernels] == compiled
+
+
+def test_replayed_inputs_are_those_that_vllm_prepares(engine, monkeypatch):
+    sampled(engine)
+    captured = [list(runner.execute_model._replays.values()) for runner in runners(engine).values()]
+    assert all(any(prepare.captured and logits.captured for prepare, logits in side) for side in captured)
+    assert all("schedule" in prepared(runner, 1) for runner in runners(engine).values()), "compares less than it says"
+    draw = engine._worker().sampler._drawing._draw
+    replayed = draw.replayed
+    differing = compare_with_stock(engine, monkeypatch)
+    sampled(engine)
+    assert not differing
+    assert draw.replayed - replayed > 60, "the draw's inputs do not stay where they are"
 
 
 def test_steps_that_are_replayed_sample_what_vllms_own_do(engine, monkeypatch):

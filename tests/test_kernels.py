@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +39,10 @@ gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 pytestmark = pytest.mark.gpu
 
 if GPU or INTERPRETED:
+    from osd.kernels import fused as fused_module
+    from osd.kernels.draw import draw_kernel
     from osd.kernels.fused import Cut, FusedMixture, Tuning, mix_and_draw
+    from osd.kernels.tiles import AGAIN
 
     def tiled(tile: int) -> Tuning:
         return Tuning(Cut(tile, 4), Cut(tile, 4), Cut(tile, 4), spare=6)  # of several tiles each, in most tests
@@ -411,11 +416,29 @@ def mistaken(vocab: int) -> tuple[Tensor, Tensor]:
     return spread[0].to(DEVICE), spread[1].to(DEVICE)
 
 
+class FirstRun:
+    """`draw_kernel` that never draws a row again."""
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        return lambda *args, SECOND, **kwargs: None if SECOND else draw_kernel[grid](*args, SECOND=False, **kwargs)
+
+
+def drawn_again(
+    theta: Tensor, teacher: Tensor, uniform: Tensor, monkeypatch: pytest.MonkeyPatch, **tuning: Tuning
+) -> list[int]:
+    """The rows that the draw's own sums refute."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_module, "draw_kernel", FirstRun())
+        once = mix_and_draw(theta, teacher, MixingConfig(), vocab_size=theta.shape[1], uniform=uniform, **tuning)
+    return once._state_P.view(len(theta), -1)[:, AGAIN.value].nonzero().flatten().tolist()
+
+
 @kernel
-def test_rows_whose_interpolants_agree_by_accident() -> None:
+def test_rows_whose_interpolants_agree_by_accident(monkeypatch) -> None:
     """And it is the same to the bit, however many programs share the four tiles."""
     theta, teacher = mistaken(64)
     uniform = rand(0, 24)
+    assert drawn_again(theta, teacher, uniform, monkeypatch, tuning=tiled(16)) == [3, 20]
     few, some, all_tiles = (
         mix_and_draw(
             theta, teacher, MixingConfig(), vocab_size=64, uniform=uniform, tuning=replace(tiled(16), spare=24 * programs)
@@ -566,12 +589,13 @@ class TestOnAGpu:
             assert torch.equal(again.values_PR, first.values_PR)
             assert torch.equal(again.token_P, first.token_P)
 
-    def test_rows_that_are_drawn_again_are_the_same_under_load_whoever_does_it(self) -> None:
+    def test_rows_that_are_drawn_again_are_the_same_under_load_whoever_does_it(self, monkeypatch) -> None:
         theta, teacher = mistaken(151936)
         uniform = rand(0, 24)
+        assert drawn_again(theta, teacher, uniform, monkeypatch)
         exact = mix(theta.double(), teacher.double(), MixingConfig()).alpha_B
         first = mix_and_draw(theta, teacher, MixingConfig(), vocab_size=151936, uniform=uniform)
-        close("alpha", first.alpha_P, exact, atol=5e-5)  # so those two were drawn again
+        close("alpha", first.alpha_P, exact, atol=5e-5)
         check(first, theta, teacher, MixingConfig())
         for spare in [24, 24 * 5, 512, 24 * 75] * 50:
             tuning = replace(Tuning(), spare=spare)

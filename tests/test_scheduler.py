@@ -68,6 +68,8 @@ def make_scheduler(pair, *, blocks: int, budget: int, student_budget: int, max_n
         ({}, {"max_num_batched_tokens": 512}, (512, 512)),
         ({"max_num_seqs": 32}, {"max_num_batched_tokens": 512}, (32, 512)),
         ({}, {"enable_chunked_prefill": False, "max_model_len": 20000, "hf_overrides": LONG}, (1024, 20000)),
+        ({}, {"enable_chunked_prefill": False}, (1024, 16384)),  # each of its prompts is shorter
+        ({"max_num_seqs": 4096}, {"enable_chunked_prefill": False}, (4096, 16384)),
     ],
 )
 def test_a_step_admits_as_much_of_the_student_as_of_the_teacher(tiny_pair, monkeypatch, shared, own, limits):

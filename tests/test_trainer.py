@@ -337,6 +337,15 @@ def test_a_completion_in_error_is_masked_out_and_counted(make, w63_is_no_number,
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
+@pytest.mark.parametrize("size", [4, 1])
+def test_evaluation_goes_on_after_a_completion_in_error(make, w63_is_no_number, size):
+    rows = Dataset.from_list([*ROWS[:3], {"prompt": "w7", "teacher_prompt": "w63"}])
+    trainer = make(eval_dataset=rows, per_device_eval_batch_size=size, **w63_is_no_number)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    assert metrics["eval_completions/failed"] == 1 / (4 // size)  # a mean over the batches
+
+
 def test_a_batch_of_errors_only_is_refused(make, w63_is_no_number):
     trainer = make([{"prompt": "w7", "teacher_prompt": "w63"}] * 4, max_steps=1, **w63_is_no_number)
     with pytest.raises(RuntimeError, match="every completion of the batch ended in an error"):

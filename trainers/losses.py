@@ -62,9 +62,8 @@ def batch_loss(
         divergence_N = divergence_N.clamp(max=of.clip)
     if weight_BT is not None:
         divergence_N = divergence_N * weight_BT[kept_BT]
-    # A batch without a token is a finite zero, not 0 / 0.
-    divisor = tokens.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=tokens.device)
-    loss = divergence_N.sum() / divisor
+    divisor = tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=tokens.device)
+    loss = divergence_N.sum() / divisor.clamp(min=1)  # a batch without a token is a finite zero, not 0 / 0
     return BatchLoss(loss, entropy_N.sum().detach(), tokens, clipped)
 
 

@@ -29,11 +29,7 @@ class Teacher(Protocol):
     def columns(
         self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
     ) -> dict[str, Any]:
-        """What the batch must carry for `supervision`: tensors, batch first, or lists; `prompts` are the teacher's.
-
-        Raises:
-            RuntimeError: there is nothing to train on.
-        """
+        """What the batch must carry for `supervision`: tensors, batch first, or lists; `prompts` are the teacher's."""
 
     def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
         """The teacher's hidden states [B, T, H] for a batch that carries `columns`, and its output layer."""
@@ -52,10 +48,7 @@ class RecordedTeacher:
         self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
     ) -> dict[str, Any]:
         # They stay on the host, each [T, H], until their pass: a whole optimizer step's may be gigabytes.
-        hidden_TH = [None if c.error or c.record is None else c.record.teacher_hidden_TH for c in completions]
-        if all(h is None for h in hidden_TH):
-            raise RuntimeError("every completion of the batch ended in an error; there is nothing to train on")
-        return {"teacher_hidden": hidden_TH}
+        return {"teacher_hidden": [None if c.error or c.record is None else c.record.teacher_hidden_TH for c in completions]}
 
     def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
         completion_BT = inputs["completion_ids"]

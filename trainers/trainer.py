@@ -186,6 +186,8 @@ class OSDTrainer(DistillationTrainer):
         assert batch is not None, "TRL called generate()"
         completions = batch.completions
         output |= self._recorded_columns(completions, output["completion_mask"])
+        if mode == "train" and not output["num_items_in_batch"]:  # of all processes, which stop together
+            raise RuntimeError(f"every completion of the batch ended in an error; the first: {completions[0].error}")
         output |= self._teacher.columns(completions, teacher_ids, output["completion_mask"])
         metrics = batch_metrics(self.vllm_generation, self.accelerator)
         metrics["engine/weights_version"] += self._earlier_syncs

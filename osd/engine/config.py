@@ -148,10 +148,9 @@ def _step_limits(teacher: SchedulerConfig, own: dict[str, Any]) -> dict[str, int
     times what they are otherwise.
     """
     tokens = own.get("max_num_batched_tokens", teacher.max_num_batched_tokens)
-    limits = {"max_num_seqs": min(teacher.max_num_seqs, tokens), "max_num_batched_tokens": tokens}
-    if own.get("enable_chunked_prefill") is False:
-        del limits["max_num_batched_tokens"]  # it must hold the student's longest prompt, which vLLM sees to
-    return limits
+    if own.get("enable_chunked_prefill") is False and "max_num_batched_tokens" not in own:
+        tokens = max(tokens, EngineArgs(**own).create_model_config().max_model_len)  # prompts are not split
+    return {"max_num_seqs": min(teacher.max_num_seqs, tokens), "max_num_batched_tokens": tokens}
 
 
 def share_block_size(teacher_config: VllmConfig, student_config: VllmConfig) -> None:

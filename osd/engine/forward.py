@@ -77,6 +77,14 @@ class SteadyForward:
             self._step = self._step_of(scheduler_output)
         return output
 
+    def remove(self) -> None:
+        """Give the runner its own methods back and keep nothing of its steps, which hold its graphs and their memory."""
+        for name in ("execute_model", "_build_attention_metadata", "_model_forward"):
+            vars(self.runner).pop(name, None)
+        self._step = self._context = self._pool = None
+        self._metadata, self._inputs = {}, {}
+        self._replays.clear()
+
     # -- what vLLM's own step shows ---------------------------------------------------------------------------------
 
     def _watched_build(self, **kwargs: Any) -> Any:
@@ -101,7 +109,9 @@ class SteadyForward:
             self._move_on(rows)
             return self._build(**metadata)[0]
 
-        compute_logits = runner.model.compute_logits
+        def compute_logits(hidden_BH: torch.Tensor) -> torch.Tensor:
+            return runner.model.compute_logits(hidden_BH)  # not the model itself: a traceback may hold a step
+
         step = _Step(
             req_ids=cached.req_ids,
             computed=cached.num_computed_tokens,

@@ -7,6 +7,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -29,6 +30,7 @@ from osd.engine.options import PairOptions  # noqa: E402
 from osd.engine.record import RequestRecord, load_records  # noqa: E402
 from osd.engine.requests import PairCompletion, PairPrompt, RequestChecks, checked_params, one_each  # noqa: E402
 from osd.engine.weights import dump_weights  # noqa: E402
+from osd.engine.worker import PairWorker  # noqa: E402
 
 __all__ = ["PairCompletion", "PairConfig", "PairEngine", "PairPrompt", "checked_params"]
 
@@ -54,20 +56,38 @@ class PairEngine:
         self._check_can_sleep(config)
         self.config = config
         _keep_torch_threads()
-        self.llm = LLM(**config.teacher_engine_args())
+        self.asleep = False
+        try:
+            self._start()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _start(self) -> None:
+        self.llm = LLM(**self.config.teacher_engine_args())
         self._engine = self.llm.llm_engine
         self._student_config = student_vllm_config(self._engine.vllm_config)
         self._check_active()
         skipped = self._engine.vllm_config.model_config.skip_tokenizer_init
         self.tokenizer: Any = None if skipped else self.llm.get_tokenizer()
         self.weights_version = 0
-        self.mixing = config.mixing
+        self.mixing = self.config.mixing
         self._request_number = itertools.count()
         self._stale: str | None = None
         self._caches_in_doubt = False
-        self.asleep = False
         if self._worker() is not None:
             PairEngine._in_this_process = weakref.ref(self)
+
+    def _give_up(self) -> None:
+        """Give back what an engine that did not start has taken: whoever reads the error tries again in this process."""
+        with suppress(Exception):  # the error that is on its way says more
+            self.close()
+        if workers := list(PairWorker.alive):
+            for worker in workers:
+                with suppress(Exception):
+                    worker.shutdown()
+            gc.collect()
+            cleanup_dist_env_and_memory()
 
     @classmethod
     def _check_alone(cls) -> None:
@@ -368,10 +388,12 @@ class PairEngine:
             if self.asleep:
                 llm.wake_up()  # vLLM's allocator cannot free memory that it has unmapped
         finally:
-            self._engine.engine_core.shutdown()
-            del self.llm, self._engine, llm
-            gc.collect()
-            cleanup_dist_env_and_memory()
+            try:
+                self._engine.engine_core.shutdown()
+            finally:
+                del self.llm, self._engine, llm
+                gc.collect()
+                cleanup_dist_env_and_memory()
 
     def __enter__(self) -> PairEngine:
         return self

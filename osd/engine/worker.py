@@ -7,9 +7,10 @@ mixes the logits in the teacher's sampler and hands the drawn tokens to the stud
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
@@ -51,10 +52,12 @@ class PairWorker(SleepingPair, Worker):
 
     vllm_config: VllmConfig
     model_runner: Any
+    alive: ClassVar[weakref.WeakSet[PairWorker]] = weakref.WeakSet()  # those of this process that are not shut down
 
     # -- building both sides ----------------------------------------------------------------------------------------
 
     def init_device(self) -> None:
+        PairWorker.alive.add(self)
         self.student_config = student_vllm_config(self.vllm_config)
         _refuse_recurrent(teacher=self.model_config, student=self.student_config.model_config)
         super().init_device()
@@ -223,19 +226,28 @@ class PairWorker(SleepingPair, Worker):
         return self.model_runner.sampler is self.sampler and self.student_runner.sampler is self.student_sampler
 
     def shutdown(self) -> None:
-        """Let go of both models and their caches: the process may go on without them.
+        """Let go of both models and their caches: the process may go on without them, and an exception's traceback, or a
+        notebook, may go on holding this worker.
 
         vLLM's own knows of one runner; and a compiled model is registered with torch's compiler, which keeps it.
         """
+        PairWorker.alive.discard(self)
         runners = [runner for name in ("student_runner", "model_runner") if (runner := getattr(self, name, None))]
         for runner in runners:
+            runner.execute_model_state = None
+            if isinstance(steady := vars(runner).get("execute_model"), SteadyForward):
+                steady.remove()
             if getattr(runner, "model", None) is not None:
                 for module in runner.get_model().modules():
                     if isinstance(module, TorchCompileWithNoGuardsWrapper):
                         module.cleanup()
-            if runner is not self.model_runner:
-                runner.shutdown()
-        super().shutdown()
+        for name in ("student_weights", "student_adapter", "sampler", "student_sampler", "planner", "records"):
+            self.__dict__.pop(name, None)
+        try:
+            if len(runners) == 2:
+                self.student_runner.shutdown()
+        finally:
+            super().shutdown()
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
