@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import random
 import resource
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -198,20 +199,39 @@ class Clock(TrainerCallback):
             self.memory.look()
             if counted == self.job.steps:
                 self.watch.start()
+                self.memory.keep_looking()
         elif counted > self.job.steps:
             self.parts.append(dict.fromkeys(PARTS, 0.0) | self.watch.lap())
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.memory.stop_looking()
+
 
 class Memory:
-    """Bytes of the device: allocated by torch (the engine's weights and KV cache with it), and used in all.
+    """Bytes of the device: allocated by torch (the engine's weights and KV cache with it, asleep or not), and used in all.
 
-    What torch reserved it keeps, so what the device has used after a step is what it needed within it. Without a GPU, the
-    process's resident memory.
+    Used is looked at after each step that is timed as a whole, and every few milliseconds of those whose parts are: an engine
+    that sleeps after sampling is not there at the end of a step. Without a GPU, the process's resident memory.
     """
 
     def __init__(self, gpu: bool) -> None:
         self.gpu = gpu
         self.bytes: dict[str, int] = {}
+        self._over = threading.Event()
+        self._looking: threading.Thread | None = None
+
+    def keep_looking(self) -> None:
+        def look() -> None:
+            while not self._over.wait(0.02):
+                self.look()
+
+        self._looking = threading.Thread(target=look, daemon=True)
+        self._looking.start()
+
+    def stop_looking(self) -> None:
+        self._over.set()
+        if self._looking is not None:
+            self._looking.join()
 
     def begin(self) -> None:
         """The warm-up is over: from here on it is the memory of training."""

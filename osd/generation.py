@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 import torch
 from trl.trainer.utils import ensure_master_addr_port
 
-from osd.prompts import Prompt, encode
+from osd.prompts import Prompt, encode_all
 from osd.sync import LiveStudent
 
 if TYPE_CHECKING:
@@ -210,17 +210,16 @@ class OSDGeneration(LiveStudent):
         """
         if self._teacher_side is not None:
             raise RuntimeError("teacher_reads() is already in effect; it cannot be nested")
-        token_ids = None if prompts is None else [self._teacher_ids(prompt) for prompt in prompts]
-        self._teacher_side = _TeacherSide(token_ids, alpha)
+        self._teacher_side = _TeacherSide(None if prompts is None else self._teacher_ids(prompts), alpha)
         try:
             yield
         finally:
             self._teacher_side = None
 
-    def _teacher_ids(self, prompt: Prompt | list[int]) -> list[int]:
-        if _is_token_ids(prompt):
-            return prompt
-        return encode(self.engine.tokenizer, cast(Prompt, prompt))
+    def _teacher_ids(self, prompts: Sequence[Prompt | list[int]]) -> list[list[int]]:
+        to_encode = [cast(Prompt, prompt) for prompt in prompts if not _is_token_ids(prompt)]
+        encoded = iter(encode_all(self.engine.tokenizer, to_encode))
+        return [prompt if _is_token_ids(prompt) else next(encoded) for prompt in prompts]
 
     def generate(
         self,

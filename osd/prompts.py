@@ -78,32 +78,46 @@ def encode(tokenizer: Any, prompt: Prompt, **chat_template_kwargs: Any) -> list[
         ValueError: a conversation that the tokenizer's chat template refuses, or a tokenizer that has none; a prompt of no
             tokens.
     """
-    check_prompt(prompt)
-    if isinstance(prompt, str):
-        token_ids = tokenizer(prompt)["input_ids"]
-    else:
-        token_ids = _apply_chat_template(tokenizer, prompt, chat_template_kwargs)
-    if not token_ids:
-        raise ValueError(f"the prompt {prompt!r:.200} has no tokens; a model needs at least one to continue from")
-    return list(token_ids)
+    return encode_all(tokenizer, [prompt], **chat_template_kwargs)[0]
 
 
-def _apply_chat_template(tokenizer: Any, messages: Sequence[Message], kwargs: dict[str, Any]) -> list[int]:
+def encode_all(tokenizer: Any, prompts: Sequence[Prompt], **chat_template_kwargs: Any) -> list[list[int]]:
+    """`encode` of each of these prompts, in as few calls as that takes: a fast tokenizer spreads a call over the cores.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    for prompt in prompts:
+        check_prompt(prompt)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    conversations = [[dict(message) for message in prompt] for prompt in prompts if not isinstance(prompt, str)]
+    of_texts = iter(tokenizer(text=texts)["input_ids"] if texts else ())
+    of_chats = iter(_apply_chat_template(tokenizer, conversations, chat_template_kwargs) if conversations else ())
+    token_ids = [list(next(of_texts if isinstance(prompt, str) else of_chats)) for prompt in prompts]
+    for prompt, ids in zip(prompts, token_ids, strict=True):
+        if not ids:
+            raise ValueError(f"the prompt {prompt!r:.200} has no tokens; a model needs at least one to continue from")
+    return token_ids
+
+
+def _apply_chat_template(tokenizer: Any, conversations: list[list[dict[str, Any]]], kwargs: dict[str, Any]) -> list[list[int]]:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, so a conversation cannot be "
             "rendered; give plain-text prompts, or a model with a chat template"
         )
-    conversation = [dict(message) for message in messages]
     from jinja2 import TemplateError
 
+    kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **kwargs}
     try:
-        encoded = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs
-        )
-    except TemplateError as error:  # some templates refuse a system message, or two user messages in a row
-        raise ValueError(f"the chat template does not take this conversation ({error}): {conversation!r:.200}") from error
-    return encoded["input_ids"]
+        return tokenizer.apply_chat_template(conversations, **kwargs)["input_ids"]
+    except TemplateError:
+        for chat in conversations:  # some templates refuse a system message, or two user messages in a row
+            try:
+                tokenizer.apply_chat_template(chat, **kwargs)
+            except TemplateError as error:
+                raise ValueError(f"the chat template does not take this conversation ({error}): {chat!r:.200}") from error
+        raise
 
 
 # -- what only the teacher reads ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 from osd.prompts import (
     DEFAULT_PRIVILEGED_TEMPLATE,
     encode,
+    encode_all,
     for_side,
     privileged_template_for,
     teacher_prompt,
@@ -71,6 +72,20 @@ def test_encode_is_what_trl_does(tokenizer):
     assert encode(tokenizer, "w7 w8") == tokenizer(text=["w7 w8"])["input_ids"][0] == [7, 8]
     rendered = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert encode(tokenizer, CHAT) == rendered["input_ids"] == [1, 5, 7, 8, 2, 1, 6]
+
+
+def test_encode_all_is_encode_of_each(tokenizer):
+    prompts = ["w7 w8", CHAT, "w9", [*CHAT, {"role": "assistant", "content": "w3"}, {"role": "user", "content": "w4 w5"}]]
+    assert encode_all(tokenizer, prompts) == [encode(tokenizer, prompt) for prompt in prompts]
+    assert encode_all(tokenizer, []) == []
+    with pytest.raises(ValueError, match="'   ' has no tokens"):
+        encode_all(tokenizer, ["w7", "   "])
+
+
+def test_the_conversation_that_a_template_refuses_is_named(tokenizer):
+    template = "{% if messages[0]['content'] == 'w9' %}{{ raise_exception('not nine') }}{% endif %}w3"
+    with pytest.raises(ValueError, match=r"does not take this conversation \(not nine\).*w9"):
+        encode_all(tokenizer, [CHAT, [{"role": "user", "content": "w9"}]], chat_template=template)
 
 
 def test_chat_template_arguments_reach_the_template(tokenizer):

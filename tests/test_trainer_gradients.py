@@ -68,7 +68,7 @@ def test_the_recorded_and_the_recomputed_teacher_agree(make, fields):
     recorded, recompute = make(**fields), make(teacher_signal="recompute", **fields)
     batch, _ = sampled(recorded)
     completions = recorded.vllm_generation.last_batch.completions
-    prompts = [recorded._teacher_ids(row) for row in ROWS[:8]]
+    prompts = recorded._teacher_ids(ROWS[:8])
     plain = [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
 
     def recomputed(teacher_prompts):
@@ -120,7 +120,7 @@ def test_the_configured_divergence_is_what_is_minimised(make, teacher, kind):
     total, tokens, clipped = 0.0, 0, 0
     for i, row in enumerate(ROWS[:8]):
         completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
-        prompts = (batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(), trainer._teacher_ids(row))
+        prompts = (batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(), trainer._teacher_ids([row])[0])
         with torch.no_grad():
             q, p = (
                 (model(torch.tensor([ids + completion], device=DEVICE)).logits[0, len(ids) - 1 : -1] / 0.8).softmax(-1)
@@ -413,7 +413,7 @@ def test_the_gap_is_what_the_teachers_own_prompt_is_worth(make, teacher):
     gaps = []
     for i, (row, completion) in enumerate(zip(ROWS[:8], completions, strict=True)):
         plain = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
-        with_it, without = (logp(teacher, ids, completion.token_ids) for ids in (trainer._teacher_ids(row), plain))
+        with_it, without = (logp(teacher, ids, completion.token_ids) for ids in (trainer._teacher_ids([row])[0], plain))
         gaps.append(with_it - without)
     gap = torch.cat(gaps)
     assert gap.abs().mean() > 0.05

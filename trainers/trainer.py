@@ -33,7 +33,7 @@ from osd.prompts import (
     PRIVILEGED_COLUMN,
     PROMPT_COLUMN,
     TEACHER_PROMPT_COLUMN,
-    encode,
+    encode_all,
     for_side,
     privileged_template_for,
     teacher_prompt,
@@ -177,7 +177,7 @@ class OSDTrainer(DistillationTrainer):
 
     def _sampled_and_supervised(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        teacher_ids = [self._teacher_ids(row) for row in inputs]
+        teacher_ids = self._teacher_ids(inputs)
         self.vllm_generation.model = self.model  # FSDP1 wraps it anew when training begins
         student_rows = [{**row, PROMPT_COLUMN: self._student_prompt(row)} for row in inputs]
         with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(inputs, mode)):
@@ -224,11 +224,11 @@ class OSDTrainer(DistillationTrainer):
         args = self.args
         return for_side(row[PROMPT_COLUMN], system_prompt=args.student_system_prompt, chat=args.enable_chat_template)
 
-    def _teacher_ids(self, row: Mapping[str, Any]) -> list[int]:
+    def _teacher_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
         args = self.args
-        prompt = teacher_prompt(row, privileged_template_for(row, args.privileged_template))
-        prompt = for_side(prompt, system_prompt=args.teacher_system_prompt, chat=args.enable_chat_template)
-        return encode(self.vllm_generation.engine.tokenizer, prompt, **self.chat_template_kwargs)
+        prompts = [teacher_prompt(row, privileged_template_for(row, args.privileged_template)) for row in rows]
+        prompts = [for_side(p, system_prompt=args.teacher_system_prompt, chat=args.enable_chat_template) for p in prompts]
+        return encode_all(self.vllm_generation.engine.tokenizer, prompts, **self.chat_template_kwargs)
 
     def _recorded_columns(self, completions: list[PairCompletion], completion_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         """Batch-first tensors, which TRL shuffles and splits with the rest: `loss_mask`, `logp_theta`, `logp_draw`, [B, T].
