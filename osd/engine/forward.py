@@ -109,9 +109,7 @@ class SteadyForward:
             self._move_on(rows)
             return self._build(**metadata)[0]
 
-        def compute_logits(hidden_BH: torch.Tensor) -> torch.Tensor:
-            return runner.model.compute_logits(hidden_BH)  # not the model itself: a traceback may hold a step
-
+        compute_logits = runner.model.compute_logits
         step = _Step(
             req_ids=cached.req_ids,
             computed=cached.num_computed_tokens,

@@ -7,6 +7,7 @@ mixes the logits in the teacher's sampler and hands the drawn tokens to the stud
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -226,28 +227,27 @@ class PairWorker(SleepingPair, Worker):
         return self.model_runner.sampler is self.sampler and self.student_runner.sampler is self.student_sampler
 
     def shutdown(self) -> None:
-        """Let go of both models and their caches: the process may go on without them, and an exception's traceback, or a
-        notebook, may go on holding this worker.
+        """Give the memory of both models and their caches back, whoever holds on to this worker or to a model: the process may
+        go on without them, and a traceback has frames of both.
 
-        vLLM's own knows of one runner; and a compiled model is registered with torch's compiler, which keeps it.
+        vLLM's own knows of one runner, and trusts that nobody holds its model; torch's compiler does, where it is registered.
         """
         PairWorker.alive.discard(self)
         runners = [runner for name in ("student_runner", "model_runner") if (runner := getattr(self, name, None))]
+        models = [runner.get_model() for runner in runners if getattr(runner, "model", None) is not None]
         for runner in runners:
             runner.execute_model_state = None
             if isinstance(steady := vars(runner).get("execute_model"), SteadyForward):
                 steady.remove()
-            if getattr(runner, "model", None) is not None:
-                for module in runner.get_model().modules():
-                    if isinstance(module, TorchCompileWithNoGuardsWrapper):
-                        module.cleanup()
         for name in ("student_weights", "student_adapter", "sampler", "student_sampler", "planner", "records"):
             self.__dict__.pop(name, None)
         try:
             if len(runners) == 2:
                 self.student_runner.shutdown()
         finally:
-            super().shutdown()
+            super().shutdown()  # waits for the device
+            for model in models:
+                _let_go(model)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -379,6 +379,16 @@ class PairWorker(SleepingPair, Worker):
                 f"a request was admitted for the student's weights version {step.weights_version}, and version "
                 f"{self.weights_version} is loaded: its KV cache would belong to other weights"
             )
+
+
+@torch.inference_mode()
+def _let_go(model: torch.nn.Module) -> None:
+    """Unregister a compiled model from torch's compiler, and free its weights under whoever holds it."""
+    for module in model.modules():
+        if isinstance(module, TorchCompileWithNoGuardsWrapper):
+            module.cleanup()
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.new_empty(0)
 
 
 def _refuse_recurrent(**models: Any) -> None:
