@@ -226,7 +226,7 @@ def test_an_engine_closed_by_an_error_gives_its_memory_back(tiny_pair, monkeypat
     monkeypatch.setattr(worker, "sample_tokens", fail)
     with pytest.raises(RuntimeError, match="in the middle"), engine:
         engine.generate(PROMPTS, sampling=SAMPLING)
-    assert not any(tensor.numel() for model in models for tensor in (*model.parameters(), *model.buffers()))
+    assert not any(parameter.numel() for model in models for parameter in model.parameters())
     assert not any(ref() is not None for ref in caches)
 
 

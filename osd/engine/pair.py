@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -30,7 +31,6 @@ from osd.engine.options import PairOptions  # noqa: E402
 from osd.engine.record import RequestRecord, load_records  # noqa: E402
 from osd.engine.requests import PairCompletion, PairPrompt, RequestChecks, checked_params, one_each  # noqa: E402
 from osd.engine.weights import dump_weights  # noqa: E402
-from osd.engine.worker import PairWorker  # noqa: E402
 
 __all__ = ["PairCompletion", "PairConfig", "PairEngine", "PairPrompt", "checked_params"]
 
@@ -82,7 +82,8 @@ class PairEngine:
         """Give back what an engine that did not start has taken: whoever reads the error tries again in this process."""
         with suppress(Exception):  # the error that is on its way says more
             self.close()
-        if workers := list(PairWorker.alive):
+        module = sys.modules.get("osd.engine.worker")  # not imported where vLLM's engine core has a process of its own
+        if workers := [] if module is None else list(module.PairWorker.alive):
             for worker in workers:
                 with suppress(Exception):
                     worker.shutdown()

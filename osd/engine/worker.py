@@ -7,7 +7,6 @@ mixes the logits in the teacher's sampler and hands the drawn tokens to the stud
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -245,9 +244,11 @@ class PairWorker(SleepingPair, Worker):
             if len(runners) == 2:
                 self.student_runner.shutdown()
         finally:
-            super().shutdown()  # waits for the device
-            for model in models:
-                _let_go(model)
+            try:
+                super().shutdown()  # waits for the device
+            finally:
+                for model in models:
+                    _let_go(model)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -383,12 +384,15 @@ class PairWorker(SleepingPair, Worker):
 
 @torch.inference_mode()
 def _let_go(model: torch.nn.Module) -> None:
-    """Unregister a compiled model from torch's compiler, and free its weights under whoever holds it."""
+    """Unregister a compiled model from torch's compiler, and free its weights under whoever holds it.
+
+    Not its buffers: vLLM's models of a process share rotary caches.
+    """
     for module in model.modules():
         if isinstance(module, TorchCompileWithNoGuardsWrapper):
             module.cleanup()
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        tensor.data = tensor.new_empty(0)
+    for parameter in model.parameters():
+        parameter.data = parameter.new_empty(0)
 
 
 def _refuse_recurrent(**models: Any) -> None:
