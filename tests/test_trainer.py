@@ -338,12 +338,24 @@ def test_a_completion_in_error_is_masked_out_and_counted(make, w63_is_no_number,
 
 
 @pytest.mark.parametrize("size", [4, 1])
-def test_evaluation_goes_on_after_a_completion_in_error(make, w63_is_no_number, size):
-    rows = Dataset.from_list([*ROWS[:3], {"prompt": "w7", "teacher_prompt": "w63"}])
-    trainer = make(eval_dataset=rows, per_device_eval_batch_size=size, **w63_is_no_number)
-    metrics = trainer.evaluate()
-    assert metrics["eval_loss"] > 0
-    assert metrics["eval_completions/failed"] == 1 / (4 // size)  # a mean over the batches
+def test_evaluation_is_of_the_completions_without_error(make, w63_is_no_number, size):
+    bad = {"prompt": "w7", "teacher_prompt": "w63"}
+    w63_is_no_number["generation_kwargs"] |= {"temperature": 0.0, "ignore_eos": True}
+
+    def evaluated(rows):
+        trainer = make(eval_dataset=Dataset.from_list(rows), per_device_eval_batch_size=size, **w63_is_no_number)
+        return trainer.evaluate()
+
+    with_it, without = evaluated([*ROWS[:3], bad]), evaluated(ROWS[:3])
+    assert with_it["eval_loss"] == pytest.approx(without["eval_loss"], rel=1e-5)
+    assert with_it["eval_completions/failed"] == 1 / (4 // size)  # a mean over the batches
+    assert math.isnan(evaluated([bad, bad])["eval_loss"])
+
+
+def test_a_trainer_closes_no_engine_but_its_own(make):
+    trainer = make(eval_dataset=Dataset.from_list(ROWS[:2]))
+    trainer.close()
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_a_batch_of_errors_only_is_refused(make, w63_is_no_number):

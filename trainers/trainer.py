@@ -16,6 +16,7 @@ Of TRL's DistillationTrainer these are overridden, all of them private to TRL an
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -166,7 +167,8 @@ class OSDTrainer(DistillationTrainer):
 
     def close(self) -> None:
         """Shut the paired engine down, if this trainer started it, and give its memory back."""
-        self.__dict__.pop("_teacher", None)  # it refers to the engine's memory
+        if self.vllm_generation.engine is not self.vllm_generation.pair:
+            self.__dict__.pop("_teacher", None)  # it refers to the engine's memory
         self.vllm_generation.close()
 
     # -- completions and their supervision ----------------------------------------------------------------------------
@@ -249,6 +251,7 @@ class OSDTrainer(DistillationTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         self._logp_BT = None
+        self._is_counted = self.model.training or bool(inputs["num_items_in_batch"])
         # accelerate wraps the model's forward method in autocast, and TRL puts the loss in that method's place: under TRL 1.16
         # bf16=True computes in the dtype of the weights, float32 as a rule.
         with self.accelerator.autocast():
@@ -378,7 +381,15 @@ class OSDTrainer(DistillationTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # TRL syncs when the step changed; weights can change without it (a best checkpoint loaded after training).
         self._last_loaded_step = -1
-        return super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        output.metrics.setdefault(f"{kwargs.get('metric_key_prefix', 'eval')}_loss", math.nan)  # of batches that all failed
+        return output
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        # A batch of which no token counts, on any process, has no loss; zero would make a broken student the best of all.
+        loss, *rest = super().prediction_step(*args, **kwargs)
+        return loss if self._is_counted else None, *rest
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         wanted, self.log_completions = self.log_completions, False

@@ -7,8 +7,8 @@ import itertools
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from vllm import LLM, SamplingParams, envs  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.engine import core  # noqa: E402
 
 from osd.engine.config import PairConfig, student_vllm_config  # noqa: E402
 from osd.engine.models import check_models  # noqa: E402
@@ -57,6 +58,7 @@ class PairEngine:
         self.config = config
         _keep_torch_threads()
         self.asleep = False
+        self._groups_are_ours = not torch.distributed.is_initialized()
         try:
             self._start()
         except BaseException:
@@ -87,8 +89,16 @@ class PairEngine:
             for worker in workers:
                 with suppress(Exception):
                     worker.shutdown()
-            gc.collect()
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Free what nobody refers to any more, and vLLM's process groups, unless there were some before this engine: then they
+        are a trainer's, or another engine's."""
+        gc.collect()
+        if self._groups_are_ours:
             cleanup_dist_env_and_memory()
+        elif torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
     @classmethod
     def _check_alone(cls) -> None:
@@ -204,6 +214,7 @@ class PairEngine:
                         bar.update()
                         if on_finished is not None:
                             on_finished(len(output.outputs[0].token_ids))
+                            self._check_open()
         return outputs
 
     def _completion(self, prompt: PairPrompt, output: Any, record: RequestRecord | None) -> PairCompletion:
@@ -375,6 +386,7 @@ class PairEngine:
 
     def reset_prefix_cache(self) -> bool:
         """Forget both sides' prefix caches; False if unfinished requests use them, and nothing was done."""
+        self._check_open()
         return self.llm.reset_prefix_cache()
 
     def _check_open(self) -> None:
@@ -390,17 +402,27 @@ class PairEngine:
                 llm.wake_up()  # vLLM's allocator cannot free memory that it has unmapped
         finally:
             try:
-                self._engine.engine_core.shutdown()
+                with nullcontext() if self._groups_are_ours else _groups_kept():
+                    self._engine.engine_core.shutdown()
             finally:
                 del self.llm, self._engine, llm
-                gc.collect()
-                cleanup_dist_env_and_memory()
+                self._clean_up()
 
     def __enter__(self) -> PairEngine:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+@contextmanager
+def _groups_kept() -> Iterator[None]:
+    """In this block vLLM's engine core, shut down, leaves the process groups of this process as they are."""
+    stock, core.cleanup_dist_env_and_memory = core.cleanup_dist_env_and_memory, lambda: None
+    try:
+        yield
+    finally:
+        core.cleanup_dist_env_and_memory = stock
 
 
 def _keep_torch_threads() -> None:
