@@ -172,8 +172,13 @@ class OSDGeneration(LiveStudent):
     def close(self) -> None:
         """Shut the engine down, if this object started it."""
         self._synced = False
-        if self.engine is not self.pair:
+        if self.owns_engine:
             self.engine.close()
+
+    @property
+    def owns_engine(self) -> bool:
+        """Whether this object started its engine, and closes it."""
+        return self.engine is not self.pair
 
     # -- sleep --------------------------------------------------------------------------------------------------------
 

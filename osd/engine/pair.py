@@ -5,16 +5,15 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from osd.core import MixingConfig
-from osd.engine.compat import check_vllm
+from osd.engine.compat import check_vllm, setting
 
 check_vllm()
 # The pair drives vLLM's V1 model runner; V2 is another seam. It must be said before vLLM reads its environment.
@@ -26,6 +25,7 @@ from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.engine import core  # noqa: E402
 
+from osd.engine.closing import workers  # noqa: E402
 from osd.engine.config import PairConfig, student_vllm_config  # noqa: E402
 from osd.engine.models import check_models  # noqa: E402
 from osd.engine.options import PairOptions  # noqa: E402
@@ -84,9 +84,8 @@ class PairEngine:
         """Give back what an engine that did not start has taken: whoever reads the error tries again in this process."""
         with suppress(Exception):  # the error that is on its way says more
             self.close()
-        module = sys.modules.get("osd.engine.worker")  # not imported where vLLM's engine core has a process of its own
-        if workers := [] if module is None else list(module.PairWorker.alive):
-            for worker in workers:
+        if left := list(workers):
+            for worker in left:
                 with suppress(Exception):
                     worker.shutdown()
             self._clean_up()
@@ -402,7 +401,7 @@ class PairEngine:
                 llm.wake_up()  # vLLM's allocator cannot free memory that it has unmapped
         finally:
             try:
-                with nullcontext() if self._groups_are_ours else _groups_kept():
+                with setting(core, cleanup_dist_env_and_memory=lambda: None):  # it asks nobody whose groups they are
                     self._engine.engine_core.shutdown()
             finally:
                 del self.llm, self._engine, llm
@@ -413,16 +412,6 @@ class PairEngine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-@contextmanager
-def _groups_kept() -> Iterator[None]:
-    """In this block vLLM's engine core, shut down, leaves the process groups of this process as they are."""
-    stock, core.cleanup_dist_env_and_memory = core.cleanup_dist_env_and_memory, lambda: None
-    try:
-        yield
-    finally:
-        core.cleanup_dist_env_and_memory = stock
 
 
 def _keep_torch_threads() -> None:

@@ -7,13 +7,11 @@ mixes the logits in the teacher's sampler and hands the drawn tokens to the stud
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
@@ -23,6 +21,7 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from osd.core import MixingConfig
 from osd.engine.adapter import StudentAdapter
 from osd.engine.books import feed, keep_async_books, note_samples, only_rows
+from osd.engine.closing import ClosingPair
 from osd.engine.config import mixing_config, share_block_size, student_vllm_config, wants_overlap
 from osd.engine.forward import SteadyForward
 from osd.engine.options import PairOptions
@@ -47,17 +46,15 @@ if TYPE_CHECKING:
 _CONFIG_ATTRIBUTES = ("model_config", "cache_config", "load_config", "scheduler_config", "compilation_config")
 
 
-class PairWorker(SleepingPair, Worker):
+class PairWorker(ClosingPair, SleepingPair, Worker):
     """vLLM's worker of this platform, for two models."""
 
     vllm_config: VllmConfig
     model_runner: Any
-    alive: ClassVar[weakref.WeakSet[PairWorker]] = weakref.WeakSet()  # those of this process that are not shut down
 
     # -- building both sides ----------------------------------------------------------------------------------------
 
     def init_device(self) -> None:
-        PairWorker.alive.add(self)
         self.student_config = student_vllm_config(self.vllm_config)
         _refuse_recurrent(teacher=self.model_config, student=self.student_config.model_config)
         super().init_device()
@@ -225,31 +222,6 @@ class PairWorker(SleepingPair, Worker):
         """Both samplers are in place; asked once at start-up, because vLLM goes on without a plug-in that is not used."""
         return self.model_runner.sampler is self.sampler and self.student_runner.sampler is self.student_sampler
 
-    def shutdown(self) -> None:
-        """Give the memory of both models and their caches back, whoever holds on to this worker or to a model: the process may
-        go on without them, and a traceback has frames of both.
-
-        vLLM's own knows of one runner, and trusts that nobody holds its model; torch's compiler does, where it is registered.
-        """
-        PairWorker.alive.discard(self)
-        runners = [runner for name in ("student_runner", "model_runner") if (runner := getattr(self, name, None))]
-        models = [runner.get_model() for runner in runners if getattr(runner, "model", None) is not None]
-        for runner in runners:
-            runner.execute_model_state = None
-            if isinstance(steady := vars(runner).get("execute_model"), SteadyForward):
-                steady.remove()
-        for name in ("student_weights", "student_adapter", "sampler", "student_sampler", "planner", "records"):
-            self.__dict__.pop(name, None)
-        try:
-            if len(runners) == 2:
-                self.student_runner.shutdown()
-        finally:
-            try:
-                super().shutdown()  # waits for the device
-            finally:
-                for model in models:
-                    _let_go(model)
-
     # -- one step ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -380,19 +352,6 @@ class PairWorker(SleepingPair, Worker):
                 f"a request was admitted for the student's weights version {step.weights_version}, and version "
                 f"{self.weights_version} is loaded: its KV cache would belong to other weights"
             )
-
-
-@torch.inference_mode()
-def _let_go(model: torch.nn.Module) -> None:
-    """Unregister a compiled model from torch's compiler, and free its weights under whoever holds it.
-
-    Not its buffers: vLLM's models of a process share rotary caches.
-    """
-    for module in model.modules():
-        if isinstance(module, TorchCompileWithNoGuardsWrapper):
-            module.cleanup()
-    for parameter in model.parameters():
-        parameter.data = parameter.new_empty(0)
 
 
 def _refuse_recurrent(**models: Any) -> None:
