@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.process import GPU, ROOT, header, result_path
 from benchmarks.shapes import parse_pair, write_model
 from benchmarks.sync_worker import timed
-from osd.engine.pair import PairConfig
+from osd.engine.engine import PairConfig
 from osd.generation import OSDGeneration
 
 

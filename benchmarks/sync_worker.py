@@ -55,7 +55,7 @@ class SyncJob:
 
 
 def osd(job: SyncJob, model: Any) -> Ways:
-    from osd.engine.pair import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig, PairEngine
     from osd.generation import OSDGeneration
 
     engine = PairEngine(PairConfig(teacher=job.teacher, student=job.student, engine_kwargs=job.engine_kwargs()))

@@ -140,7 +140,7 @@ class Paired:
     """OSD: both models inside one vLLM engine. α is solved for every token, over the whole vocabulary."""
 
     def __init__(self, job: Job) -> None:
-        from osd.engine.pair import PairConfig, PairEngine
+        from osd.engine.engine import PairConfig, PairEngine
 
         self.engine = PairEngine(
             PairConfig(
@@ -154,7 +154,7 @@ class Paired:
         self.completions: list[Any] = []
 
     def generate(self, prompts: list[list[int]], new_tokens: int, *, record: bool = True) -> list[list[int]]:
-        from osd.engine.pair import PairPrompt
+        from osd.engine.engine import PairPrompt
 
         pairs = [PairPrompt(teacher_token_ids=prompt, student_token_ids=prompt) for prompt in prompts]
         completions = self.engine.generate(pairs, sampling=sampling_kwargs(new_tokens), record=record)

@@ -49,7 +49,7 @@ def _builder(name: str, job: Job) -> Callable[[], System]:
 
         return lambda: systems.Single(job, getattr(job, name))
     if name == "paired":
-        import osd.engine.pair  # noqa: F401
+        import osd.engine.engine  # noqa: F401
 
         return lambda: systems.Paired(job)
     if name == "transformers":

@@ -26,8 +26,8 @@ def page() -> str:
     """The whole page."""
     from osd.core import MixingConfig, TokenRecord
     from osd.data.settings import CompareConfig, GenerateConfig
-    from osd.engine.options import PairOptions
-    from osd.engine.pair import PairCompletion, PairConfig, PairEngine, PairPrompt
+    from osd.engine.engine import PairCompletion, PairConfig, PairEngine, PairPrompt
+    from osd.engine.request import PairOptions
     from osd.generation import GeneratedBatch, OSDGeneration
     from osd.sampler import OptimalSamplingOutput, OptimalSamplingV1, save_alpha_history
     from trainers import OSDConfig, OSDTrainer
@@ -37,8 +37,8 @@ def page() -> str:
     parts += [_class("osd", OptimalSamplingV1), _class("osd", OptimalSamplingOutput), _class("osd", MixingConfig)]
     parts += [_class("osd", TokenRecord), _function("osd.sampler", save_alpha_history)]
     parts += [_class("osd", OSDGeneration), _class("osd.generation", GeneratedBatch)]
-    parts += [_class("osd.engine.pair", cls) for cls in (PairEngine, PairConfig, PairPrompt, PairCompletion)]
-    parts += [_class("osd.engine.options", PairOptions), _class("trainers", OSDTrainer), _options("trainers", OSDConfig)]
+    parts += [_class("osd.engine.engine", cls) for cls in (PairEngine, PairConfig, PairPrompt, PairCompletion)]
+    parts += [_class("osd.engine.request", PairOptions), _class("trainers", OSDTrainer), _options("trainers", OSDConfig)]
     parts += [_options("trainers.train_osd", DataArguments)]
     parts += [_command("osd generate", GenerateConfig), _command("osd compare", CompareConfig)]
     return "\n".join(parts)
@@ -66,7 +66,7 @@ def _class(home: str, cls: type) -> str:
 
 def _members(cls: type) -> dict[str, Any]:
     """Of the class and of those of its bases that are ours and have no section of their own."""
-    ours = [base for base in reversed(cls.__mro__[1:]) if base.__module__ == "osd.sync"]
+    ours = [base for base in reversed(cls.__mro__[1:]) if base.__module__ == "osd.weight_sync"]
     return {name: member for owner in (*ours, cls) for name, member in vars(owner).items()}
 
 

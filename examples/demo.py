@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils import logging as transformers_logging
 
 from osd import OSDConfig, OSDTrainer
-from osd.engine.pair import PairPrompt
+from osd.engine.engine import PairPrompt
 from osd.prompts import encode
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,6 @@
 """Alpha, the teacher's weight in q ∝ pi_theta^(1-alpha) pi_t^alpha, for a batch of token positions.
 
-Every condition is read off one convex curve, see osd.curve. Shape suffixes: B rows, V vocabulary. Logarithms are natural.
+Every condition is read off one convex curve, see osd.log_partition. Shapes: B rows, V vocabulary. Logarithms are natural.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from osd.core import MixingConfig
-from osd.curve import Curve, FlatCurve, Pair, blind, dot, log_sum_exp_, pair_up, workspace
+from osd.log_partition import Curve, FlatCurve, Pair, blind, dot, log_sum_exp_, pair_up, workspace
 
 # Float32 leaves an error of about 1e-7 of the off-peak mass in K(1/2) - K(-1/2). Where the variance of the gap is
 # below this multiple of that mass, alpha would be off by more than 1e-5, and FlatCurve takes over.

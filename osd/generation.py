@@ -24,10 +24,10 @@ import torch
 from trl.trainer.utils import ensure_master_addr_port
 
 from osd.prompts import Prompt, encode_all
-from osd.sync import LiveStudent
+from osd.weight_sync import LiveStudent
 
 if TYPE_CHECKING:
-    from osd.engine.pair import PairCompletion, PairConfig, PairEngine
+    from osd.engine.engine import PairCompletion, PairConfig, PairEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class OSDGeneration(LiveStudent):
 
     def _init_vllm(self) -> None:
         """Start the pair; TRL's constructor calls this where it would build its `LLM`."""
-        from osd.engine.pair import PairConfig, PairEngine
+        from osd.engine.engine import PairConfig, PairEngine
 
         if self._adapted and self._dist.fsdp_version == 1:
             raise ValueError(
@@ -332,7 +332,7 @@ def _check_colocated(pair: PairConfig) -> None:
 
 
 def _pair_prompts(teacher: list[list[int]], student: list[list[int]]) -> list[Any]:
-    from osd.engine.pair import PairPrompt
+    from osd.engine.engine import PairPrompt
 
     return [PairPrompt(teacher_token_ids=list(t), student_token_ids=list(s)) for t, s in zip(teacher, student, strict=True)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from osd.alpha import entropy, solve_pair
 from osd.core import MixingConfig
-from osd.curve import Pair, any_row, bad_side, dot, pair_up, workspace
+from osd.log_partition import Pair, any_row, bad_side, dot, pair_up, workspace
 
 
 @dataclass(frozen=True)

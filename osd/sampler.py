@@ -16,7 +16,7 @@ from osd.core import MixingConfig, TokenRecord
 from osd.prompts import Prompt, encode, for_side
 
 if TYPE_CHECKING:
-    from osd.engine.pair import PairCompletion, PairEngine, PairPrompt
+    from osd.engine.engine import PairCompletion, PairEngine, PairPrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class OptimalSamplingV1:
             alpha_max=alpha_max,
             mixture=kwargs.pop("mixture", "geometric"),
         )
-        from osd.engine.pair import PairConfig, PairEngine  # vLLM is imported here, after the cheap checks
+        from osd.engine.engine import PairConfig, PairEngine  # vLLM is imported here, after the cheap checks
 
         config = PairConfig(
             teacher=str(model_teacher),
@@ -152,7 +152,7 @@ class OptimalSamplingV1:
             raise ValueError(
                 f"theta_prompts has {len(theta_prompts)} entries for {len(prompts)} prompts; give the student one each, or None"
             )
-        from osd.engine.pair import PairPrompt
+        from osd.engine.engine import PairPrompt
 
         teacher = [self._encode(i, "prompts", prompt, self.teacher_system_prompt) for i, prompt in enumerate(prompts)]
         theta = [self._encode(i, "theta_prompts", prompt, self.theta_system_prompt) for i, prompt in enumerate(theta_prompts)]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from osd import alpha as alpha_module
-from osd import curve as curve_module
+from osd import log_partition as log_partition_module
 from osd.alpha import entropy, solve_alpha
 from osd.core import MixingConfig
 
@@ -193,7 +193,7 @@ def test_alpha_is_the_root_in_bfloat16(method: str) -> None:
 @pytest.mark.parametrize("method", CURVE_METHODS)
 def test_alpha_is_the_root_without_looking_at_values(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The branch that CUDA takes: no value decides what is computed, and the number of steps is fixed."""
-    for module in (alpha_module, curve_module):
+    for module in (alpha_module, log_partition_module):
         monkeypatch.setattr(module, "blind", lambda values: True)
     for theta, teacher in problems(50).values():
         assert_exact(theta, teacher, method)

@@ -25,11 +25,11 @@ import yaml
 
 from osd import cli
 from osd.core import RECORD_FIELDS
-from osd.data import answers, store
 from osd.data import generate as running
+from osd.data import grading, writer
 from osd.data.generate import NothingUsable, generate
 from osd.data.parse import parse
-from osd.data.prompting import sample_seed
+from osd.data.requests import sample_seed
 from osd.data.samples import SCHEMA
 from osd.data.settings import GenerateConfig
 from tests.fake_pair import FakePair
@@ -194,7 +194,7 @@ def test_input_that_cannot_be_read_is_named(tmp_path, name, content, message):
 
 
 def generate_id(row):
-    from osd.data.source import _digest
+    from osd.data.reader import _digest
 
     return _digest(row)[:16]
 
@@ -400,7 +400,7 @@ def test_jsonl_holds_the_same_as_parquet(tmp_path):
 
 
 def test_json_has_no_infinities():
-    line = json.loads(store._json_line({"logq": [-0.5, float("-inf"), float("nan")]}))
+    line = json.loads(writer._json_line({"logq": [-0.5, float("-inf"), float("nan")]}))
     assert line == {"logq": [-0.5, None, None]}
 
 
@@ -471,8 +471,8 @@ def test_filters_remove_and_count(tmp_path):
     ],
 )
 def test_answers(completion, answer, contained, matched):
-    assert answers.contains(completion, answer) == contained
-    assert answers.matches(completion, answer) == matched
+    assert grading.contains(completion, answer) == contained
+    assert grading.matches(completion, answer) == matched
 
 
 def test_the_progress_bar_says_what_became_of_the_samples_and_how_long_it_takes(tmp_path, capsys):
@@ -521,7 +521,7 @@ def test_a_kill_at_every_step_of_writing_loses_at_most_a_shard(tmp_path, monkeyp
         return call
 
     for name in ("replace", "fsync", "truncate"):
-        monkeypatch.setattr(store.os, name, counted(name))
+        monkeypatch.setattr(writer.os, name, counted(name))
     kill_at = 10**9
     generate(config(tmp_path, input=path, format=kind, shard_size=4), FakePair)
     steps = len(calls)
@@ -777,7 +777,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_only_the_shard(tmp_path, monkeyp
     settings = config(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr("osd.data.pair.EnginePair", FakePair)
-        patched.setattr(store.pq, "write_table", full)
+        patched.setattr(writer.pq, "write_table", full)
         with pytest.raises(SystemExit, match=r"failed: .*No space left on device; `--resume` goes on") as ended:
             cli.main(["generate", *flags(settings, *SIZES)])
     assert "Traceback" not in str(ended.value)
@@ -857,12 +857,12 @@ def test_models_with_different_tokenizers_are_refused_and_nothing_is_written(tmp
 
 def test_an_engine_that_does_not_start_is_no_fault_of_the_rows(tmp_path, real, monkeypatch):
     from osd.data.pair import EnginePair
-    from osd.engine import pair
+    from osd.engine import engine
 
     def no_memory(config):
         raise ValueError("no memory for the KV cache")
 
-    monkeypatch.setattr(pair, "PairEngine", no_memory)
+    monkeypatch.setattr(engine, "PairEngine", no_memory)
     settings, _ = real
     with pytest.raises(ValueError, match="no memory for the KV cache"):
         generate(GenerateConfig(**settings, output=str(tmp_path / "out")), EnginePair)

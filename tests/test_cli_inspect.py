@@ -15,10 +15,11 @@ import pytest
 
 from osd import cli
 from osd.core import RECORD_FIELDS
-from osd.data import inspection, pages, tally
+from osd.data import inspection, statistics
 from osd.data.inspection import inspect
 from osd.data.samples import SCHEMA
-from osd.data.store import _json_line
+from osd.data.writer import _json_line
+from osd.report import pages
 
 WORDS = [" the", " sum", "\n", " is", ".", " ähm", " 数", ' "quoted"', " </script><script>alert(1)</script>", " &amp;", " 7"]
 
@@ -74,9 +75,9 @@ def test_the_tally_counts_every_token(tmp_path):
     save(tmp_path / "data-00000-of-00002-000000.parquet", rows[:120])
     save(tmp_path / "data-00001-of-00002-000000.parquet", rows[120:])
     (tmp_path / "rejected.jsonl").write_text("{}\n")
-    result = tally.tally(tally.data_files(tmp_path), shown=10, extremes=5)
+    result = statistics.tally(statistics.data_files(tmp_path), shown=10, extremes=5)
     assert (result.completions, result.tokens) == (300, len(every(rows, "alpha")))
-    for name, edges in tally.BINS.items():
+    for name, edges in statistics.BINS.items():
         assert result.histograms[name].tolist() == np.histogram(every(rows, name), edges)[0].tolist(), name
         assert result.sums[name] == pytest.approx(every(rows, name).sum(), rel=1e-5)
     assert result.finish_reasons == {"stop": 225, "length": 75}
@@ -97,7 +98,7 @@ def test_the_tally_counts_every_token(tmp_path):
 def test_the_most_extreme_tokens_are_found(tmp_path):
     rows = samples(200)
     path = save(tmp_path / "x.parquet", rows)
-    result = tally.tally([path], shown=5, extremes=4)
+    result = statistics.tally([path], shown=5, extremes=4)
     gaps = sorted(
         (t - s, row["id"], i)
         for row in rows
@@ -109,7 +110,7 @@ def test_the_most_extreme_tokens_are_found(tmp_path):
     extreme = inspection._by_score(result.teacher_side)[0]
     tokens = next(row for row in rows if row["id"] == extreme.id)["tokens"]
     assert extreme.token == tokens[extreme.place]
-    assert "".join(tokens).startswith(extreme.before + extreme.token) or extreme.place > tally.CONTEXT
+    assert "".join(tokens).startswith(extreme.before + extreme.token) or extreme.place > statistics.CONTEXT
 
 
 def test_jsonl_gives_the_same_page_as_parquet_and_survives_zero_probabilities(tmp_path):
@@ -167,7 +168,7 @@ def test_ticks_say_what_they_mark_and_one_tall_bar_does_not_flatten_the_rest(tmp
     axes.set_yticks([0.025, 0.05, 0.125])  # 2 %, 5 % and 12 % once
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["2.5 %", "5 %", "12.5 %"]
     shares = np.array([0.9] + [0.1 / 40] * 39)
-    inspection._cut_the_tallest(axes, tally.UNIT, shares)
+    inspection._cut_the_tallest(axes, statistics.UNIT, shares)
     assert axes.get_ylim()[1] == pytest.approx(1.5 * 0.1 / 40)
     assert axes.texts[0].get_text() == "90 % ↑"
 
@@ -193,7 +194,7 @@ def test_every_section_is_there_once(tmp_path):
 
 def test_completions_are_drawn_evenly(tmp_path):
     path = save(tmp_path / "x.parquet", samples(2000, longest=2))
-    shown = [int(s["id"][3:]) for s in tally.tally([path], shown=200, extremes=1).shown]
+    shown = [int(s["id"][3:]) for s in statistics.tally([path], shown=200, extremes=1).shown]
     assert len(set(shown)) == 200
     assert abs(np.mean(shown) - 1000) < 4 * 577 / math.sqrt(200)  # standard error of a uniform mean, four of them
     assert max(shown) > 1800

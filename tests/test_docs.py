@@ -139,14 +139,14 @@ class Engines:
     """Starts pairs, and lets the next block that wants the same models have one that is running."""
 
     def __init__(self):
-        from osd.engine.pair import PairEngine
+        from osd.engine.engine import PairEngine
 
         self.start_pair, self.close_pair = PairEngine.__init__, PairEngine.close
         self.running = None
 
     def start(self, engine, config):
         """In place of `PairEngine.__init__`."""
-        from osd.engine.models import check_models
+        from osd.engine.validate_models import check_models
 
         check_models(config)
         old = self.running
@@ -175,7 +175,7 @@ def engines():
 @pytest.fixture
 def tiny_world(tiny_pair, tmp_path, monkeypatch, engines):
     """A folder like a clone with tiny models under the documented names, and runs that are short; returns a substitution."""
-    from osd.engine.pair import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig, PairEngine
     from trainers import OSDConfig
 
     for name in LINKED:

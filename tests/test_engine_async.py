@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from osd.engine import worker as pair_worker
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
 from osd.engine.forward import SteadyForward
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
 from osd.engine.scheduler import AsyncPairScheduler
 from tests.exact import completion_logits, reference
 from tests.tiny import tiny_engine_kwargs

@@ -14,7 +14,7 @@ import torch
 
 from osd.core import MixingConfig
 from osd.engine import parts, sampler
-from osd.engine.pair import PairCompletion, PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairCompletion, PairConfig, PairEngine, PairPrompt
 from osd.engine.rows import RowPlanner
 from tests.exact import completion_logits, mixture, pit_chi_square, reference, solve
 from tests.tiny import tiny_engine_kwargs

@@ -9,8 +9,8 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from osd.engine.options import PairOptions
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from osd.engine.request import PairOptions
 from tests.exact import completion_logits, mixture, reference, solve
 from tests.tiny import tiny_engine_kwargs
 

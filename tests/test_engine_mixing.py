@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from osd.core import MixingConfig
-from osd.engine.options import PairOptions
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from osd.engine.request import PairOptions
 from tests.tiny import tiny_engine_kwargs
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from osd.core import MixingConfig
 from osd.engine.closing import workers
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
 from osd.engine.worker import PairWorker
 from tests.exact import completion_logits, mixture, reference, solve
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model

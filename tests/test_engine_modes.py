@@ -17,7 +17,7 @@ import torch
 SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
 from tests.tiny import tiny_engine_kwargs
 
 def main():

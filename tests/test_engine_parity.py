@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from osd.engine.options import PairOptions
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from osd.engine.request import PairOptions
 from osd.prompts import encode
 from tests.exact import completion_logits, reference
 

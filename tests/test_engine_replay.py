@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from osd.engine.pair import PairEngine
+from osd.engine.engine import PairEngine
 from tests.test_engine_async import PROMPTS, SAMPLING, compare_with_stock, prepared, runners, start
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs")]
@@ -30,7 +30,7 @@ def sampled(engine: PairEngine, **sampling) -> tuple[list[list[int]], torch.Tens
 def test_the_first_generate_compiles_no_kernels(tiny_pair):
     # The first test of the file: the others share an engine.
     from osd.kernels.draw import draw_kernel
-    from osd.kernels.meet import meet_kernel
+    from osd.kernels.midpoint import meet_kernel
     from osd.kernels.refine import refine_kernel
 
     kernels = (meet_kernel, refine_kernel, draw_kernel)

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from osd.engine.options import PairOptions
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from osd.engine.request import PairOptions
 from tests.exact import completion_logits, reference
 from tests.tiny import tiny_engine_kwargs
 

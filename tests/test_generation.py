@@ -18,7 +18,7 @@ NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair):
-    from osd.engine.pair import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig, PairEngine
 
     teacher, student = map(str, tiny_pair)
     with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
@@ -133,7 +133,7 @@ def test_an_unknown_error_policy_is_refused(make):
 
 
 def test_a_pair_over_several_devices_is_refused(make, tiny_pair):
-    from osd.engine.pair import PairConfig
+    from osd.engine.engine import PairConfig
 
     teacher, student = map(str, tiny_pair)
     with pytest.raises(ValueError, match=r"'tensor_parallel_size'\]=2"):
@@ -272,7 +272,7 @@ def test_nothing_is_sampled_after_a_failed_sync(make, student, engine, monkeypat
 
 
 def make_prompts_and_sample(engine):
-    from osd.engine.pair import PairPrompt
+    from osd.engine.engine import PairPrompt
 
     return engine.generate([PairPrompt(teacher_token_ids=[7], student_token_ids=[7])], sampling={"max_tokens": 1})
 

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from osd.core import MixingConfig
 from osd.mixing import mix
 from trainers.divergence import Divergence
-from trainers.heads import Head
 from trainers.importance import CORRECTIONS, importance_weights
+from trainers.lm_head import Head
 from trainers.losses import batch_loss
 
 # B completions (all there are), T tokens, V vocabulary, H hidden size.

@@ -39,9 +39,9 @@ pytestmark = pytest.mark.gpu
 
 if GPU or INTERPRETED:
     from osd.kernels import fused as fused_module
+    from osd.kernels.common import AGAIN
     from osd.kernels.draw import draw_kernel
     from osd.kernels.fused import Cut, FusedMixture, Tuning, mix_and_draw
-    from osd.kernels.tiles import AGAIN
 
     def tiled(tile: int) -> Tuning:
         return Tuning(Cut(tile, 4), Cut(tile, 4), Cut(tile, 4), spare=6)  # of several tiles each, in most tests
@@ -91,14 +91,14 @@ def test_they_compile_for_a_gpu_without_one(dtype: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from osd.kernels import draw, meet, refine
+    from osd.kernels import draw, midpoint, refine
 
     pointers = dict(temperature="*fp32", parts="*fp32", count="*i32", state="*fp64", uniform="*fp64", logq="*fp32")
     types = dict(theta=f"*{dtype}", teacher=f"*{dtype}", token="*i32", record="*fp32", bad_side="*i8", **pointers)
     types |= dict(theta_stride="i32", teacher_stride="i32", vocab="i32", low="fp32", high="fp32", fixed="fp32")
     constants = dict(TILE=2048, TILES=128, GATHER_THETA=False, GATHER_TEACHER=False, TEMPERED=True, GIVEN=False)
     constants |= dict(WRITE=True, DRAW=True, SECOND=True, rows_theta=None, rows_teacher=None, alpha=None)
-    for kernel in (meet.meet_kernel, refine.refine_kernel, draw.draw_kernel):
+    for kernel in (midpoint.meet_kernel, refine.refine_kernel, draw.draw_kernel):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         values = {name: constants[name] for name in kernel.arg_names if name not in types}
         compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
@@ -543,7 +543,7 @@ class TestOnAGpu:
 
     def test_replays_are_what_launches_would_be(self) -> None:
         """Two buffers in turn, as an allocator hands them out, with new contents each time."""
-        from osd.kernels.replay import ReplayedDraw
+        from osd.kernels.draw_graph import ReplayedDraw
 
         draw, uniform, ones = ReplayedDraw(), rand(1, 8), torch.ones(8, device=DEVICE)
         buffers = [correlated(8, 32000, torch.bfloat16, seed=seed) for seed in range(2)]
@@ -564,7 +564,7 @@ class TestOnAGpu:
 
     def test_replays_fit_logits_that_come_and_go(self) -> None:
         """In serving each step's logits are new, and the allocator reuses the memory of those before, if nobody holds it."""
-        from osd.kernels.replay import ReplayedDraw
+        from osd.kernels.draw_graph import ReplayedDraw
 
         draw, uniform, ones = ReplayedDraw(), rand(1, 8), torch.ones(8, device=DEVICE)
         given = dict(vocab_size=32000, rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, uniform=uniform)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from tests.launched import GREEDY, KILLED, LORA, sampled_by, start, weights_of
 from tests.tiny import tiny_engine_kwargs
 from tests.training import build_trainer
-from trainers.resume import resolve
+from trainers.checkpointing import resolve
 
 ROOT = Path(__file__).parent.parent
 ACCELERATE = ROOT / "configs" / "accelerate"
@@ -66,7 +66,7 @@ def test_there_is_a_configuration_for_every_set_up():
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair):
-    from osd.engine.pair import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig, PairEngine
 
     teacher, student = map(str, tiny_pair)
     with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:

@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osd.engine import config as engine_config
-from osd.engine import pair as pair_engine
+from osd.engine import engine as pair_engine
 from osd.engine import scheduler as pair_scheduler
 from osd.engine.adapter import StudentAdapter, adapter_kwargs
-from osd.engine.pair import PairConfig, PairEngine
+from osd.engine.engine import PairConfig, PairEngine
 from osd.generation import OSDGeneration
-from osd.live import adapted_layers, adapter_parameters
+from osd.weight_sync import adapted_layers, adapter_parameters
 from tests.test_engine_async import PROMPTS, SAMPLING, compare_with_stock
 from tests.test_generation import STUDENT_PROMPTS, disagreement, gaps_over_training
 from tests.test_sync_sources import LORA, with_lora

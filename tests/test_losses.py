@@ -8,7 +8,7 @@ import torch
 
 from trainers import divergence as divergence_module
 from trainers.divergence import DIVERGENCES, Divergence, token_logprobs
-from trainers.heads import Head, head_of, logit_scale
+from trainers.lm_head import Head, head_of, logit_scale
 from trainers.losses import batch_loss, pad_column, pad_hidden
 
 B, T, V, H_S, H_T = 3, 5, 11, 8, 6

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from osd import alpha as alpha_module
-from osd import curve as curve_module
+from osd import log_partition as log_partition_module
 from osd.core import ALPHA_METHODS, RECORD_FIELDS, MixingConfig, TokenRecord
 from osd.mixing import Mixture, mix, nonfinite_side, record_rows
 
@@ -109,7 +109,7 @@ def test_q_and_its_diagnostics(name: str, config: MixingConfig) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.mixture} {c.alpha_method} {c.fixed_alpha}")
 def test_the_branch_without_looking_at_values(config: MixingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (alpha_module, curve_module):
+    for module in (alpha_module, log_partition_module):
         monkeypatch.setattr(module, "blind", lambda values: True)
     for theta, teacher in PAIRS.values():
         check(mix(theta, teacher, config, entropies=True), theta, teacher, config)

@@ -13,14 +13,14 @@ from trl.trainer.utils import RepeatSampler
 from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import ROWS, build_trainer, logged, watch
 from trainers import OSDConfig, OSDTrainer
-from trainers.resume import RUN_FILE, EpochSampler, check_same_run, resolve
+from trainers.checkpointing import RUN_FILE, EpochSampler, check_same_run, resolve
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair):
-    from osd.engine.pair import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig, PairEngine
 
     teacher, student = map(str, tiny_pair)
     with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
@@ -175,8 +175,8 @@ def test_another_model_is_refused(checkpoint, tmp_path, tiny_pair, side):
 
 
 def test_the_same_models_elsewhere_are_the_same(checkpoint, tmp_path, tiny_pair):
-    from osd.engine.pair import PairConfig
-    from trainers.resume import run_of
+    from osd.engine.engine import PairConfig
+    from trainers.checkpointing import run_of
 
     for path in tiny_pair:
         shutil.copytree(path, tmp_path / "moved" / path.name)

@@ -24,7 +24,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from osd.engine import scheduler as pair_scheduler
 from osd.engine.config import PairConfig, student_vllm_config
-from osd.engine.options import PairOptions
+from osd.engine.request import PairOptions
 from osd.engine.scheduler import PairScheduler, student_kv_cache_config
 from tests.tiny import tiny_engine_kwargs
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from osd.engine import sleep
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
 from osd.engine.sleep import SleepingPair
 from osd.generation import OSDGeneration
 from tests.tiny import tiny_engine_kwargs

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osd.generation import OSDGeneration
-from osd.live import checked, expected_shapes
+from osd.weight_sync import checked, expected_shapes
 from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, gaps_over_training, perturb
 from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import ROWS, build_trainer, logged
@@ -22,7 +22,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_p
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair):
-    from osd.engine.pair import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig, PairEngine
 
     teacher, student = map(str, tiny_pair)
     with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:

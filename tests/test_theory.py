@@ -20,7 +20,7 @@ from scipy import optimize
 
 from osd.alpha import _root, solve_alpha
 from osd.core import MixingConfig
-from osd.curve import Curve
+from osd.log_partition import Curve
 from osd.mixing import Mixture, mix
 from theory.pairs import (
     AT_THE_END,

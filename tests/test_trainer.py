@@ -17,7 +17,7 @@ from tests.tiny import tiny_engine_kwargs
 from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
 from trainers import OSDConfig, OSDTrainer
 from trainers.divergence import Divergence
-from trainers.heads import head_of
+from trainers.lm_head import head_of
 from trainers.losses import batch_loss
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ CHATS = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}], "privileged
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair):
-    from osd.engine.pair import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig, PairEngine
 
     teacher, student = map(str, tiny_pair)
     with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:

@@ -8,7 +8,7 @@ import torch
 from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import trainers.privilege as privilege_module
+import trainers.privilege_gap as privilege_module
 import trainers.trainer as trainer_module
 from tests.test_generation import logp
 from tests.tiny import tiny_engine_kwargs
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair):
-    from osd.engine.pair import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig, PairEngine
 
     teacher, student = map(str, tiny_pair)
     with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
@@ -143,7 +143,7 @@ def test_samples_of_the_engine_are_reweighted_to_the_student(engine, tiny_pair, 
     Measured with this seed: the corrected mean is 2.0 standard errors off, the uncorrected one 12; at 4.5 a correct engine
     would fail with one seed in 100,000 if the mean were normal.
     """
-    from osd.engine.pair import PairPrompt
+    from osd.engine.engine import PairPrompt
 
     student = AutoModelForCausalLM.from_pretrained(tiny_pair[1]).to(DEVICE).eval()
     prompts = {teacher: [50, 7, 51], student: [7, 8, 9]}

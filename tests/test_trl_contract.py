@@ -267,7 +267,7 @@ def test_the_config_fields_that_osd_maps_or_refuses_exist():
 
 
 def test_transformers_still_rotates_checkpoints_before_they_are_known_to_be_whole():
-    """trainers.resume does it afterwards, with the same function."""
+    """trainers.checkpointing does it afterwards, with the same function."""
     assert parameters(rotate_checkpoints) == [
         "output_dir",
         "save_total_limit",
@@ -279,7 +279,7 @@ def test_transformers_still_rotates_checkpoints_before_they_are_known_to_be_whol
 
 
 def test_trls_sampler_still_forgets_the_epoch():
-    """trainers.resume.EpochSampler can go when TRL's has a `set_epoch`."""
+    """trainers.checkpointing.EpochSampler can go when TRL's has a `set_epoch`."""
     assert not hasattr(trl_utils.RepeatSampler, "set_epoch")
 
 

@@ -37,7 +37,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from osd.engine import compat
+from osd.engine.backend import versions
 from osd.engine.worker import PairWorker
 
 
@@ -194,21 +194,21 @@ def test_schedulers_are_built_as_the_pair_builds_its_second_one():
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.32.0", "1.0.0"])
 def test_other_versions_are_refused_naming_what_works(monkeypatch, version):
-    monkeypatch.setattr(compat, "installed_vllm", lambda: ("vllm", version))
+    monkeypatch.setattr(versions, "installed_vllm", lambda: ("vllm", version))
     with pytest.raises(ImportError, match=rf"0\.26 to 0\.31, and vllm {re.escape(version)} is installed"):
-        compat.check_vllm()
+        versions.check_vllm()
 
 
 def test_no_vllm_at_all_is_said_so(monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(compat.metadata, "version", missing)
+    monkeypatch.setattr(versions.metadata, "version", missing)
     with pytest.raises(ImportError, match="none is installed"):
-        compat.check_vllm()
+        versions.check_vllm()
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.28.3", "0.31.0+cpu"])
 def test_supported_versions_pass(monkeypatch, version):
-    monkeypatch.setattr(compat, "installed_vllm", lambda: ("vllm", version))
-    assert compat.check_vllm() == version
+    monkeypatch.setattr(versions, "installed_vllm", lambda: ("vllm", version))
+    assert versions.check_vllm() == version

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from osd.engine.pair import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
 from osd.engine.weights import WeightMap, _Source, load_all_weights
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 

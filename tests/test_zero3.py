@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osd.generation import OSDGeneration
-from osd.live import expected_shapes
+from osd.weight_sync import expected_shapes
 from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, perturb
 from tests.test_losses import H_S, H_T, V, head
 from tests.tiny import tiny_engine_kwargs
 from trainers import divergence as divergence_module
 from trainers.divergence import DIVERGENCES, Divergence, token_divergence, token_logprobs
-from trainers.heads import on_shared_vocabulary
+from trainers.lm_head import on_shared_vocabulary
 
 ZeroParamStatus = enum.Enum("ZeroParamStatus", "NOT_AVAILABLE AVAILABLE")
 
@@ -111,7 +111,7 @@ def test_a_head_in_shards_is_not_cut(side):
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair):
-    from osd.engine.pair import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig, PairEngine
 
     teacher, student = map(str, tiny_pair)
     with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:

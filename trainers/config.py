@@ -8,9 +8,9 @@ from typing import Any
 from trl import DistillationConfig
 
 from osd.core import MixingConfig
-from trainers.checks import check
+from trainers.alpha_schedule import AlphaSchedule
 from trainers.divergence import Divergence
-from trainers.schedule import AlphaSchedule
+from trainers.validation import check
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainers.divergence import Divergence, token_divergence
-from trainers.heads import Head, gathered, on_shared_vocabulary
+from trainers.lm_head import Head, gathered, on_shared_vocabulary
 
 
 class BatchLoss(NamedTuple):

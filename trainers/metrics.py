@@ -7,7 +7,7 @@
 `loss/clipped`    share of tokens whose divergence was above kl_clip
 `importance/...`  of the weights as used: mean_weight; ess, the effective sample size (Σw)² / Σw² as a share of the tokens;
              truncated, the share of tokens at importance_clip. The means over the passes of a step.
-`schedule/...`, `privilege/...`  see trainers.schedule and trainers.privilege
+`schedule/...`, `privilege/...`  see trainers.alpha_schedule and trainers.privilege_gap
 `completions/failed`  completions that ended in an error; they are masked out of the loss and of the rest of these
 """
 

@@ -14,11 +14,11 @@ from transformers import AutoConfig
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path, pad
 
-from trainers.heads import Head, head_of
+from trainers.lm_head import Head, head_of
 from trainers.losses import pad_hidden
 
 if TYPE_CHECKING:
-    from osd.engine.pair import PairCompletion, PairEngine
+    from osd.engine.engine import PairCompletion, PairEngine
     from trainers.config import OSDConfig
     from trainers.trainer import OSDTrainer
 

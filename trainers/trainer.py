@@ -1,12 +1,12 @@
 """OSDTrainer: on-policy distillation from q*, the optimal mixture of teacher and student, sampled fresh at every step.
 
 One step of training, and where each part is:
-    α's bounds and what is mixed at this step             trainers.schedule
+    α's bounds and what is mixed at this step             trainers.alpha_schedule
     sync the student into its engine, sample from q*      osd.generation.OSDGeneration, called by TRL
     the teacher, from the record or computed again        trainers.teacher
     weights from what was sampled towards π_θ             trainers.importance
     divergence between student and teacher                _compute_loss, trainers.losses, trainers.divergence
-    α, KLs, cache hits, times, weights                    trainers.metrics, trainers.privilege
+    α, KLs, cache hits, times, weights                    trainers.metrics, trainers.privilege_gap
 
 Of TRL's DistillationTrainer these are overridden, all of them private to TRL and pinned by tests/test_trl_contract.py:
 `_generate_and_score_completions`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`, `_save_checkpoint`,
@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
-from osd.engine.compat import setting
+from osd.engine.backend.versions import setting
 from osd.generation import OSDGeneration
 from osd.prompts import (
     PRIVILEGED_COLUMN,
@@ -41,21 +41,21 @@ from osd.prompts import (
     teacher_prompt,
     template_fields,
 )
-from trainers.completions import log_completions
+from trainers.alpha_schedule import MIX_COLUMN, unmixed
+from trainers.checkpointing import EpochSampler, check_same_run, marked_when_whole, resolve, run_of
+from trainers.completion_logging import log_completions
 from trainers.config import OSDConfig
 from trainers.divergence import token_logprobs
-from trainers.heads import Head, gathered, head_of, on_shared_vocabulary
 from trainers.importance import importance_weights
+from trainers.lm_head import Head, gathered, head_of, on_shared_vocabulary
 from trainers.losses import batch_loss, pad_column
 from trainers.metrics import batch_metrics, loss_metrics
-from trainers.privilege import privilege_gap
-from trainers.resume import EpochSampler, check_same_run, marked_when_whole, resolve, run_of
-from trainers.schedule import MIX_COLUMN, unmixed
-from trainers.setup import check_datasets, check_lora_sync, planned_pair, refuse_unsupported
+from trainers.privilege_gap import privilege_gap
 from trainers.teacher import start_teacher
+from trainers.validation import check_datasets, check_lora_sync, planned_pair, refuse_unsupported
 
 if TYPE_CHECKING:
-    from osd.engine.pair import PairCompletion, PairConfig, PairEngine
+    from osd.engine.engine import PairCompletion, PairConfig, PairEngine
 
 
 class OSDTrainer(DistillationTrainer):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.dropin import CPU_ENGINE, GPU_ENGINE, ROWS
 from osd import OSDGeneration
-from osd.engine.pair import PairConfig
+from osd.engine.engine import PairConfig
 
 
 def reverse_kl(model, prompt_ids, completion, head, bias):

@@ -12,7 +12,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from examples.dropin import CPU_ENGINE, GPU_ENGINE, ROWS
 from osd import OSDGeneration
-from osd.engine.pair import PairConfig
+from osd.engine.engine import PairConfig
 
 
 class OptimalSampling(DistillationTrainer):

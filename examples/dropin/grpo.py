@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from examples.dropin import CPU_ENGINE, GPU_ENGINE, ROWS
 from osd import MixingConfig, OSDGeneration
-from osd.engine.pair import PairConfig
+from osd.engine.engine import PairConfig
 
 
 class OptimalSamplingGRPO(GRPOTrainer):

@@ -23,15 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from osd.data import answers
-from osd.data.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, png, svg
+from osd.data import grading
 from osd.data.generate import NothingUsable, batches, describe, read_rows
-from osd.data.pages import render, write
 from osd.data.pair import Pair
-from osd.data.prompting import Request, RequestBuilder
+from osd.data.requests import Request, RequestBuilder
 from osd.data.samples import SCHEMA, Sample, sample_of
 from osd.data.settings import CompareConfig
-from osd.data.store import finite, json_text
+from osd.data.writer import finite, json_text
+from osd.report.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, png, svg
+from osd.report.pages import render, write
 
 if TYPE_CHECKING:
     from osd.core import MixingConfig
@@ -181,7 +181,7 @@ def _sums(samples: Sequence[Sample]) -> np.ndarray:
             sample["num_tokens"],
             *(sum(sample[name]) for name in ("logp_theta", "logp_teacher", "kl_theta", "kl_teacher", "alpha")),
             sample["finish_reason"] == "stop",
-            scored and answers.matches(sample["completion"], sample["answer"]),
+            scored and grading.matches(sample["completion"], sample["answer"]),
             scored,
             1,
         ]
@@ -327,7 +327,7 @@ def _first_of_each(samples: Sequence[Sample]) -> Iterator[int]:
 def _mark(sample: Sample) -> str:
     if sample["answer"] is None:
         return ""
-    return "✓" if answers.matches(sample["completion"], sample["answer"]) else "✗"
+    return "✓" if grading.matches(sample["completion"], sample["answer"]) else "✗"
 
 
 def _qualities(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 from osd.data.pair import Pair
 from osd.data.progress import Progress
-from osd.data.prompting import Request, RequestBuilder
+from osd.data.reader import Row, Rows, canonical, read
+from osd.data.requests import Request, RequestBuilder
 from osd.data.samples import Sample, filters, removed_by, sample_of
 from osd.data.settings import FREE, CompareConfig, GenerateConfig, parse_shard
-from osd.data.source import Row, Rows, canonical, read
-from osd.data.store import Counts, Store
+from osd.data.writer import Counts, Store
 
 Task = tuple[Row, int]
 
@@ -79,7 +79,7 @@ def generate(settings: GenerateConfig, start_pair: StartPair) -> Counts:
 
 
 def read_rows(settings: GenerateConfig | CompareConfig, *, limit: int | None) -> Rows:
-    """The input, or its first `limit` rows. Raises as `osd.data.source.read`."""
+    """The input, or its first `limit` rows. Raises as `osd.data.reader.read`."""
     return read(
         settings.source(),
         config=settings.dataset_config,

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from osd.data.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, svg
-from osd.data.pages import render, script_json, write
-from osd.data.store import SUMMARY
-from osd.data.tally import EARLY, NATS, PLACES, UNIT, Tally, TokenSums, data_files, tally
+from osd.data.statistics import EARLY, NATS, PLACES, UNIT, Tally, TokenSums, data_files, tally
+from osd.data.writer import SUMMARY
+from osd.report.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, svg
+from osd.report.pages import render, script_json, write
 
 SHOWN_TOKENS = 60_000  # in all completions on the page: about 2 MB
 CUT = 2_000  # tokens of one completion

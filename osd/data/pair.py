@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from osd.data.prompting import Request
+from osd.data.requests import Request
 from osd.data.settings import CompareConfig, GenerateConfig
 
 if TYPE_CHECKING:
     from osd.core import MixingConfig
-    from osd.engine.pair import PairCompletion, PairConfig, PairEngine, PairPrompt
+    from osd.engine.engine import PairCompletion, PairConfig, PairEngine, PairPrompt
 
 
 class Pair(Protocol):
@@ -50,8 +50,8 @@ class EnginePair:
     def __init__(self, settings: GenerateConfig | CompareConfig) -> None:
         from transformers import AutoTokenizer
 
-        from osd.engine.models import check_models
-        from osd.engine.pair import PairConfig, checked_params
+        from osd.engine.engine import PairConfig, checked_params
+        from osd.engine.validate_models import check_models
 
         self.mixing = settings.mixing()
         kwargs: dict[str, Any] = settings.pair_kwargs()
@@ -81,7 +81,7 @@ class EnginePair:
     def engine(self) -> PairEngine:
         """The engine, started now if it was not."""
         if self._engine is None:
-            from osd.engine.pair import PairEngine
+            from osd.engine.engine import PairEngine
 
             self._engine = PairEngine(self.config)
         return self._engine
@@ -121,6 +121,6 @@ class EnginePair:
 
 
 def _prompt(request: Request) -> PairPrompt:
-    from osd.engine.pair import PairPrompt
+    from osd.engine.engine import PairPrompt
 
     return PairPrompt(teacher_token_ids=request.teacher.token_ids, student_token_ids=request.student.token_ids)

@@ -8,7 +8,7 @@ import time
 
 from tqdm import tqdm
 
-from osd.data.store import Counts
+from osd.data.writer import Counts
 
 
 class Progress:

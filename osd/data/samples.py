@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 
 from osd.core import RECORD_FIELDS
-from osd.data import answers
-from osd.data.prompting import Request
+from osd.data import grading
+from osd.data.reader import canonical
+from osd.data.requests import Request
 from osd.data.settings import GenerateConfig
-from osd.data.source import canonical
 
 Sample = dict[str, Any]
 
@@ -50,7 +50,7 @@ def sample_of(request: Request, completion: Any, tokenizer: Any, run: dict[str, 
     """The line of one completion.
 
     Args:
-        completion: an `osd.engine.pair.PairCompletion` with its record.
+        completion: an `osd.engine.engine.PairCompletion` with its record.
         run: what is the same for the whole run: student_model, teacher_model, config_hash.
     """
     record = {name: completion.record.values_TR[:, i].tolist() for i, name in enumerate(RECORD_FIELDS)}
@@ -112,7 +112,7 @@ def filters(settings: GenerateConfig) -> dict[str, Filter]:
     if reasons is not None:
         found["filter_finish_reasons"] = lambda sample: sample["finish_reason"] in reasons
     if settings.filter_answer is not None:
-        holds = {"contains": answers.contains, "match": answers.matches}[settings.filter_answer]
+        holds = {"contains": grading.contains, "match": grading.matches}[settings.filter_answer]
         found["filter_answer"] = lambda sample: holds(sample["completion"], sample["answer"])
     if most is not None:
         found["filter_max_kl"] = lambda sample: (sample["kl_theta_mean"] or 0.0) <= most

@@ -85,7 +85,7 @@ class Draw:
     """Draws from q* with the kernels: raw logits in, tokens and their record out."""
 
     def __init__(self) -> None:
-        from osd.kernels.replay import ReplayedDraw  # needs Triton
+        from osd.kernels.draw_graph import ReplayedDraw  # needs Triton
 
         self._draw = ReplayedDraw()
         self._uniform = torch.empty(0)

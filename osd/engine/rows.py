@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from osd.engine.options import PairOptions
+from osd.engine.request import PairOptions
 from osd.engine.sampler import PairRows
 from osd.engine.scheduler import PairStep
 

@@ -27,7 +27,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from osd.engine.adapter import ADAPTER
 from osd.engine.config import student_vllm_config
-from osd.engine.options import PairOptions
+from osd.engine.request import PairOptions
 from osd.engine.steady import SteadyScheduler
 
 # A row whose logits are not numbers is "sampled" as one of these ids; no vocabulary has negative ids.

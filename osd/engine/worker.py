@@ -24,9 +24,9 @@ from osd.engine.books import feed, keep_async_books, note_samples, only_rows
 from osd.engine.closing import ClosingPair
 from osd.engine.config import mixing_config, share_block_size, student_vllm_config, wants_overlap
 from osd.engine.forward import SteadyForward
-from osd.engine.options import PairOptions
 from osd.engine.parts import as_index, fused, take
 from osd.engine.record import RecordLog, RequestRecord, dump_records
+from osd.engine.request import PairOptions
 from osd.engine.rows import RowPlan, RowPlanner
 from osd.engine.sampler import FedSampler, PairSampler
 from osd.engine.scheduler import PairStep, student_kv_cache_config

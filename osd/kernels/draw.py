@@ -1,10 +1,9 @@
-"""The third pass: q, the token and the record; and whether the guess it used was right. See osd.kernels.tiles."""
+"""The third pass: q, the token and the record; and whether the guess it used was right. See osd.kernels.common."""
 
 import triton
 import triton.language as tl
 
-from osd.kernels.rows import refuted
-from osd.kernels.tiles import (
+from osd.kernels.common import (
     AGAIN,
     ALPHA,
     AT_TEACHER,
@@ -39,6 +38,7 @@ from osd.kernels.tiles import (
     scale_of,
     sums_of,
 )
+from osd.kernels.scalar_solver import refuted
 
 _OUTSIDE: tl.constexpr = tl.constexpr(1e30)
 RECORD: tl.constexpr = tl.constexpr(10)  # columns of the record, in the order of osd.core.RECORD_FIELDS

@@ -1,6 +1,6 @@
 """Both models' raw logits to alpha, the draw and the record, in five launches: `mix_and_draw`.
 
-The same definitions as `osd.mixing.mix`, which is the reference; osd.kernels.tiles says how. Shape suffixes: B rows of
+The same definitions as `osd.mixing.mix`, which is the reference; osd.kernels.common says how. Shape suffixes: B rows of
 a model's batch, P rows that are mixed, V vocabulary, R record columns. Needs Triton.
 """
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from osd.core import RECORD_FIELDS, MixingConfig
 from osd.kernels import supports
+from osd.kernels.common import PARTS, STATE
 from osd.kernels.draw import draw_kernel, record_kernel
-from osd.kernels.meet import meet_kernel
+from osd.kernels.midpoint import meet_kernel
 from osd.kernels.refine import refine_kernel
-from osd.kernels.tiles import PARTS, STATE
 
 
 @dataclass(frozen=True)

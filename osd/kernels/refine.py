@@ -1,10 +1,9 @@
-"""The second pass: alpha of the rows where the first pass has no guess, or a refuted one. See osd.kernels.tiles."""
+"""The second pass: alpha of the rows where the first pass has no guess, or a refuted one. See osd.kernels.common."""
 
 import triton
 import triton.language as tl
 
-from osd.kernels.rows import lse_at_peak, newton_step, rounding_of
-from osd.kernels.tiles import (
+from osd.kernels.common import (
     ALPHA,
     AT_TEACHER,
     AT_THETA,
@@ -33,6 +32,7 @@ from osd.kernels.tiles import (
     sums_of,
     write_choice,
 )
+from osd.kernels.scalar_solver import lse_at_peak, newton_step, rounding_of
 
 
 @triton.jit

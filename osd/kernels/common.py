@@ -9,7 +9,7 @@ one pass over both logits. A program holds one tile of one row in registers at a
 meet and draw; in the passes that hardly any row needs fewer, which take several tiles each. What they sum goes to `parts`, and
 the row's last program to arrive combines the tiles in float64 and writes the row's `state`.
 
-Coordinates are osd.curve's, relative to the likeliest token under alpha = 1/2, the row's peak: its gap is 0 and its
+Coordinates are osd.log_partition's, relative to the likeliest token under alpha = 1/2, the row's peak: its gap is 0 and its
 weight exactly 1, apart from the sums, so that a row with 1e-9 off its peak keeps its digits. delta = alpha - 1/2.
 
 Shape suffixes: P rows, T tiles, N tokens of a tile. Logarithms are natural.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from osd.data import answers
+from osd.data import grading
+from osd.data.reader import Row
 from osd.data.settings import CompareConfig, GenerateConfig, as_mapping
-from osd.data.source import Row
 from osd.prompts import PROMPT_COLUMN, Prompt, encode, fill, for_side, privileged_template_for, teacher_prompt, template_fields
 
 
@@ -151,7 +151,7 @@ class RequestBuilder:
         if self.settings.answer_column is None:
             return None
         answer = row.values.get(self.settings.answer_column)
-        if answer is None or (isinstance(answer, str) and not answers.stated(answer)):
+        if answer is None or (isinstance(answer, str) and not grading.stated(answer)):
             if getattr(self.settings, "filter_answer", None):
                 raise ValueError(f"it has no {self.settings.answer_column!r} (answer_column), which filter_answer needs")
             return None

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from osd.core import MixingConfig
-from osd.engine.compat import check_vllm, setting
+from osd.engine.backend.versions import check_vllm, setting
 
 check_vllm()
 # The pair drives vLLM's V1 model runner; V2 is another seam. It must be said before vLLM reads its environment.
@@ -27,10 +27,16 @@ from vllm.v1.engine import core  # noqa: E402
 
 from osd.engine.closing import workers  # noqa: E402
 from osd.engine.config import PairConfig, student_vllm_config  # noqa: E402
-from osd.engine.models import check_models  # noqa: E402
-from osd.engine.options import PairOptions  # noqa: E402
 from osd.engine.record import RequestRecord, load_records  # noqa: E402
-from osd.engine.requests import PairCompletion, PairPrompt, RequestChecks, checked_params, one_each  # noqa: E402
+from osd.engine.request import (  # noqa: E402
+    PairCompletion,
+    PairOptions,
+    PairPrompt,
+    RequestChecks,
+    checked_params,
+    one_each,
+)
+from osd.engine.validate_models import check_models  # noqa: E402
 from osd.engine.weights import dump_weights  # noqa: E402
 
 __all__ = ["PairCompletion", "PairConfig", "PairEngine", "PairPrompt", "checked_params"]

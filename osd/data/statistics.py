@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from osd.data.samples import SCHEMA
-from osd.data.store import is_data_file
+from osd.data.writer import is_data_file
 
 # Columns of tokens that are tallied, and the bins of each.
 UNIT = np.linspace(0, 1, 41)

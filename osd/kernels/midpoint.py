@@ -1,10 +1,9 @@
-"""The first pass: how the two policies meet at alpha = 1/2, and a guess of alpha from that. See osd.kernels.tiles."""
+"""The first pass: how the two policies meet at alpha = 1/2, and a guess of alpha from that. See osd.kernels.common."""
 
 import triton
 import triton.language as tl
 
-from osd.kernels.rows import log1p, lse_at_peak, solve_interpolated
-from osd.kernels.tiles import (
+from osd.kernels.common import (
     AT_TEACHER,
     AT_THETA,
     BAD,
@@ -37,6 +36,7 @@ from osd.kernels.tiles import (
     sums_of,
     write_choice,
 )
+from osd.kernels.scalar_solver import log1p, lse_at_peak, solve_interpolated
 
 _NARROW: tl.constexpr = tl.constexpr(0.25)  # gaps within this of their mean: the third-order expansion is the solution
 

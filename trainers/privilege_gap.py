@@ -17,7 +17,7 @@ import torch
 from osd.generation import OSDGeneration
 
 if TYPE_CHECKING:
-    from osd.engine.pair import PairCompletion
+    from osd.engine.engine import PairCompletion
 
 
 def privilege_gap(
@@ -48,7 +48,7 @@ def privilege_gap(
 
 def _scored(generation: OSDGeneration, places: list[tuple[PairCompletion, list[int], int]]) -> torch.Tensor:
     """log π_t(y_t | prompt, y_<t) by the engine's teacher, [N] float64."""
-    from osd.engine.pair import PairPrompt
+    from osd.engine.engine import PairPrompt
 
     prompts = [[*prompt, *completion.token_ids[:t]] for completion, prompt, t in places]
     allowed = [[completion.token_ids[t]] for completion, _, t in places]

@@ -1,6 +1,6 @@
 """Arithmetic on one row's numbers, float64 scalars on the device: logarithms of sums, and the root that is alpha.
 
-K, delta and f as in osd.curve and osd.kernels.tiles: K'(delta) is the mean of the gap under q, f = K' - target is
+K, delta and f as in osd.log_partition and osd.kernels.common: K'(delta) is the mean of the gap under q, f = K' - target is
 KL(q||pi_theta) - KL(q||pi_t), and alpha - 1/2 is its root.
 """
 

@@ -1,0 +1,1 @@
+"""The only files that touch vLLM's internals: scheduler, worker, sampler and version gate."""
