@@ -203,7 +203,7 @@ class LiveStudent(VLLMGeneration):
         adapter = adapter_parameters(self.model) if self.lora_sync == "adapter" else ()
         stay = not (self._adapted or self._sharded)  # the others make each tensor as it is asked for
         try:
-            version = self.engine.load_student_weights(parameters, partial=partial, adapter=adapter, at_once=stay)
+            version = self.engine.load_student_weights(parameters, partial=partial)
         except BaseException:
             self._last_sync = None
             self._unmerge_adapter()

@@ -1,15 +1,10 @@
-"""Requests of a pair: both prompts, sampling options, validation and completions."""
+"""Requests of a pair: both prompts, sampling options, checks and completions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
-
-from vllm import SamplingParams
-from vllm.config import VllmConfig
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RequestOutputKind
 
 from osd.core import TokenRecord
 
@@ -18,7 +13,9 @@ EXTRA_ARGS_KEY = "osd"
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions:
-    """Per-request options of the pair. A request without any is sampled from q* with one prompt for both sides.
+    """Per-request options, carried by ``SamplingParams.extra_args["osd"]`` from any vLLM front end.
+
+    A request without any is sampled from q* with one prompt for both sides.
 
     Attributes:
         student_prompt_token_ids: the student's own prompt; None gives it the teacher's.
@@ -27,9 +24,11 @@ class PairOptions:
         teacher_only: sample from the teacher and never run the student (its record has NaN in the student's columns).
         record: keep the per-token record on the device until ``take_records``.
         hidden: keep the teacher's final hidden state with it.
-        weights_version: the student weights that this request is to be sampled with; a version newer than the
-            scheduler's resets the student's prefix cache, and the worker refuses to run with any other weights.
-            None means whatever is loaded.
+        weights_version: the student weights to sample with. A version newer than the scheduler's resets the student's prefix cache,
+            and the worker refuses to run with any other weights. None: whatever is loaded.
+
+    Raises:
+        ValueError: an α outside [0, 1], or a negative ``mix_tokens``.
     """
 
     student_prompt_token_ids: list[int] | None = None
@@ -40,22 +39,22 @@ class PairOptions:
     hidden: bool = False
     weights_version: int | None = None
 
-    def to_extra_args(self) -> dict[str, Any]:
-        """The ``SamplingParams.extra_args`` entry that carries these options."""
-        return {EXTRA_ARGS_KEY: asdict(self)}
-
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]; 0 samples from the student, 1 from the teacher")
         if self.mix_tokens is not None and self.mix_tokens < 0:
             raise ValueError(f"mix_tokens={self.mix_tokens} is negative; 0 samples from the student alone, None always mixes")
 
+    def to_extra_args(self) -> dict[str, Any]:
+        """Return the ``SamplingParams.extra_args`` entry that carries these options."""
+        return {EXTRA_ARGS_KEY: asdict(self)}
+
     @classmethod
     def of(cls, sampling_params: Any) -> PairOptions:
-        """The options of a request.
+        """Return the options of a request.
 
         Raises:
-            ValueError: a key that is not an option, an α outside [0, 1], or a negative ``mix_tokens``.
+            ValueError: a key that is not an option, or a value that is out of range.
         """
         given = (getattr(sampling_params, "extra_args", None) or {}).get(EXTRA_ARGS_KEY)
         if not given:
@@ -69,10 +68,58 @@ class PairOptions:
 
 _DEFAULT = PairOptions()
 
+# vLLM's sampling parameters that act on q* before a token is drawn, or that need log q* itself; inactive at these values.
+_ACTING: dict[str, tuple[Any, ...]] = {
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "min_tokens": (0,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "thinking_token_budget": (None,),
+    "logprobs": (None,),
+    "logprob_token_ids": (None, []),
+}
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRequest:
+    """Sampling options of a running request.
+
+    Attributes:
+        options: the pair's own.
+        temperature, seed: as in vLLM's ``SamplingParams``.
+        plain: tokens are drawn from q* itself: no other sampling parameter acts, and no logprobs are wanted.
+        penalised: a penalty acts, which counts the tokens of a prompt.
+    """
+
+    options: PairOptions
+    temperature: float
+    seed: int
+    plain: bool
+    penalised: bool
+
+    @classmethod
+    def of(cls, params: Any, *, plain: bool = True) -> SampledRequest:
+        """Read them from vLLM's ``SamplingParams``; ``plain=False``: something else of the engine acts on q*."""
+        acting = [name for name, inactive in _ACTING.items() if getattr(params, name) not in inactive]
+        return cls(
+            options=PairOptions.of(params),
+            temperature=params.temperature,
+            seed=params.seed or 0,
+            plain=plain and not acting,
+            penalised=any(name in acting for name in _PENALTIES),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairPrompt:
-    """One request: what each side reads before the completion, as token ids."""
+    """Token ids that each side reads before the completion."""
 
     teacher_token_ids: list[int]
     student_token_ids: list[int]
@@ -80,18 +127,18 @@ class PairPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class PairCompletion:
-    """What came of one request.
+    """The result of one request.
 
     Attributes:
         token_ids: the completion, including the token that ended it.
         text: its text without special tokens; empty with ``detokenize=False``.
         finish_reason: "stop", "length", "abort" or "error".
         stop_reason: the stop string or id that ended it, if one did.
-        error: why it ended in an error ("NaN in the student's logits"), or None.
+        error: the reason of an error ("NaN in the student's logits"), or None.
         record: one row per token, or None if it was not asked for.
         weights_version: the student weights that sampled it.
         teacher_prompt_tokens, student_prompt_tokens: prompt lengths.
-        teacher_cached_tokens, student_cached_tokens: how much of each was in that side's prefix cache.
+        teacher_cached_tokens, student_cached_tokens: how much of each prompt was in that side's prefix cache.
     """
 
     token_ids: list[int]
@@ -108,82 +155,57 @@ class PairCompletion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestChecks:
-    """Both sides' limits.
+class SideLimits:
+    """One model's limits: ids below ``vocab_size``, sequences up to ``max_model_len`` tokens."""
 
-    Attributes:
-        teacher, student: their configurations.
-        weights_version: the student weights that the requests are for.
+    vocab_size: int
+    max_model_len: int
+
+
+def check_request(index: int, prompt: PairPrompt, params: Any, limits: Mapping[str, SideLimits], teacher_only: bool) -> None:
+    """Raise unless both models can take a request.
+
+    Args:
+        index: the prompt's place, for messages.
+        params: vLLM's ``SamplingParams``.
+        limits: of "teacher" and "student".
+        teacher_only: the student does not run.
+
+    Raises:
+        ValueError: naming the prompt or the parameter, its value and the fix.
     """
-
-    teacher: VllmConfig = field(repr=False)
-    student: VllmConfig = field(repr=False)
-    weights_version: int
-
-    def sampling_params(
-        self,
-        prompts: Sequence[PairPrompt],
-        sampling: dict[str, Any] | Sequence[dict[str, Any]],
-        options: PairOptions | Sequence[PairOptions],
-    ) -> list[SamplingParams]:
-        """vLLM's parameters of each request, with what the pair must know of it.
-
-        Raises:
-            ValueError: naming the prompt or the parameter, what it is, and what to do.
-        """
-        return list(self._each(prompts, sampling, options))
-
-    def _each(self, prompts: Sequence[PairPrompt], sampling: Any, options: Any) -> Iterator[SamplingParams]:
-        per_prompt = (one_each(name, given, len(prompts)) for name, given in (("sampling", sampling), ("options", options)))
-        for index, (prompt, kwargs, option) in enumerate(zip(prompts, *per_prompt, strict=True)):
-            extra = {**vars(option), "weights_version": self.weights_version}
-            extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
-            extra_args = {**(kwargs.get("extra_args") or {}), **PairOptions(**extra).to_extra_args()}
-            # Nobody looks at an output before its request ends.
-            params = checked_params({**kwargs, "extra_args": extra_args, "output_kind": RequestOutputKind.FINAL_ONLY})
-            self._check(index, prompt, params, option.teacher_only)
-            yield params
-
-    def _check(self, index: int, prompt: PairPrompt, params: SamplingParams, teacher_only: bool) -> None:
-        if params.n != 1:
-            raise ValueError(f"sampling n={params.n}: give each prompt {params.n} times instead")
-        if params.max_tokens is None:
-            raise ValueError("sampling max_tokens is None; give the longest completion you want, in tokens")
-        if params.prompt_logprobs is not None:
-            raise ValueError("sampling prompt_logprobs is not supported by the paired engine; remove it")
-        sides = [
-            ("teacher", prompt.teacher_token_ids, self.teacher),
-            ("student", prompt.student_token_ids, self.student),
-        ]
-        for side, ids, config in sides[:1] if teacher_only else sides:
-            vocab_size = config.model_config.get_vocab_size()
-            limit = config.model_config.max_model_len
-            if not ids:
-                raise ValueError(f"prompt {index}: the {side}'s prompt is empty; give it at least one token")
-            if not 0 <= min(ids) <= max(ids) < vocab_size:
-                wrong = next(i for i in ids if not 0 <= i < vocab_size)
-                raise ValueError(f"prompt {index}: token id {wrong} is not one of the {side}'s {vocab_size} ids")
-            if len(ids) + params.max_tokens > limit:
-                raise ValueError(
-                    f"prompt {index}: the {side}'s prompt has {len(ids)} tokens, and with max_tokens={params.max_tokens} that "
-                    f"is over its max_model_len={limit}; shorten one of them or raise max_model_len"
-                )
+    if params.n != 1:
+        raise ValueError(f"sampling n={params.n}: give each prompt {params.n} times instead")
+    if params.max_tokens is None:
+        raise ValueError("sampling max_tokens is None; give the longest completion you want, in tokens")
+    for name in ("prompt_logprobs", "trace_decode_token_ids"):
+        if getattr(params, name) is not None:
+            raise ValueError(f"sampling {name} is not supported by the paired engine; remove it")
+    prompts = {"teacher": prompt.teacher_token_ids, "student": prompt.student_token_ids}
+    for side, ids in prompts.items():
+        if teacher_only and side == "student":
+            continue
+        vocab_size, longest = limits[side].vocab_size, limits[side].max_model_len
+        if not ids:
+            raise ValueError(f"prompt {index}: the {side}'s prompt is empty; give it at least one token")
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < vocab_size)
+            raise ValueError(f"prompt {index}: token id {wrong} is not one of the {side}'s {vocab_size} ids")
+        if len(ids) + params.max_tokens > longest:
+            raise ValueError(
+                f"prompt {index}: the {side}'s prompt has {len(ids)} tokens, and with max_tokens={params.max_tokens} that "
+                f"is over its max_model_len={longest}; shorten one of them or raise max_model_len"
+            )
 
 
 def one_each(name: str, given: Any, count: int) -> list[Any]:
-    """One value per prompt, from one for all of them or a sequence."""
+    """Return one value per prompt, from one for all of them or from a sequence.
+
+    Raises:
+        ValueError: a sequence of another length.
+    """
     if not isinstance(given, Sequence):
         return [given] * count
     if len(given) != count:
         raise ValueError(f"{name} has {len(given)} entries for {count} prompts; give one each, or one for all")
     return list(given)
-
-
-def checked_params(kwargs: dict[str, Any]) -> SamplingParams:
-    """vLLM's sampling parameters; its complaints, of several types, as a ValueError."""
-    try:
-        return SamplingParams(**kwargs)
-    except (AssertionError, TypeError, ValueError, VLLMValidationError) as error:
-        raise ValueError(
-            f"sampling: {error}" if str(error) else f"sampling {kwargs}: vLLM refuses it by an assertion"
-        ) from error

@@ -1,0 +1,231 @@
+"""Everything that vLLM's model runner V2 needs on a CPU; nothing here acts on a GPU.
+
+The runner does its bookkeeping in Triton kernels. On a CPU, Triton's interpreter runs them, slowly: a third of a second a step for eight
+rows. The kernels of every step are therefore replaced by numpy functions with the same arguments, which
+`tests/test_cpu_kernels.py` compares with the kernels' own source in the interpreter. The rarely used ones (penalties, logit bias, bad words,
+min-p, grammars) stay interpreted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+
+def prepare() -> None:
+    """Let vLLM use Triton on this CPU; call it before the modules of vLLM's model runner are imported.
+
+    vLLM takes Triton on a CPU only with a "cpu" backend, which the published Triton does not have. The interpreter stands in for it.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"
+        # Triton's own functions were made for a GPU if it was imported before; no kernel of theirs can run here.
+        for name in [n for n in sys.modules if n == "triton" or (n.startswith("triton.") and not n.startswith("triton._C"))]:
+            del sys.modules[name]
+    import triton
+    import triton.backends
+    import triton.language
+
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    if utils := sys.modules.get("vllm.triton_utils"):  # vLLM was imported before, and took Triton for missing
+        utils.HAS_TRITON, utils.triton, utils.tl = True, triton, triton.language
+
+
+# -- vLLM's kernels in numpy ------------------------------------------------------------------------------------------
+
+
+def _prefill_inputs(
+    input_ids: Any, next_prefill: Any, _s: int, lookahead: int, slots: Any, starts: Any, all_ids: Any, _t: int, prefill_len: Any,
+    computed: Any, **_: Any,
+) -> None:  # fmt: skip
+    ids, following, tokens = input_ids.numpy(), next_prefill.numpy(), all_ids.numpy()
+    first, slot_of_row = starts.tolist(), slots.numpy()
+    for row, (slot, done, length) in enumerate(
+        zip(slot_of_row, computed.numpy()[slot_of_row], prefill_len.numpy()[slot_of_row], strict=True)
+    ):
+        if done >= length:
+            continue
+        end = done + first[row + 1] - first[row]
+        ids[first[row] : first[row + 1]] = tokens[slot, done:end]
+        for n in range(lookahead):
+            following[n, slot] = tokens[slot, end + n] if end + n < length else 0
+
+
+def _positions_and_lengths(
+    positions: Any, seq_lens: Any, slots: Any, starts: Any, computed: Any, _max_reqs: int, **_: Any
+) -> None:
+    rows, first = len(slots), starts.numpy()
+    done, length = computed.numpy()[slots.numpy()], np.diff(first[: rows + 1])
+    seq_lens.numpy()[:rows] = done + length
+    seq_lens.numpy()[rows:] = 0
+    total = first[rows]
+    positions.numpy()[:total] = np.arange(total) + np.repeat(done.astype(np.int64) - first[:rows], length)
+
+
+def _combine_tokens(
+    input_ids: Any, slots: Any, last: Any, starts: Any, seq_lens: Any, prefill_len: Any, _drafts: Any, _s: int, cu_logits: Any,
+    logits_indices: Any, **_: Any,
+) -> None:  # fmt: skip
+    rows, slot = len(slots), slots.numpy()
+    end = starts.numpy()[1 : rows + 1].astype(np.int64) - 1
+    logits_indices.numpy()[:] = end  # no drafts: one logit per row
+    decoding = seq_lens.numpy()[:rows] > prefill_len.numpy()[slot]
+    input_ids.numpy()[end[decoding]] = last.numpy()[slot[decoding], 0]
+
+
+def _sampled_and_rejected(
+    num_sampled: Any, num_rejected: Any, seq_lens: Any, cu_logits: Any, slots: Any, prefill_len: Any
+) -> None:
+    rows = len(slots)
+    in_prefill = seq_lens.numpy()[:rows] < prefill_len.numpy()[slots.numpy()]
+    sampled, logits = num_sampled.numpy(), np.diff(cu_logits.numpy()[: rows + 1])
+    sampled[:rows][in_prefill] = 0
+    num_rejected.numpy()[:rows] = np.where(in_prefill, 0, logits - sampled[:rows])
+
+
+def _post_update(
+    slots: Any, computed: Any, last: Any, bins: Any, _s: int, tokens: Any, _t: int, num_sampled: Any, num_rejected: Any,
+    starts: Any, all_ids: Any, _u: int, total_len: Any, *_drafts: Any, **_: Any,
+) -> None:  # fmt: skip
+    rows, slot = len(slots), slots.numpy()
+    real, sampled = slot >= 0, num_sampled.numpy()[:rows] > 0
+    delta = -num_rejected.numpy()[:rows] if starts is None else np.diff(starts.numpy()[: rows + 1]) - num_rejected.numpy()[:rows]
+    computed.numpy()[slot[real]] += delta[real]
+    drawn = slot[real & sampled]
+    new, at = tokens.numpy()[real & sampled, 0], total_len.numpy()
+    last.numpy()[drawn, 0] = new
+    all_ids.numpy()[drawn, at[drawn]] = new
+    at[drawn] += 1
+    if bins is not None:
+        bins.numpy()[drawn, new] += 1
+
+
+def _gather_block_tables(self: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **_: Any) -> Any:
+    rows, slots = len(idx_mapping), idx_mapping.numpy()
+    out = tuple(self.input_block_tables) if out is None else out
+    for source, table in zip(self.block_tables, out, strict=True):
+        table.numpy()[:rows] = source.gpu.numpy()[slots]  # entries beyond a row's blocks are never read
+        table.numpy()[rows:num_reqs_padded] = 0
+    return tuple(table[:num_reqs_padded] for table in out)
+
+
+def _compute_slot_mappings(
+    self: Any, idx_mapping: Any, query_start_loc: Any, positions: Any, num_tokens_padded: int, out: Any = None
+) -> Any:
+    mappings, first = self.slot_mappings if out is None else out, query_start_loc.numpy()[: len(idx_mapping) + 1]
+    total = first[-1]
+    slot, position = np.repeat(idx_mapping.numpy(), np.diff(first)), positions.numpy()[:total]
+    for group, (table, size) in enumerate(zip(self.block_tables, self.block_sizes, strict=True)):
+        mapping = mappings[group].numpy()
+        mapping[:total] = table.gpu.numpy()[slot, position // size].astype(np.int64) * size + position % size
+        mapping[total:] = -1  # vLLM's PAD_SLOT_ID
+    return mappings[:, :num_tokens_padded]
+
+
+def _apply_write(self: Any) -> None:
+    table, begin = self.gpu.numpy(), 0
+    table = table if table.ndim == 2 else table[:, None]
+    for row, start, end in zip(
+        self._staged_write_indices, self._staged_write_starts, self._staged_write_cu_lens, strict=True
+    ):
+        table[row, start : start + end - begin] = self._staged_write_contents[begin:end]
+        begin = end
+    self.clear_staged_writes()
+
+
+# By module of vllm.v1.worker.gpu: the kernels, launched as `kernel[grid](...)`, and the methods that launch one each.
+KERNELS: dict[str, dict[str, Callable[..., None]]] = {
+    "input_batch": {
+        "_prepare_prefill_inputs_kernel": _prefill_inputs,
+        "_prepare_pos_seq_lens_kernel": _positions_and_lengths,
+        "_combine_sampled_and_draft_tokens_kernel": _combine_tokens,
+        "_get_num_sampled_and_rejected_kernel": _sampled_and_rejected,
+        "_post_update_kernel": _post_update,
+    }
+}
+METHODS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
+    "block_table": {
+        "BlockTables": {"gather_block_tables": _gather_block_tables, "compute_slot_mappings": _compute_slot_mappings}
+    },
+    "buffer_utils": {"StagedWriteTensor": {"apply_write": _apply_write}},
+}
+
+
+class _Launcher:
+    """A function in the place of a Triton kernel: ``kernel[grid](...)`` calls it once."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.function
+
+
+def install_kernels() -> None:
+    """Replace the kernels of every step, once per process."""
+    if not _is_cpu():
+        return
+    from importlib import import_module
+
+    for module, kernels in KERNELS.items():
+        for name, function in kernels.items():
+            setattr(import_module(f"vllm.v1.worker.gpu.{module}"), name, _Launcher(function))
+    for module, classes in METHODS.items():
+        for owner, methods in classes.items():
+            for name, function in methods.items():
+                setattr(getattr(import_module(f"vllm.v1.worker.gpu.{module}"), owner), name, function)
+    import_module("vllm.v1.sample.ops.topk_topp_sampler").HAS_TRITON = False  # its kernel needs more than the interpreter has
+
+
+# -- the student's weights --------------------------------------------------------------------------------------------
+
+
+def keep_weights() -> Any:
+    """Load a model whose linear layers keep their weights beside the packed ones, so that a sync can load into them.
+
+    Symptom: a shape mismatch in ``load_weights`` after the first load. Cause: on a CPU vLLM packs every linear layer for oneDNN and drops
+    the original. Versions: 0.32. To be removed when vLLM can reload packed weights one tensor at a time.
+    """
+    if not _is_cpu():
+        return nullcontext()
+    from vllm.model_executor.layers import utils
+
+    pack = utils.dispatch_cpu_unquantized_gemm
+    return mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", lambda layer, remove_weight: pack(layer, False))
+
+
+def pack_weights(model: torch.nn.Module) -> None:
+    """Pack the linear layers of a model that was loaded under :func:`keep_weights`, after new weights were loaded into it."""
+    if not _is_cpu():
+        return
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    for module in model.modules():
+        if hasattr(module, "cpu_linear"):
+            dispatch_cpu_unquantized_gemm(module, False)
+
+
+def keep_torch_threads() -> None:
+    """Keep vLLM on a CPU from leaving this process's torch, and a trainer in it, with one thread.
+
+    Its worker sets torch to one thread for serving unless OMP_NUM_THREADS says otherwise, and then makes ``torch.set_num_threads`` do
+    nothing.
+    """
+    from vllm import envs
+
+    if _is_cpu() and not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()

@@ -1,0 +1,239 @@
+"""Frontend: the vLLM engine that a pair runs in, as `PairEngine` sees it."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+from unittest import mock
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import core
+
+from osd.engine.backend import cpu
+from osd.engine.backend.configuration import student_vllm_config
+from osd.engine.backend.worker import workers
+from osd.engine.config import PairConfig
+from osd.engine.request import SideLimits
+
+_POLL_SECONDS = 0.5  # how often a wait for another process looks whether it is alive
+
+
+class EngineDied(RuntimeError):
+    """The process of the engine ended; nothing can be asked of it."""
+
+
+class Frontend:
+    """One vLLM engine, started for a pair.
+
+    Raises:
+        RuntimeError: another one lives in this process; vLLM starts without the pair's worker.
+    """
+
+    _in_this_process: weakref.ref[Frontend] | None = None
+
+    def __init__(self, config: PairConfig) -> None:
+        self._check_alone()
+        cpu.keep_torch_threads()
+        self._groups_are_ours = not torch.distributed.is_initialized()
+        self.llm: LLM | None = None
+        try:
+            self.llm = LLM(**config.teacher_engine_args())
+            self._check_active()
+            self.limits = self._limits()
+        except BaseException:
+            self._give_up()
+            raise
+        if self.worker is not None:
+            Frontend._in_this_process = weakref.ref(self)
+
+    @classmethod
+    def _check_alone(cls) -> None:
+        """Raise if another engine is open here: they would share vLLM's process groups, and the first would break silently."""
+        other = cls._in_this_process and cls._in_this_process()
+        if other is not None and other.llm is not None:
+            raise RuntimeError("another PairEngine lives in this process; close() it first, or use it")
+
+    def _check_active(self) -> None:
+        """Raise if vLLM does not use the pair's worker; it starts without a plug-in that it does not use."""
+        if self.call("pair_active") != [True] * self.engine.vllm_config.parallel_config.world_size:
+            raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
+
+    def _limits(self) -> dict[str, SideLimits]:
+        teacher = self.engine.vllm_config
+        sides = {"teacher": teacher.model_config, "student": student_vllm_config(teacher).model_config}
+        return {
+            side: SideLimits(vocab_size=model.get_vocab_size(), max_model_len=model.max_model_len)
+            for side, model in sides.items()
+        }
+
+    @property
+    def engine(self) -> Any:
+        assert self.llm is not None, "this engine is closed"
+        return self.llm.llm_engine
+
+    @property
+    def tokenizer(self) -> Any:
+        """The teacher's tokenizer, or None where the engine has none."""
+        assert self.llm is not None
+        return None if self.engine.vllm_config.model_config.skip_tokenizer_init else self.llm.get_tokenizer()
+
+    @property
+    def can_sleep(self) -> bool:
+        return self.engine.vllm_config.model_config.enable_sleep_mode
+
+    @property
+    def _core(self) -> Any | None:
+        """vLLM's engine core, where it lives in this process, else None."""
+        return getattr(self.engine.engine_core, "engine_core", None)
+
+    @property
+    def scheduler(self) -> Any | None:
+        """The scheduler, where it lives in this process, else None."""
+        return getattr(self._core, "scheduler", None)
+
+    @property
+    def worker(self) -> Any | None:
+        """The worker, where it lives in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0`` and one rank), else None."""
+        executor = getattr(self._core, "model_executor", None)
+        return getattr(getattr(executor, "driver_worker", None), "worker", None)
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> str:
+        """Queue a request; return vLLM's internal id of it, which is the key of its record."""
+        return self.engine.add_request(name, {"prompt_token_ids": list(prompt_token_ids)}, params)
+
+    def finished(self) -> Iterator[Any]:
+        """Run the engine until no request is left; yield vLLM's outputs as they finish."""
+        while self.engine.has_unfinished_requests():
+            yield from (output for output in self.engine.step() if output.finished)
+
+    @property
+    def busy(self) -> bool:
+        return self.engine.has_unfinished_requests()
+
+    def abort(self, internal_ids: Iterable[str]) -> None:
+        """End these requests, and report the ended ones again: a step that failed may not have reached the runners."""
+        self.engine.abort_request(list(internal_ids), internal=True)
+        if (worker := self.worker) is not None and (scheduler := self.scheduler) is not None:
+            runners = worker.model_runner, worker.student_runner
+            scheduler.report_finished(*(runner.req_states.req_id_to_index for runner in runners))
+
+    # -- calls ------------------------------------------------------------------------------------------------------
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker; return their answers.
+
+        Raises:
+            EngineDied: the engine's process ended before it answered.
+        """
+        assert self.llm is not None
+        return self._answer(self.llm.collective_rpc, method, args=args)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget both sides' prefix caches; False if unfinished requests use them, and nothing was done."""
+        assert self.llm is not None
+        return self._answer(self.llm.reset_prefix_cache)
+
+    def sleep(self) -> None:
+        assert self.llm is not None
+        self._answer(self.llm.sleep, level=1)
+
+    def wake_up(self) -> None:
+        assert self.llm is not None
+        self._answer(self.llm.wake_up)
+
+    def _answer(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function that waits for the engine's process. vLLM's own wait never ends if that process does."""
+        if self._core is not None:
+            return function(*args, **kwargs)
+        result: list[Any] = []
+        failure: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                result.append(function(*args, **kwargs))
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            if thread.is_alive() and not self.alive:
+                raise EngineDied("the engine's process has ended; close this engine and start another")
+        if failure:
+            raise failure[0]
+        return result[0]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine can be asked for anything: it is in this process, or its process runs."""
+        if self.llm is None:
+            return False
+        if self._core is not None:
+            return True
+        resources = self.engine.engine_core.resources
+        manager = resources.engine_manager
+        return not resources.engine_dead and not (manager is not None and manager.finished_procs())
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Shut the engine down and free its memory. Idempotent."""
+        llm, self.llm = self.llm, None
+        if llm is None:
+            return
+        try:
+            # vLLM's shutdown would destroy process groups that are a trainer's or another engine's.
+            with mock.patch.object(core, "cleanup_dist_env_and_memory", lambda: None):
+                llm.llm_engine.engine_core.shutdown()
+        finally:
+            del llm
+            self._clean_up()
+
+    def _give_up(self) -> None:
+        """Free what an engine that did not start has taken, so that the caller can start another in this process."""
+        with suppress(Exception):  # the error being raised says more
+            self.close()
+        if left := list(workers):
+            for worker in left:
+                with suppress(Exception):
+                    worker.shutdown()
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Free unreferenced memory and vLLM's process groups, unless there were some before this engine."""
+        gc.collect()
+        if self._groups_are_ours:
+            cleanup_dist_env_and_memory()
+        elif torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+
+
+def is_cuda() -> bool:
+    """Return whether vLLM runs on an NVIDIA GPU here."""
+    return current_platform.is_cuda()
+
+
+def checked_params(kwargs: dict[str, Any]) -> SamplingParams:
+    """Return vLLM's sampling parameters.
+
+    Raises:
+        ValueError: parameters that vLLM refuses, by whatever exception.
+    """
+    try:
+        return SamplingParams(**{"output_kind": RequestOutputKind.FINAL_ONLY, **kwargs})
+    except (AssertionError, TypeError, ValueError, VLLMValidationError) as error:
+        raise ValueError(
+            f"sampling: {error}" if str(error) else f"sampling {kwargs}: vLLM refuses it by an assertion"
+        ) from error

@@ -1,0 +1,322 @@
+"""PairScheduler: a stock vLLM scheduler for the teacher, another for the student, and the rule that keeps them in step.
+
+Every request exists in both, with its own prompt and its own KV blocks. A request advances only on a step where both sides compute
+logits for the same output position. Where one side gets there first (chunked prefill, a prefix-cache hit, a preemption on the
+other side), its sample is rejected and its ``num_computed_tokens`` goes back by one, so that it computes just that token again in the
+next step. No side waits for the other, so there is no deadlock: both schedulers serve requests in arrival order, and the oldest
+request progresses on both sides in every step.
+
+Whether a request is sampled in a step is known when the step is scheduled, before any token arrives. The rule therefore holds with
+async scheduling, where a step is scheduled while the one before it runs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from osd.engine.backend.configuration import eos_ids, student_kv_cache_config, student_vllm_config
+from osd.engine.request import PairOptions
+
+# Values of `num_nans_in_logits` that the pair's sampler reports, and the side that they name.
+FAILED_SIDE = {1: "student", 2: "teacher", 3: "student and teacher"}
+
+
+@dataclass
+class PairStep:
+    """The student's half of a step; travels on the teacher's ``SchedulerOutput`` as its ``osd`` attribute.
+
+    Attributes:
+        student_output: the student scheduler's own output for this step.
+        ready: ids of the requests that are sampled in this step: both sides compute logits for the same position.
+        unmixed: of those, the requests past their ``mix_tokens``, sampled from the student alone.
+        weights_version: the student weights that these KV blocks belong to.
+    """
+
+    student_output: SchedulerOutput
+    ready: set[str] = field(default_factory=set)
+    unmixed: set[str] = field(default_factory=set)
+    weights_version: int = 0
+
+
+class PairScheduler(AsyncScheduler):
+    """vLLM's scheduler for the teacher, holding another one for the student (``self.student``)."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+        assert not (self.connector or self.num_spec_tokens or self.use_pp or self.lora_config), "PairConfig refuses these"
+        student_config = student_vllm_config(vllm_config)
+        student_config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
+        student_kv = student_kv_cache_config(student_config, kv_cache_config.num_blocks)
+        with set_current_vllm_config(student_config):
+            self.student = AsyncScheduler(student_config, student_kv, *args, **kwargs)
+        self.student_eos_ids = eos_ids(student_config)
+        self.weights_version = 0
+        seed = vllm_config.model_config.seed, vllm_config.parallel_config.data_parallel_index
+        self._seeds = random.Random(str(seed))
+        self._mix_limits: dict[str, int] = {}
+        self._refused: list[tuple[Request, str]] = []
+        self._to_zero: dict[Scheduler, set[int]] = {self: set(), self.student: set()}
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        step = PairStep(self.student.schedule(*args, **kwargs), weights_version=self.weights_version)
+        self._pair_up(output, step)
+        self._zero_scrubbed_blocks(output, step.student_output)
+        output.osd = step  # type: ignore[attr-defined]
+        return output
+
+    def _pair_up(self, output: SchedulerOutput, step: PairStep) -> None:
+        """Find the requests that are sampled in a scheduled step, and take the others that are ahead back by one token."""
+        student, scheduled, ready = self.student.requests, step.student_output.num_scheduled_tokens, step.ready
+        for request_id in output.num_scheduled_tokens:
+            request, partner = self.requests[request_id], student.get(request_id)
+            if request.is_prefill_chunk:
+                continue
+            if partner is None:  # teacher only
+                ready.add(request_id)
+            elif request_id in scheduled and not partner.is_prefill_chunk:
+                # Logits of two positions must never meet: the distribution would be wrong, and nothing would show it.
+                assert _position(request) == _position(partner), f"{request_id}: out of step"
+                ready.add(request_id)
+            else:
+                _take_back(request)
+        for request_id in scheduled.keys() - ready:
+            if not student[request_id].is_prefill_chunk:
+                _take_back(student[request_id])
+        if self._mix_limits:
+            step.unmixed = {
+                i for i in ready & self._mix_limits.keys() if _position(self.requests[i]) >= self._mix_limits[i]
+            }
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        step: PairStep = scheduler_output.osd  # type: ignore[attr-defined]
+        failed = _take_failed_rows(model_runner_output)
+        # The stock update trims and owns these lists.
+        tokens = {i: list(t) for i, t in zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True)}
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._update_student(step.student_output, tokens)
+        for request_id, side in failed.items():
+            self._scrub(request_id)
+            self._end_in_error(outputs, request_id, f"NaN in the {side}'s logits")
+        for request, reason in self._refused:
+            _append_error(outputs, request, reason)
+        self._refused.clear()
+        return outputs
+
+    def _update_student(self, output: SchedulerOutput, tokens: dict[str, list[int]]) -> None:
+        """Append the drawn tokens to the student's requests.
+
+        Equivalent to ``self.student.update_from_output`` for requests that never stop by themselves and return nothing
+        (`tests/test_scheduler.py` compares the two), at a third of its host time.
+        """
+        student = self.student
+        for request_id, num_scheduled in output.num_scheduled_tokens.items():
+            request = student.requests.get(request_id)
+            if request is None:  # ended while the step ran
+                continue
+            request.num_in_flight_tokens -= num_scheduled
+            stale = request.num_stale_output_tokens > 0  # preempted while the step ran
+            if stale:
+                request.num_stale_output_tokens -= num_scheduled
+            new_tokens = tokens.get(request_id)
+            if not new_tokens:
+                continue
+            request.append_output_token_ids(new_tokens)
+            if not stale:
+                request.num_output_placeholders -= len(new_tokens)
+                computed = request.num_computed_tokens - request.num_in_flight_tokens
+                if computed % student.block_size == 0:
+                    student.kv_cache_manager.cache_blocks(request, computed)
+
+    # -- failed rows ------------------------------------------------------------------------------------------------
+
+    def _scrub(self, request_id: str) -> None:
+        """Evict a failed request's own KV blocks from both prefix caches, and zero them before their next use.
+
+        Attention multiplies a masked slot's value by zero, and NaN times zero is NaN, so NaN in a freed block would fail its next
+        owner. Blocks shared with other requests stay.
+        """
+        for side, to_zero in self._to_zero.items():
+            if request_id not in side.requests:
+                continue
+            groups = side.kv_cache_manager.get_blocks(request_id).blocks
+            own = {block.block_id for group in groups for block in group if block.ref_cnt == 1 and not block.is_null}
+            side.kv_cache_manager.evict_blocks(own)
+            to_zero |= own
+
+    def _zero_scrubbed_blocks(self, *outputs: SchedulerOutput) -> None:
+        for output, block_ids in zip(outputs, self._to_zero.values(), strict=True):
+            if block_ids:
+                output.new_block_ids_to_zero = sorted({*(output.new_block_ids_to_zero or ()), *block_ids})
+                block_ids.clear()
+
+    def _end_in_error(self, outputs: dict[int, EngineCoreOutputs], request_id: str, reason: str) -> None:
+        # Nothing is returned for a request that was aborted while the step ran.
+        for request in self.finish_requests(request_id, RequestStatus.FINISHED_ERROR):
+            _append_error(outputs, request, reason)
+
+    # -- a request's life -------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        try:
+            options = PairOptions.of(request.sampling_params)
+            self._check(request, options)
+            self._adopt_weights_version(options.weights_version)
+        except ValueError as error:
+            # Raising here would end the engine because of one bad request: answer the request with an error instead.
+            self._refused.append((request, str(error)))
+            return
+        params = request.sampling_params
+        self._add_student_eos(params)
+        if params.seed is None:
+            params.seed = self._seeds.getrandbits(63)  # here, so that all tensor-parallel ranks draw the same
+        if options.mix_tokens is not None:
+            self._mix_limits[request.request_id] = options.mix_tokens
+        super().add_request(request)
+        if not options.teacher_only:
+            self.student.add_request(self._student_request(request, options))
+
+    def _check(self, request: Request, options: PairOptions) -> None:
+        if request.sampling_params is None or request.mm_features or request.prompt_embeds is not None or request.resumable:
+            raise ValueError("the paired engine serves text completion only (no pooling, images, embeddings, streaming input)")
+        if request.sampling_params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not supported by the paired engine; it has logprobs of the completion")
+        if options.student_prompt_token_ids is not None and not options.student_prompt_token_ids:
+            raise ValueError("student_prompt_token_ids is empty; give the student at least one token")
+        if options.teacher_only:
+            return
+        prompt = options.student_prompt_token_ids or request.prompt_token_ids
+        vocab_size = self.student.vllm_config.model_config.get_vocab_size()
+        if max(prompt) >= vocab_size:
+            raise ValueError(f"the student's prompt has token id {max(prompt)}, and its vocabulary ends at {vocab_size - 1}")
+        longest, limit = len(prompt) + request.max_tokens, self.student.max_model_len
+        if longest > limit:
+            raise ValueError(
+                f"the student's prompt ({len(prompt)} tokens) plus max_tokens ({request.max_tokens}) is {longest}, over its "
+                f"max_model_len {limit}"
+            )
+
+    def _student_request(self, request: Request, options: PairOptions) -> Request:
+        """Return the student's half of a request: its own prompt, and nothing that could make it stop or draw by itself."""
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=request.max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=PairOptions(record=options.record).to_extra_args(),
+        )
+        return Request(
+            request_id=request.request_id,
+            prompt_token_ids=list(options.student_prompt_token_ids or request.prompt_token_ids),
+            sampling_params=params,
+            pooling_params=None,
+            client_index=request.client_index,
+            arrival_time=request.arrival_time,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            block_hasher=request._block_hasher,
+        )
+
+    def _add_student_eos(self, params: SamplingParams) -> None:
+        """Make a completion end at either model's end-of-sequence id."""
+        extra = self.student_eos_ids - {params.eos_token_id, *(params.stop_token_ids or ())}
+        if params.ignore_eos or not extra:
+            return
+        params.stop_token_ids = [*(params.stop_token_ids or ()), *sorted(extra)]
+        params.all_stop_token_ids.update(extra)
+
+    def _adopt_weights_version(self, version: int | None) -> None:
+        """Move to weights ``version`` (None: keep the current one). A new version invalidates the student's prefix cache."""
+        if version is None or version == self.weights_version:
+            return
+        self._refuse_in_flight("the student's weights can change")
+        if not self.student.reset_prefix_cache(reset_running_requests=bool(self.student.running)):
+            raise RuntimeError("the student's prefix cache could not be reset after a weight sync: blocks are still in use")
+        self.weights_version = version
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Free both halves of a request. Only the teacher's side decides that a request ends."""
+        self._mix_limits.pop(request.request_id, None)
+        self.student.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        return super()._free_request(request, *args, **kwargs)
+
+    # -- the scheduler as a whole -----------------------------------------------------------------------------------
+
+    def has_requests(self) -> bool:
+        # A step must run to answer refused requests, and to tell the worker which of the student's requests ended.
+        return super().has_requests() or self.student.has_finished_requests() or bool(self._refused)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        if reset_running_requests:
+            self._refuse_in_flight("running requests can be reset")
+        teacher_reset = super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
+        return self.student.reset_prefix_cache(reset_running_requests, *args, **kwargs) and teacher_reset
+
+    def _refuse_in_flight(self, what: str) -> None:
+        """Raise while a step is in flight: vLLM drops its tokens when it resets a request, and the record already has them."""
+        if any(request.num_in_flight_tokens for side in (self, self.student) for request in side.requests.values()):
+            raise ValueError(f"{what} only while no step is in flight; wait for the running requests to finish first")
+
+    def report_finished(self, teacher_known: Iterable[str], student_known: Iterable[str]) -> None:
+        """Report again the requests that ended, of those that each side's runner still knows.
+
+        A step that fails before a runner has read which requests ended is not sent again.
+        """
+        self.finished_req_ids |= set(teacher_known) - self.requests.keys()
+        self.student.finished_req_ids |= set(student_known) - self.student.requests.keys()
+
+    def set_pause_state(self, pause_state: Any) -> None:
+        super().set_pause_state(pause_state)
+        self.student.set_pause_state(pause_state)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.student.shutdown()
+
+
+def _position(request: Request) -> int:
+    """Return how many tokens of its completion a request has computed, with those of the step being scheduled."""
+    return request.num_computed_tokens - request.num_prompt_tokens
+
+
+def _take_back(request: Request) -> None:
+    """Undo the last token of a request's share in the step that was just scheduled; the next step computes it again."""
+    request.num_computed_tokens -= 1
+    request.is_prefill_chunk = True  # nothing is sampled for it, as for an unfinished prefill
+    if request.num_output_placeholders:
+        request.num_output_placeholders -= 1  # room for the sample
+
+
+def _take_failed_rows(output: ModelRunnerOutput) -> dict[str, str]:
+    """Drop the tokens of rows whose logits were not numbers; return the side that failed, by request id."""
+    sides, output.num_nans_in_logits = output.num_nans_in_logits or {}, None
+    failed = {}
+    for i, (request_id, tokens) in enumerate(zip(output.req_ids, output.sampled_token_ids, strict=True)):
+        if tokens and sides.get(request_id):
+            failed[request_id] = FAILED_SIDE[int(sides[request_id])]
+            output.sampled_token_ids[i] = []
+    return failed
+
+
+def _append_error(outputs: dict[int, EngineCoreOutputs], request: Request, reason: str) -> None:
+    error = EngineCoreOutput(
+        request_id=request.request_id, new_token_ids=[], finish_reason=FinishReason.ERROR, stop_reason=f"osd: {reason}"
+    )
+    outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[])).outputs.append(error)

@@ -1,0 +1,502 @@
+"""PairWorker: one vLLM worker process that holds two model runners on the same device.
+
+``self.model_runner`` is the teacher's, built by vLLM; ``self.student_runner`` is built here from the student's own ``VllmConfig``.
+Each has its own weights, KV cache, compile artefacts and CUDA graphs. A step runs both forward passes, draws from q* in the place of
+the teacher's sampler, and writes the drawn tokens into both runners' state.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from osd.core import MixingConfig
+from osd.engine.alignment import Aligner, Alignment
+from osd.engine.backend import cpu
+from osd.engine.backend.configuration import (
+    mixing_config,
+    plan_kv_cache,
+    share_block_size,
+    student_kv_cache_config,
+    student_vllm_config,
+    wants_overlap,
+)
+from osd.engine.backend.sampler import (
+    NoSampler,
+    PairSampler,
+    StepInputs,
+    StepOutputs,
+    counts,
+    sampler_output,
+    set_prompt_mask,
+)
+from osd.engine.backend.scheduler import PairStep
+from osd.engine.mixture import as_index, take
+from osd.engine.record import RecordLog, RequestRecord, dump_records
+from osd.engine.request import PairOptions, SampledRequest
+from osd.engine.weights import load_all_weights, load_weights
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+# Attributes of vLLM's Worker that it reads when it builds, profiles or warms up its model runner.
+_CONFIG_ATTRIBUTES = ("model_config", "cache_config", "load_config", "scheduler_config", "compilation_config")
+
+workers: weakref.WeakSet[PairWorker] = weakref.WeakSet()  # of this process, and not shut down yet
+
+
+class PairWorker(Worker):
+    """vLLM's worker of this platform, for two models."""
+
+    vllm_config: VllmConfig
+    model_runner: Any
+    student_runner: Any
+    _step: PairStep | None = None
+    _student_logits: torch.Tensor | None = None
+    _grammar: GrammarOutput | None = None
+    _outputs: tuple[Alignment, StepOutputs] | None = None
+
+    # -- building both sides ----------------------------------------------------------------------------------------
+
+    def init_device(self) -> None:
+        workers.add(self)
+        cpu.install_kernels()
+        self.student_config = student_vllm_config(self.vllm_config)
+        _refuse_recurrent(teacher=self.model_config, student=self.student_config.model_config)
+        super().init_device()
+        self._create_cublas_workspace()
+        with set_current_vllm_config(self.student_config):
+            self.student_runner = type(self.model_runner)(self.student_config, self.device)
+        self.records = RecordLog()
+        self.requests: dict[str, SampledRequest] = {}
+        self.weights_loaded, self.weights_version = True, 0
+        self.student_stream: torch.cuda.Stream | None = None
+        self._student_graph_pool: Any = None
+
+    @contextmanager
+    def _as_student(self) -> Iterator[None]:
+        """Run the body with the student in the teacher's place, so that vLLM's own worker code serves both.
+
+        Its CUDA graphs get a memory pool of their own: vLLM gives all graphs of a process one, which is right only for graphs that
+        never run at the same time.
+        """
+        platform: Any = type(current_platform)
+        own = {name: getattr(self, name) for name in ("vllm_config", "model_runner", *_CONFIG_ATTRIBUTES)}
+        self.vllm_config, self.model_runner = self.student_config, self.student_runner
+        for name in _CONFIG_ATTRIBUTES:
+            setattr(self, name, getattr(self.student_config, name))
+        graph_pool, platform._global_graph_pool = platform._global_graph_pool, self._student_graph_pool
+        try:
+            with set_current_vllm_config(self.student_config):
+                yield
+        finally:
+            self._student_graph_pool, platform._global_graph_pool = platform._global_graph_pool, graph_pool
+            for name, value in own.items():
+                setattr(self, name, value)
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        with self._as_student(), cpu.keep_weights():
+            super().load_model(**kwargs)
+        self.student_runner.sampler = NoSampler(self.student_runner.req_states)
+        vocab_size = min(runner.model_config.get_vocab_size() for runner in (self.model_runner, self.student_runner))
+        self.sampler = PairSampler(mixing_config(self.vllm_config), vocab_size, self.model_runner.sampler)
+        self.aligner = Aligner(self.device)
+        self.model_runner.sample = self._sample
+        self.overlap_forwards(wants_overlap(self.vllm_config))
+
+    def set_kv_cache_layout(self, *args: Any) -> None:
+        super().set_kv_cache_layout(*args)
+        with self._as_student():
+            super().set_kv_cache_layout(*args)
+
+    def determine_available_memory(self) -> int:
+        """Return bytes for the teacher's KV cache, such that as many blocks of the student's fit beside it."""
+        share_block_size(self.vllm_config, self.student_config)
+        with self._profile_both():
+            total = super().determine_available_memory()
+        teacher, student = (_block_bytes(runner.get_kv_cache_spec()) for runner in (self.model_runner, self.student_runner))
+        return int(total * teacher / (teacher + student))
+
+    @contextmanager
+    def _profile_both(self) -> Iterator[None]:
+        """Make vLLM's memory profile count both models' weights and activations."""
+        runner = self.model_runner
+        profile_teacher, weights = runner.profile_run, getattr(runner, "model_memory_usage", 0)
+
+        def profile_both(*args: Any, **kwargs: Any) -> None:
+            with self._as_student():
+                self.student_runner.profile_run(*args, **kwargs)
+            profile_teacher(*args, **kwargs)
+
+        runner.profile_run = profile_both
+        runner.model_memory_usage = weights + getattr(self.student_runner, "model_memory_usage", 0)
+        try:
+            yield
+        finally:
+            del runner.profile_run
+            runner.model_memory_usage = weights
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        with self._as_student():
+            super().initialize_from_config(self._student_kv_cache_config(kv_cache_config))
+        for runner in (self.model_runner, self.student_runner):
+            runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes blocks after a NaN
+
+    def _student_kv_cache_config(self, teacher: KVCacheConfig) -> KVCacheConfig:
+        specs = self.student_runner.get_kv_cache_spec()
+        self._check_student_specs(specs, teacher.num_blocks)
+        self.student_config.cache_config.num_gpu_blocks_override = teacher.num_blocks
+        config = plan_kv_cache(self.student_config, specs, teacher.num_blocks * _block_bytes(specs))
+        for name in ("kv_cache_layout", "hash_block_size", "cache_hit_alignment_tokens"):
+            setattr(config, name, getattr(teacher, name))
+        return config
+
+    def _check_student_specs(self, specs: dict[str, Any], num_blocks: int) -> None:
+        """Raise unless the student's layers are the uniform full attention that its scheduler plans for."""
+        planned = student_kv_cache_config(self.student_config, num_blocks).kv_cache_groups[0].kv_cache_spec
+        for layer, spec in specs.items():
+            if type(spec) is not type(planned) or spec.block_size != planned.block_size or spec.sliding_window:
+                raise ValueError(
+                    f"student {self.student_config.model_config.model!r}: layer {layer} has the KV cache {spec}, and the "
+                    "paired engine supports students with full attention in every layer (Llama, Qwen2, Qwen3, ...)"
+                )
+
+    def compile_or_warm_up_model(self) -> Any:
+        with self._as_student():
+            super().compile_or_warm_up_model()
+        times = super().compile_or_warm_up_model()
+        self._warm_up_sampler()
+        return times
+
+    @torch.inference_mode()
+    def _warm_up_sampler(self) -> None:
+        """Compile the kernels that the first step would compile; those of other methods are compiled when they are used."""
+        logits = []
+        for runner in (self.model_runner, self.student_runner):
+            config = runner.model_config
+            hidden_BH = torch.zeros(2, config.get_hidden_size(), dtype=config.dtype, device=self.device)
+            logits.append(runner.model.compute_logits(hidden_BH))
+        self.sampler.warm_up(*logits)
+
+    def overlap_forwards(self, on: bool) -> bool:
+        """Run the student's forward pass beside the teacher's on a stream of its own, or before it; return which it will be.
+
+        Decoding a few rows leaves much of a GPU idle in either pass. Where the two share more than the device they run one after the
+        other: tensor parallel ranks (their collectives), mixtures of experts (vLLM's workspace).
+        """
+        configs = (self.vllm_config, self.student_config)
+        separate = self.parallel_config.world_size == 1 and not any(config.model_config.is_moe for config in configs)
+        on = on and separate and self.device.type == "cuda"
+        self.student_stream = torch.cuda.Stream(self.device) if on else None
+        return on
+
+    def set_mixing(self, mixing: dict[str, Any]) -> None:
+        """Choose α and mix as this ``MixingConfig.to_dict()`` says, from the next step on."""
+        self.sampler.mixing = MixingConfig.from_dict(mixing)
+
+    def pair_active(self) -> bool:
+        """Return whether the pair's sampler is in place; vLLM starts without a plug-in that it does not use."""
+        return self.model_runner.sample == self._sample and isinstance(self.student_runner.sampler, NoSampler)
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        step = self._step = getattr(scheduler_output, "osd", None)
+        if step is None:
+            return super().execute_model(scheduler_output)  # vLLM's warm-up
+        # An exception (an interrupt, out of memory) ends a step and leaves its forward pass here; it is not sampled.
+        self.model_runner.execute_model_state = self.student_runner.execute_model_state = None
+        self._check_weights(step)
+        with self._beside_the_teacher():
+            self._student_forward(step)
+        output = super().execute_model(scheduler_output)
+        self._admit(scheduler_output, step)
+        if output is not None:
+            # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
+            self._finish_step(self._align(None), None)
+        return output
+
+    @contextmanager
+    def _beside_the_teacher(self) -> Iterator[None]:
+        """Run the body on the student's stream, after everything that has been launched so far."""
+        if self.student_stream is None:
+            yield
+            return
+        self.student_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.student_stream):
+            yield
+
+    def _student_forward(self, step: PairStep) -> None:
+        runner, self._student_logits = self.student_runner, None
+        runner.execute_model(step.student_output)
+        state = runner.execute_model_state
+        if state is not None and step.ready:
+            self._student_logits = runner.model.compute_logits(state.hidden_states[state.input_batch.logits_indices])
+
+    def _join_student(self) -> None:
+        """Order everything launched from here on after the student's forward pass."""
+        if self.student_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.student_stream)
+
+    def _admit(self, output: SchedulerOutput, step: PairStep) -> None:
+        """Note the sampling options of new requests, and forget the requests that ended."""
+        for request_id in output.finished_req_ids:
+            self.requests.pop(request_id, None)
+        for side, scheduled in (("teacher", output), ("student", step.student_output)):
+            for new in scheduled.scheduled_new_reqs:
+                if PairOptions.of(new.sampling_params).record:
+                    self.records.admitted(side, new.req_id, new.num_computed_tokens)
+        states = self.model_runner.req_states
+        for new in output.scheduled_new_reqs:
+            self.requests[new.req_id] = request = SampledRequest.of(new.sampling_params)
+            if request.penalised and (prompt := request.options.student_prompt_token_ids):
+                set_prompt_mask(self.sampler.stock, states.req_id_to_index[new.req_id], prompt)
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        if self._step is None:
+            return super().sample_tokens(grammar_output)
+        self._grammar = grammar_output
+        output = super().sample_tokens(None)  # calls _sample
+        assert self._outputs is not None
+        self._finish_step(*self._outputs)
+        self._outputs = self._grammar = self._step = None
+        return output
+
+    def _sample(
+        self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: GrammarOutput | None
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        """Draw the step's tokens from q*; stands in the place of the teacher runner's ``sample``."""
+        runner = self.model_runner
+        if self._step is None:
+            return type(runner).sample(runner, hidden_states, batch, grammar_output)
+        alignment = self._align(batch)
+        hidden_BH = hidden_states[batch.logits_indices]
+        teacher = runner.model.compute_logits(hidden_BH)
+        self._join_student()
+        inputs = StepInputs(
+            teacher=teacher,
+            student=self._student_logits,
+            alignment=alignment,
+            batch=batch,
+            constrain=self._constraint(batch),
+        )
+        outputs = self.sampler(inputs)
+        self._outputs, self._student_logits = (alignment, outputs), None
+        self._record(alignment, outputs, hidden_BH)
+        num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_B)
+        return sampler_output(outputs, num_sampled, num_rejected), num_sampled, num_rejected
+
+    def _constraint(self, batch: InputBatch) -> Any:
+        """Return a function that masks log q* by the grammars. Masking the teacher's logits instead would change α."""
+        grammar = self._grammar
+        if grammar is None:
+            return None
+        apply = self.model_runner.structured_outputs_worker.apply_grammar_bitmask
+        return lambda logq_BV: apply(logq_BV, batch, grammar.structured_output_request_ids, grammar.grammar_bitmask)
+
+    def _align(self, batch: InputBatch | None) -> Alignment:
+        assert self._step is not None
+        state = self.student_runner.execute_model_state
+        return self.aligner.align(
+            [] if batch is None else batch.req_ids,
+            [] if state is None else state.input_batch.req_ids,
+            self._step.ready,
+            self._step.unmixed,
+            self.requests,
+        )
+
+    def _finish_step(self, alignment: Alignment, outputs: StepOutputs | None) -> None:
+        """Write the drawn tokens into the student's state: vLLM's own bookkeeping after sampling."""
+        runner = self.student_runner
+        state, runner.execute_model_state = runner.execute_model_state, None
+        self._join_student()
+        if state is None:
+            return  # the student had nothing to compute
+        batch = state.input_batch
+        if outputs is not None and alignment.num_ready:
+            tokens = take(outputs.token_B, alignment.source_S)
+        else:
+            tokens = torch.zeros(batch.num_reqs, dtype=torch.int64, device=self.device)
+        num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_S)
+        runner.postprocess_sampled(batch.idx_mapping, tokens.view(-1, 1), num_sampled, num_rejected, batch.query_start_loc)
+
+    # -- the record -------------------------------------------------------------------------------------------------
+
+    def _record(self, alignment: Alignment, outputs: StepOutputs, hidden_BH: torch.Tensor) -> None:
+        if not alignment.recorded_ids:
+            return
+        rows = as_index(alignment.recorded_rows)
+        self.records.append(
+            alignment.recorded_ids, outputs.values_BR[rows], hidden_BH[rows] if alignment.hidden else None
+        )
+
+    def collect_records(self) -> dict[str, RequestRecord]:
+        """Return every request's record since the last call."""
+        self.records.weights_version = self.weights_version
+        return self.records.take()
+
+    def take_records(self) -> bytes | None:
+        """Return the records as bytes, for another process; None from ranks whose driver holds the same."""
+        records = self.collect_records()
+        return dump_records(records) if self.is_driver_worker else None
+
+    # -- the student's weights --------------------------------------------------------------------------------------
+
+    def load_student_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False
+    ) -> int:
+        """Replace every weight of the student, or with ``partial`` those that are given.
+
+        Until one call succeeds, no step runs.
+
+        Returns:
+            the new version.
+        """
+        if partial and not (self.weights_loaded and self.weights_version):
+            raise ValueError("partial=True: no sync of every weight came before, or the last one failed; push them all once")
+        self.weights_loaded = False
+        if isinstance(named_tensors, bytes):
+            named_tensors = load_weights(named_tensors)
+        model = self.student_runner.get_model()
+        with self._as_student(), torch.no_grad():
+            if partial:
+                model.load_weights(named_tensors)
+            else:
+                load_all_weights(model, named_tensors)
+            cpu.pack_weights(model)
+        self.weights_loaded = True
+        self.weights_version += 1
+        return self.weights_version
+
+    def _check_weights(self, step: PairStep) -> None:
+        if not self.weights_loaded:
+            raise RuntimeError("the last weight sync of the student failed half way; sync again before sampling")
+        if step.weights_version != self.weights_version:
+            raise RuntimeError(
+                f"a request was admitted for the student's weights version {step.weights_version}, and version "
+                f"{self.weights_version} is loaded: its KV cache would belong to other weights"
+            )
+
+    def teacher_lm_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the teacher's output layer, weight [V, H] and bias [V] or None, by reference."""
+        head = self.model_runner.get_model().lm_head
+        vocab_size = self.model_config.get_vocab_size()
+        bias = getattr(head, "bias", None)
+        return head.weight[:vocab_size], None if bias is None else bias[:vocab_size]
+
+    # -- sleep ------------------------------------------------------------------------------------------------------
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager:
+        """Return where the weights or the KV cache of the model being built are allocated."""
+        is_student = self.model_runner is getattr(self, "student_runner", None)
+        if not (is_student and self.vllm_config.model_config.enable_sleep_mode):
+            return super()._maybe_get_memory_pool_context(tag)
+        return _allocator().use_memory_pool(tag=tag)  # vLLM's own would take the teacher's weights for another engine's
+
+    def _create_cublas_workspace(self) -> None:
+        """Make cuBLAS allocate its workspace now, outside of the pools that sleep unmaps: a trainer uses it meanwhile."""
+        if self.model_config.enable_sleep_mode:
+            torch.mm(torch.zeros(8, 8, device=self.device), torch.zeros(8, 8, device=self.device))
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the memory of both sides' weights and caches; the weights are backed up on the host, the caches are lost.
+
+        Raises:
+            ValueError: another level than 1; vLLM's level 2 would lose the teacher.
+        """
+        if level != 1:
+            raise ValueError(f"sleep level={level}: a pair sleeps at level 1, which keeps both models on the host")
+        super().sleep(level)
+
+    @torch.inference_mode()
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Restore both models and zero both KV caches: attention multiplies masked slots by 0, and 0 × NaN is NaN.
+
+        Raises:
+            ValueError: ``tags`` that leave a part asleep.
+        """
+        if tags is not None:
+            raise ValueError(f"wake_up tags={tags}: a pair wakes up whole; leave them out")
+        torch.accelerator.empty_cache()  # memory that a trainer in this process no longer uses
+        super().wake_up(tags)
+        for runner in (self.model_runner, self.student_runner):
+            for cache in runner.kv_caches:
+                cache.zero_()
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Free both models and their KV caches even if something still references them (a traceback's frames, torch.compile).
+
+        vLLM's own shutdown handles one runner, and does not free a model that something references.
+        """
+        workers.discard(self)
+        runners = [runner for name in ("student_runner", "model_runner") if (runner := getattr(self, name, None))]
+        models = [runner.get_model() for runner in runners if getattr(runner, "model", None) is not None]
+        for runner in runners:
+            runner.execute_model_state = None
+            vars(runner).pop("sample", None)
+        for name in ("sampler", "aligner", "records", "_outputs", "_student_logits"):
+            self.__dict__.pop(name, None)
+        try:
+            if len(runners) == 2:
+                self.student_runner.shutdown()
+        finally:
+            try:
+                super().shutdown()  # waits for the device
+            finally:
+                for model in models:
+                    _free(model)
+
+
+@torch.inference_mode()
+def _free(model: torch.nn.Module) -> None:
+    """Unregister a compiled model from torch's compiler, and free its parameters in place.
+
+    Its buffers stay: vLLM's models of one process share rotary caches.
+    """
+    for module in model.modules():
+        if isinstance(module, TorchCompileWithNoGuardsWrapper):
+            module.cleanup()
+    for parameter in model.parameters():
+        parameter.data = parameter.new_empty(0)
+
+
+def _refuse_recurrent(**models: Any) -> None:
+    """Raise for recurrent layers: computing a token again, as the rewind rule does, would advance their state twice."""
+    for side, model in models.items():
+        if model.has_inner_state:
+            raise ValueError(
+                f"{side} {model.model!r} has recurrent layers (Mamba, linear attention), which the paired engine cannot take "
+                "back by a token; use a model with attention in every layer"
+            )
+
+
+def _block_bytes(specs: dict[str, Any]) -> int:
+    return sum(spec.page_size_bytes for spec in specs.values())
+
+
+def _allocator() -> Any:
+    from vllm.device_allocator import get_mem_allocator_instance  # loads CUDA's runtime
+
+    return get_mem_allocator_instance()
