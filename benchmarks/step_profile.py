@@ -85,27 +85,30 @@ def wrap_engine(clock: Clock, engine: Any) -> None:
     """Time the parts of a step; the names are their nesting."""
     from vllm.v1.executor import uniproc_executor
 
-    core = engine._engine.engine_core.engine_core
-    worker, scheduler = engine._worker(), engine._scheduler()
-    clock.wrap(engine._engine, "step", "all")
-    clock.wrap(core, "step_fn", "core")
+    front = engine._frontend
+    worker, scheduler = front.worker, front.scheduler
+    clock.wrap(front.engine, "step", "all")
+    clock.wrap(front._core, "step_fn", "core")
     clock.wrap(scheduler, "schedule", "schedule")
     clock.wrap(scheduler.student, "schedule", "schedule/student")
+    clock.wrap(scheduler, "_pair_up", "schedule/pair_up")
     clock.wrap(scheduler, "update_from_output", "update")
     clock.wrap(scheduler, "_update_student", "update/student")
     clock.wrap(worker, "execute_model", "execute")
+    clock.wrap(worker, "_admit", "execute/admit")
+    clock.wrap(worker, "_student_forward", "execute/student+logits")
     clock.wrap(worker, "sample_tokens", "sample")
-    for side, runner in (("student", worker.student_runner), ("teacher", worker.model_runner)):
-        forward = runner.execute_model  # osd.engine.forward.SteadyForward
-        for part in ("stock", "_advance", "_update_batch", "_model"):
-            clock.wrap(forward, part, f"execute/{side}/{part.strip('_')}")
-        clock.wrap(runner, "execute_model", f"execute/{side}")
-    clock.wrap(worker.planner, "plan", "sample/plan")
-    clock.wrap(worker.sampler, "forward", "sample/sampler")
-    clock.wrap(worker.model_runner, "_bookkeeping_sync", "sample/bookkeeping")
-    clock.wrap(worker.model_runner, "sample_tokens", "sample/teacher")
-    clock.wrap(worker, "_finish_student", "sample/finish_student")
+    clock.wrap(worker, "_align", "sample/align")
+    clock.wrap(worker, "_finish_step", "sample/finish_student")
     clock.wrap(worker, "_record", "sample/record")
+    clock.wrap(worker, "sampler", "sample/draw")
+    clock.wrap(worker.model_runner, "postprocess_sampled", "sample/postprocess")
+    for side, runner in (("student", worker.student_runner), ("teacher", worker.model_runner)):
+        clock.wrap(runner, "execute_model", f"execute/{side}")
+        for part in ("add_requests", "update_requests", "gather_batch_req_state", "prepare_inputs", "prepare_attn"):
+            clock.wrap(runner, part, f"execute/{side}/{part}")
+        clock.wrap(runner.model_state, "prepare_attn", f"execute/{side}/attention metadata")
+        clock.wrap(runner.cudagraph_manager, "run_fullgraph", f"execute/{side}/replay")
     future = getattr(uniproc_executor, "AsyncOutputFuture", None)
     if future is not None:
         clock.wrap(future, "result", "wait for the GPU")
