@@ -279,7 +279,7 @@ def test_weights_of_single_requests() -> None:
     unset = given_alpha.isnan()
     torch.testing.assert_close(mixture.alpha_B, torch.where(unset, solved.alpha_B, given_alpha), atol=1e-6, rtol=0)
     torch.testing.assert_close(mixture.logq_BV.double(), log_q(theta, teacher, mixture.alpha_B, config), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"alpha_B is \(5,\).*\(6,\)"):
+    with pytest.raises(ValueError, match=r"alpha_B has shape \(5,\).*\(6,\)"):
         mix(theta, teacher, config, alpha_B=torch.zeros(5))
 
 

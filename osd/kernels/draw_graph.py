@@ -1,8 +1,8 @@
-"""`mix_and_draw` replayed as a CUDA graph, for a caller that gives it the same memory again and again.
+"""Replay of `mix_and_draw` as CUDA graphs, one per set of input addresses.
 
-Launching five kernels with some twenty arguments each takes the host longer than the kernels take the GPU. In steady decoding
-the logits are written to the same memory step after step (osd.engine.forward), so a graph captured for a set of addresses
-fits nearly all of them.
+Launching five kernels with about twenty arguments each takes the host longer than the kernels take the GPU. In steady
+decoding the logits have the same addresses at almost every step, so a graph captured for a set of addresses serves nearly
+all steps.
 """
 
 from collections import OrderedDict
@@ -15,19 +15,22 @@ from osd.core import MixingConfig
 from osd.kernels.fused import mix_and_draw
 from osd.kernels.graph import GraphPool
 
-_KEPT = 32  # graphs; one is a few kilobytes of device memory
+_KEPT = 32  # graphs kept; each takes a few kilobytes of device memory
 
-# The graph, with the token and the values that it writes. Not its inputs: what is kept alive is never handed out again.
+# The graph with its output tensors. It holds no reference to its inputs: the allocator could not reuse their addresses.
 _Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
 
 
 class ReplayedDraw:
-    """Tokens and their record from raw logits; arguments and results as in `mix_and_draw`."""
+    """Cache of captured `mix_and_draw` graphs, keyed by configuration and input addresses.
+
+    Arguments and results are those of `mix_and_draw`.
+    """
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Any, _Captured | None] = OrderedDict()
         self._pool: GraphPool | None = None
-        self.replayed = 0  # how many calls were replays, for whoever wants to know
+        self.replayed = 0  # number of calls served by a replay
 
     @torch.no_grad()
     def __call__(
@@ -43,7 +46,7 @@ class ReplayedDraw:
         alpha: Tensor | None,
         uniform: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(token_P, values_PR), in memory of their own."""
+        """Return (token_P, values_PR) as copies that later calls do not overwrite."""
         tensors = (logits_theta, logits_teacher, rows_theta, rows_teacher, temperature, alpha, uniform)
         key = (config, vocab_size, *map(_address, tensors))
         arguments: dict[str, Any] = dict(
@@ -55,7 +58,7 @@ class ReplayedDraw:
             uniform=uniform,
         )
         if key not in self._graphs:
-            # These addresses may never come back; the second time they do.
+            # Capture only addresses that come back: launch on the first call, capture on the second.
             self._keep(key, None)
             mixed = mix_and_draw(logits_theta, logits_teacher, config, **arguments)
             assert mixed.token_P is not None
