@@ -85,7 +85,8 @@ def measure(system: System, shape: dict[str, Any], vocab_size: int, repeats: int
         lengths = {len(output) for output in outputs}
         if len(outputs) != batch_size or lengths != {tokens}:
             raise RuntimeError(
-                f"asked for {batch_size} sequences of {tokens} tokens; got {len(outputs)} sequences of lengths {sorted(lengths)}"
+                f"asked for {batch_size} sequences of {tokens} tokens, "
+                f"got {len(outputs)} sequences of lengths {sorted(lengths)}"
             )
         return end - begin
 

@@ -1,6 +1,6 @@
-"""What the demo shows: a short table in the terminal, and one HTML page that needs nothing else.
+"""Report of the demo: a short table in the terminal, and one self-contained HTML page.
 
-`python examples/report.py outputs/demo/metrics.json` writes the page again, beside the metrics.
+`python examples/report.py outputs/demo/metrics.json` writes the page again next to the metrics.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from rich.table import Table
 
 METRICS, PAGE = "metrics.json", "index.html"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-# What the page shows of every token: names of osd.core.TokenRecord's columns.
+# Columns of osd.core.TokenRecord that the page shows for every token.
 TOKEN_FIELDS = ("alpha", "logq", "logp_theta", "logp_teacher")
 # Label: key in metrics["counts"].
 COUNTS = {"exact match": "correct", "valid JSON": "valid_json", "right values anywhere in the text": "values_anywhere"}
 
 STUDENT, TEACHER, THIRD = "#3b7dd8", "#d9762b", "#4d9a5f"
 STUDENT_RGB, TEACHER_RGB = "59 125 216", "217 118 43"
-# matplotlib wants a colour of its own; in the page this one becomes the text's, which follows the light or dark theme.
+# matplotlib needs a fixed colour. The page replaces this one by the text colour, which follows the light or dark theme.
 INK = "#010203"
 STYLE = {
     "svg.fonttype": "none",
@@ -55,7 +55,7 @@ STYLE = {
 
 
 def write(metrics: dict[str, Any], folder: Path) -> None:
-    """Write the metrics and their page to ``folder``, each whole or not at all, the metrics last."""
+    """Write the page and then the metrics to ``folder``. Each file is written atomically."""
     metrics = _finite(metrics)
     texts = {PAGE: render(metrics), METRICS: json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"}
     for name, text in texts.items():
@@ -65,7 +65,7 @@ def write(metrics: dict[str, Any], folder: Path) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a mean over no tokens becomes null."""
+    """Replace NaN and infinities by None, because JSON has neither (a mean over no tokens is NaN)."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -74,7 +74,7 @@ def _finite(value: Any) -> Any:
 
 
 def render(metrics: dict[str, Any]) -> str:
-    """The page, from the contents of metrics.json."""
+    """Render the page from the contents of metrics.json."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shade": shade, "percent": lambda share: f"{share:.0%}", "shown": shown, "tip": tip}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -90,18 +90,18 @@ def render(metrics: dict[str, Any]) -> str:
 
 
 def shade(alpha: float) -> str:
-    """Background of a token: the student's colour below α = 1/2, the teacher's above it, stronger the further away."""
+    """Return the background of a token: the student's colour below α = 1/2, the teacher's above, stronger towards 0 and 1."""
     strength = 0.85 * abs(2 * alpha - 1) ** 0.8
     return f"rgb({TEACHER_RGB if alpha > 0.5 else STUDENT_RGB} / {strength:.3f})"
 
 
 def shown(token: str) -> str:
-    """A token's text, with its line breaks made visible."""
+    """Return the text of a token with visible line breaks."""
     return token.replace("\n", "↵\n")
 
 
 def tip(token: dict[str, Any]) -> str:
-    """What hovering over a token says; log-probabilities in nats."""
+    """Return the tooltip of a token; log-probabilities in nats."""
     return (
         f"token   {token['token']!r}\nα       {token['alpha']:.3f}\nlog q*  {token['logq']:.3f}\n"
         f"log π_θ {token['logp_theta']:.3f}\nlog π_t {token['logp_teacher']:.3f}"
@@ -112,7 +112,7 @@ def tip(token: dict[str, Any]) -> str:
 
 
 def plots(history: list[dict[str, Any]]) -> str:
-    """Loss, both divergences and α by step, side by side, as SVG to put into a page."""
+    """Plot loss, both divergences and α by step, side by side, as SVG for a page."""
     steps = [entry["step"] for entry in history]
     series = {name: _series(history, name) for name in history[0]}
     with plt.rc_context(STYLE):
@@ -140,7 +140,7 @@ def _plot_loss(axes: Any, steps: list[int], series: dict[str, list[float]]) -> N
 
 
 def _plot_divergences(axes: Any, steps: list[int], series: dict[str, list[float]]) -> None:
-    # α is solved to make the two equal, so one line lies on the other: the dashes let both be seen.
+    # α makes the two equal, so the lines coincide. Dashes make both visible.
     axes.set_title("Divergence of q* from each side, nats")
     axes.plot(steps, series["q/kl_theta"], color=STUDENT, linewidth=3.2, alpha=0.65, label="KL(q* ‖ student)")
     axes.plot(steps, series["q/kl_teacher"], color=TEACHER, linestyle=(0, (3, 2)), label="KL(q* ‖ teacher)")
@@ -149,7 +149,7 @@ def _plot_divergences(axes: Any, steps: list[int], series: dict[str, list[float]
 
 
 def _top(values: list[float], room: float = 1.08) -> float:
-    """Upper end of an axis from 0, with room above the highest value; 1 where there is none."""
+    """Return the upper end of an axis from 0, with room above the highest value; without a positive value, ``room``."""
     return room * max((value for value in values if value > 0), default=1.0)
 
 
@@ -172,7 +172,7 @@ def _svg(figure: Any) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # The size comes from the page; the viewBox keeps the proportions.
+    # Remove the size: the page sets it, and the viewBox keeps the proportions.
     return re.sub(r"<svg[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
 
 
@@ -180,7 +180,7 @@ def _svg(figure: Any) -> str:
 
 
 def show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
-    """The table, a few completions, and where the rest is."""
+    """Print the table, a few completions, and the paths of the files."""
     console.print(table(metrics))
     for example in metrics["examples"][:3]:
         console.print(f"\n[bold]message[/] {escape(example['message'])}", highlight=False)
@@ -192,7 +192,7 @@ def show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
 
 
 def table(metrics: dict[str, Any]) -> Table:
-    """Before and after on the held-out messages, and the first and last step of training."""
+    """Build the table of results on the held-out messages before and after, and of the first and last training step."""
     counts, first, last = metrics["counts"], metrics["history"][0], metrics["history"][-1]
     result = Table(title=f"{counts['after']['total']} held-out messages, student's prompt alone, greedy")
     result.add_column()
