@@ -40,7 +40,7 @@ class SyncJob:
 
     def engine_kwargs(self) -> dict[str, Any]:
         kwargs = dict(load_format="dummy", skip_tokenizer_init=True, dtype=self.dtype, max_model_len=256, max_num_seqs=4)
-        # vLLM requires this share to be free beside the trainer's model. The last argument sets the cache that it takes.
+        # vLLM requires this share to be free beside the trainer's model. The last argument limits its KV cache.
         return kwargs | dict(enforce_eager=True, gpu_memory_utilization=0.3, kv_cache_memory_bytes=1 << 28)
 
     def live_student(self) -> Any:

@@ -35,7 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's path holds only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
 from benchmarks.process import GPU, MULTIPROCESSING, ROOT, Written, environment, header, nothing, result_path, run_worker
 from benchmarks.shapes import config, parse_pair

@@ -208,7 +208,7 @@ def test_alpha_stays_within_its_bounds(method: str) -> None:
     assert torch.equal(solve_alpha(theta, teacher, pinned), torch.full((60,), 0.3))
 
 
-def test_a_clamped_alpha_minimises_log_z_over_the_bounds() -> None:
+def test_clamped_alpha_minimises_log_z_within_the_bounds() -> None:
     """The solution of kl_symmetry minimises a convex function, also if the root lies outside the bounds."""
     theta, teacher = 3 * randn(1, 40, 20), 3 * randn(2, 40, 20)
     config = MixingConfig(alpha_min=0.55, alpha_max=0.8)

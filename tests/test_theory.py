@@ -178,7 +178,7 @@ def test_theorem_03_the_pareto_front__no_q_dominates_a_member() -> None:
             assert point_q[0] > 0  # so no q dominates p
 
 
-def test_theorem_03_the_pareto_front__every_other_q_is_dominated_by_a_member_with_the_margin() -> None:
+def test_theorem_03_the_pareto_front__other_q_are_dominated_with_the_margin() -> None:
     inside = 0
     for pair in [*PAIRS[:5], *OVERLAPPING]:
         for q in itertools.chain(random_q(5, pair.shared, 40), near_family(pair, 6, 40)):
@@ -232,7 +232,7 @@ def test_theorem_04_other_directions_other_families(family: str) -> None:
                 assert np.array([1 - weight, weight]) @ objectives(0.9 * member(weight) + 0.1 * q) > least
 
 
-def test_theorem_04_other_directions_other_families__the_table() -> None:
+def test_theorem_04_other_directions_other_families__table() -> None:
     pair = RUNNING
     linear = pair.linear(bisect(lambda w: np.subtract(*pair.reverse(pair.linear(w)))))
     quadratic = pair.quadratic(bisect(lambda w: np.subtract(*pair.second_moments(pair.quadratic(w)))))
@@ -356,7 +356,7 @@ def test_theorem_08_bounds() -> None:
     says("$0.5124\\le C=0.5207\\le0.9343$", *values)
 
 
-def test_theorem_09_ess_and_kl_for_near_policies__exactly() -> None:
+def test_theorem_09_ess_and_kl_for_near_policies__exact() -> None:
     for pair in PAIRS:
         for alpha in (0.1, 0.5, 0.8):
             log_theta, log_teacher = np.log(pair.second_moments(pair.q(alpha)))
@@ -398,7 +398,7 @@ def test_theorem_09_ess_and_kl_for_near_policies__orders() -> None:
         assert settled[1][2:4] == pytest.approx((1, 1), abs=0.02)
 
 
-def test_theorem_10_where_the_ess_relation_fails() -> None:
+def test_theorem_10_failure_of_the_ess_relation() -> None:
     for eta, tau in itertools.product((0.3, 0.05, 0.01), (1e-4, 1e-9, 1e-14)):
         pair = swapped_tail(eta, tau)
         assert pair.chernoff() == pytest.approx(0.5)
@@ -424,7 +424,7 @@ def test_theorem_10_where_the_ess_relation_fails() -> None:
     assert osd_alpha(pair, "ess_balance") == pytest.approx(pair.ess_balance(), abs=1e-4)
 
 
-def test_theorem_10_where_the_ess_relation_fails__lost_support() -> None:
+def test_theorem_10_failure_of_the_ess_relation__lost_support() -> None:
     for alpha in (0.01, 0.5, 0.99):
         assert BOTH_LOSE.second_moments(BOTH_LOSE.q(alpha)) == (np.inf, np.inf)
         theta, teacher = ONE_LOSES.second_moments(ONE_LOSES.q(alpha))
@@ -460,7 +460,7 @@ def test_theorem_11_cramer_rao_and_its_finite_version() -> None:
         assert not better.all()
 
 
-def test_theorem_11_cramer_rao_and_its_finite_version__the_numbers() -> None:
+def test_theorem_11_cramer_rao_and_its_finite_version__numbers() -> None:
     pair = RUNNING
     most = optimize.minimize_scalar(lambda a: -pair.moment(a, 2), bounds=(0, 1), method="bounded").x
     says("largest at $\\alpha=0.795$, not at $\\alpha^{\\ast}=0.561$", most, pair.chernoff())
@@ -693,7 +693,7 @@ def test_theorem_15_balance_along_a_sequence__with_the_solver() -> None:
         assert to_student == pytest.approx(to_teacher, abs=1e-3)
 
 
-def test_theorem_16_what_balance_along_a_sequence_is_not() -> None:
+def test_theorem_16_limits_of_balance_along_a_sequence() -> None:
     for tree in (random_tree(1), random_tree(2), LOOK_AHEAD, MIRRORED):
         joint, q = tree.joint(balanced)
         alpha = joint.chernoff()
@@ -712,7 +712,7 @@ def test_theorem_16_what_balance_along_a_sequence_is_not() -> None:
     assert joint.chernoff() == pytest.approx(RUNNING.chernoff())
 
 
-def test_theorem_16_what_balance_along_a_sequence_is_not__the_examples() -> None:
+def test_theorem_16_limits_of_balance_along_a_sequence__examples() -> None:
     joint, q = LOOK_AHEAD.joint(balanced)
     g = joint.q(joint.chernoff())
     says("$D(Q\\Vert P)=D(Q\\Vert R)=0.807$", joint.forward(q)[0])

@@ -93,7 +93,7 @@ def pareto(left: Axes, right: Axes) -> None:
 
 
 def ess(left: Axes, right: Axes) -> None:
-    for seed, label in zip(range(3), ("random directions, decreasing distance", None, None), strict=True):
+    for seed, label in zip(range(3), ("random directions", None, None), strict=True):
         rows = []
         for scale in np.geomspace(0.02, 2, 30):
             pair = Two.near(seed, 6, scale)
