@@ -5,23 +5,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
-import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from osd.report import charts, pages
+from osd.report.charts import STUDENT, TEACHER, THIRD
 
 METRICS, PAGE = "metrics.json", "index.html"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -30,38 +27,14 @@ TOKEN_FIELDS = ("alpha", "logq", "logp_theta", "logp_teacher")
 # Label: key in metrics["counts"].
 COUNTS = {"exact match": "correct", "valid JSON": "valid_json", "right values anywhere in the text": "values_anywhere"}
 
-STUDENT, TEACHER, THIRD = "#3b7dd8", "#d9762b", "#4d9a5f"
 STUDENT_RGB, TEACHER_RGB = "59 125 216", "217 118 43"
-# matplotlib needs a fixed colour. The page replaces this one by the text colour, which follows the light or dark theme.
-INK = "#010203"
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "osd",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.linewidth": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-}
 
 
 def write(metrics: dict[str, Any], folder: Path) -> None:
     """Write the page and then the metrics to ``folder``. Each file is written atomically."""
     metrics = _finite(metrics)
-    texts = {PAGE: render(metrics), METRICS: json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"}
-    for name, text in texts.items():
-        part = folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, folder / name)
+    pages.write(folder / PAGE, render(metrics))
+    pages.write(folder / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -111,22 +84,22 @@ def tip(token: dict[str, Any]) -> str:
 # -- plots --------------------------------------------------------------------------------------------------------------
 
 
-def plots(history: list[dict[str, Any]]) -> str:
-    """Plot loss, both divergences and α by step, side by side, as SVG for a page."""
+def plots(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Plot loss, both divergences and α by step. Returns the title and the SVG of each chart."""
     steps = [entry["step"] for entry in history]
     series = {name: _series(history, name) for name in history[0]}
-    with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.4, 3.1), layout="constrained")
-        _plot_loss(left, steps, series)
-        _plot_divergences(middle, steps, series)
-        _plot_alpha(right, steps, series)
-        for axes in (left, middle, right):
-            axes.set_xlabel("step")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
-        svg = _svg(figure)
-        plt.close(figure)
-    return svg
+    drawn = {
+        "Loss: KL(teacher ‖ student), nats per token": _plot_loss,
+        "Divergence of q* from each side, nats": _plot_divergences,
+        "α, the teacher's weight in q*": _plot_alpha,
+    }
+    return [(title, charts.svg(partial(_plot, draw, steps, series), width=3.8, height=3.0)) for title, draw in drawn.items()]
+
+
+def _plot(draw: Any, steps: list[int], series: dict[str, list[float]], axes: Any) -> None:
+    draw(axes, steps, series)
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _series(history: list[dict[str, Any]], name: str) -> list[float]:
@@ -134,14 +107,12 @@ def _series(history: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def _plot_loss(axes: Any, steps: list[int], series: dict[str, list[float]]) -> None:
-    axes.set_title("Loss: KL(teacher ‖ student), nats per token")
     axes.plot(steps, series["loss"], color=THIRD, marker="o", markersize=3)
     axes.set_ylim(0, _top(series["loss"]))
 
 
 def _plot_divergences(axes: Any, steps: list[int], series: dict[str, list[float]]) -> None:
     # α makes the two equal, so the lines coincide. Dashes make both visible.
-    axes.set_title("Divergence of q* from each side, nats")
     axes.plot(steps, series["q/kl_theta"], color=STUDENT, linewidth=3.2, alpha=0.65, label="KL(q* ‖ student)")
     axes.plot(steps, series["q/kl_teacher"], color=TEACHER, linestyle=(0, (3, 2)), label="KL(q* ‖ teacher)")
     axes.set_ylim(0, _top(series["q/kl_theta"] + series["q/kl_teacher"], room=1.3))
@@ -154,7 +125,6 @@ def _top(values: list[float], room: float = 1.08) -> float:
 
 
 def _plot_alpha(axes: Any, steps: list[int], series: dict[str, list[float]]) -> None:
-    axes.set_title("α, the teacher's weight in q*")
     mean, std = series["alpha/mean"], series["alpha/std"]
     low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
     for lower, upper, opacity, label in (
@@ -165,15 +135,6 @@ def _plot_alpha(axes: Any, steps: list[int], series: dict[str, list[float]]) -> 
     axes.plot(steps, mean, color=TEACHER, label="mean")
     axes.set_ylim(0, 1)
     axes.legend(ncols=3, loc="upper center", handlelength=1.2, columnspacing=1.0)
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # Remove the size: the page sets it, and the viewBox keeps the proportions.
-    return re.sub(r"<svg[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
 
 
 # -- the terminal -------------------------------------------------------------------------------------------------------

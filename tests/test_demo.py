@@ -138,7 +138,7 @@ def test_page_shows_the_numbers(metrics):
     page = report.render(metrics)
     for text in ("5%", "73%", "3 of 64", "47 of 64", "after 2 steps", "322 s", "a-model", "torch 9.8.7", ">63<", ">51<"):
         assert text in page, text
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 3
     assert page.count('<span class="tok') == 4
     for line in ("α       0.250", "log q*  -0.500", "log π_θ -1.250", "log π_t -0.125"):
         assert page.count(line) == 4, line
