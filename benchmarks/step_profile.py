@@ -116,8 +116,8 @@ def prompts(batch_size: int, length: int, vocab: int) -> list[list[int]]:
     return torch.randint(100, vocab, (batch_size, length), generator=generator).tolist()
 
 
-def gpu_trace(run: Callable[[], Any], steps: int) -> dict[str, Any]:
-    """Trace the GPU while ``run`` decodes ``steps`` tokens, and evaluate the middle half of the steps."""
+def gpu_trace(run: Callable[[], Any]) -> dict[str, Any]:
+    """Trace the GPU while ``run`` decodes, and evaluate the middle half of the steps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
         run()
         torch.cuda.synchronize()
@@ -166,7 +166,7 @@ def profile(system: Paired, clock: Clock, batch_size: int, args: argparse.Namesp
         "host_ms": clock.per_step(),
     }
     if args.traced and GPU:
-        result["gpu"] = gpu_trace(lambda: system.generate(batch, args.traced), args.traced)
+        result["gpu"] = gpu_trace(lambda: system.generate(batch, args.traced))
     return result
 
 
