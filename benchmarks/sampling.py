@@ -188,7 +188,7 @@ def _models(args: argparse.Namespace, folder: Path) -> tuple[str, str]:
 
 
 def _prime(args: argparse.Namespace, folder: Path) -> None:
-    """Start and discard a tiny engine, so that the first system is not charged for reading files from the disk."""
+    """Start and discard a tiny engine, so that the first system's times do not include reading files from the disk."""
     tiny = str(write_model("tiny", folder / "models"))
     spec = job("teacher", argparse.Namespace(**{**vars(args), "teacher": None, "start_only": True}), (tiny, tiny))
     done = run_worker(spec, environment("teacher", args, folder / "caches-prime"), folder, args.time_limit)

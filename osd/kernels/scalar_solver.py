@@ -10,7 +10,7 @@ import triton.language as tl
 # If two interpolants of K agree to this, alpha is usually known to about a fifth of it. Both can also be wrong.
 _AGREEMENT: tl.constexpr = tl.constexpr(1e-4)
 _LEVEL_AGREEMENT: tl.constexpr = tl.constexpr(2e-6)
-# Errors of a guess that its sums may show. The level is rounded to float32, because log q is computed with that value.
+# Tolerances of a guess, tested with its sums. The level is rounded to float32, because log q is computed with that value.
 _ALPHA_TOLERANCE: tl.constexpr = tl.constexpr(3e-5)
 _LEVEL_TOLERANCE: tl.constexpr = tl.constexpr(2e-5)
 _STEP_TOLERANCE: tl.constexpr = tl.constexpr(2e-5)
