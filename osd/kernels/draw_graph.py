@@ -1,7 +1,8 @@
-"""`mix_and_draw` replayed as a CUDA graph, for a caller that gives it the same memory again and again.
+"""Replay of `mix_and_draw` as CUDA graphs, one per set of input addresses.
 
-Launching six kernels with some twenty arguments each takes the host longer than the kernels take the GPU. In steady decoding the
-logits are written to the same memory step after step, so a graph captured for a set of addresses fits nearly all steps.
+Launching six kernels with about twenty arguments each takes the host longer than the kernels take the GPU. In steady
+decoding the logits have the same addresses at almost every step, so a graph captured for a set of addresses serves nearly
+all steps.
 """
 
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from osd.kernels.uniform import uniform
 
 _KEPT = 32  # graphs; one is a few kilobytes of device memory
 
-# A graph and the tensors that it writes. Not its inputs: memory that is kept alive is never handed out again.
+# A graph with its output tensors. It holds no reference to its inputs: the allocator could not reuse their addresses.
 _Captured = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]
 
 
@@ -39,8 +40,8 @@ class ReplayedDraw:
     ) -> tuple[Tensor, Tensor]:
         """Draw one token per row.
 
-        tensors: ``rows_theta``, ``rows_teacher``, ``temperature`` and ``alpha`` as in `mix_and_draw`; ``seed`` and ``length`` as in
-        `osd.kernels.uniform.uniform`, for the rows that are mixed.
+        tensors: ``rows_theta``, ``rows_teacher``, ``temperature`` and ``alpha`` as in `mix_and_draw`; ``seed`` and
+        ``length`` as in `osd.kernels.uniform.uniform`, for the rows that are mixed.
 
         Returns (drawn_2P, values_PR), in memory of their own: ids >= 0 and bad sides, int32 [2, P], and the record, float32.
         """
@@ -50,7 +51,7 @@ class ReplayedDraw:
 
         key = (config, vocab_size, _address(logits_theta), _address(logits_teacher), *map(_address, tensors.values()))
         if key not in self._graphs:
-            # These addresses may never come back; a graph is captured the second time.
+            # Capture only addresses that come back: launch on the first call, capture on the second.
             self._keep(key, None)
             return run()
         captured = self._graphs[key]
