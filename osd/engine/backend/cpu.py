@@ -1,9 +1,8 @@
-"""Everything that vLLM's model runner V2 needs on a CPU; nothing here acts on a GPU.
+"""Support for vLLM's model runner V2 on a CPU; nothing here acts on a GPU.
 
-The runner does its bookkeeping in Triton kernels. On a CPU, Triton's interpreter runs them, slowly: a third of a second a step for eight
-rows. The kernels of every step are therefore replaced by numpy functions with the same arguments, which
-`tests/test_cpu_kernels.py` compares with the kernels' own source in the interpreter. The rarely used ones (penalties, logit bias, bad words,
-min-p, grammars) stay interpreted.
+The runner does its bookkeeping in Triton kernels, and Triton's interpreter takes a third of a second for those of one step. So
+numpy functions with the same arguments replace the kernels of every step; tests/test_cpu_kernels.py compares them with the
+kernels' source in the interpreter. The rarely used kernels (penalties, logit bias, bad words, min-p, grammars) stay interpreted.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 def prepare() -> None:
     """Let vLLM use Triton on this CPU; call it before the modules of vLLM's model runner are imported.
 
-    vLLM takes Triton on a CPU only with a "cpu" backend, which the published Triton does not have. The interpreter stands in for it.
+    vLLM takes Triton on a CPU only with a "cpu" backend, which the published Triton lacks; the interpreter stands in for it.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -36,15 +35,15 @@ def prepare() -> None:
 
     triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
     if utils := sys.modules.get("vllm.triton_utils"):  # vLLM was imported before, and took Triton for missing
-        utils.HAS_TRITON, utils.triton, utils.tl = True, triton, triton.language
+        vars(utils).update(HAS_TRITON=True, triton=triton, tl=triton.language)
 
 
 # -- vLLM's kernels in numpy ------------------------------------------------------------------------------------------
 
 
 def _prefill_inputs(
-    input_ids: Any, next_prefill: Any, _s: int, lookahead: int, slots: Any, starts: Any, all_ids: Any, _t: int, prefill_len: Any,
-    computed: Any, **_: Any,
+    input_ids: Any, next_prefill: Any, _s: int, lookahead: int, slots: Any, starts: Any, all_ids: Any, _t: int,
+    prefill_len: Any, computed: Any, **_: Any,
 ) -> None:  # fmt: skip
     ids, following, tokens = input_ids.numpy(), next_prefill.numpy(), all_ids.numpy()
     first, slot_of_row = starts.tolist(), slots.numpy()
@@ -184,7 +183,8 @@ def install_kernels() -> None:
         for owner, methods in classes.items():
             for name, function in methods.items():
                 setattr(getattr(import_module(f"vllm.v1.worker.gpu.{module}"), owner), name, function)
-    import_module("vllm.v1.sample.ops.topk_topp_sampler").HAS_TRITON = False  # its kernel needs more than the interpreter has
+    # The kernel of top-k and top-p needs more than the interpreter has.
+    vars(import_module("vllm.v1.sample.ops.topk_topp_sampler"))["HAS_TRITON"] = False
 
 
 # -- the student's weights --------------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def install_kernels() -> None:
 def keep_weights() -> Any:
     """Load a model whose linear layers keep their weights beside the packed ones, so that a sync can load into them.
 
-    Symptom: a shape mismatch in ``load_weights`` after the first load. Cause: on a CPU vLLM packs every linear layer for oneDNN and drops
-    the original. Versions: 0.32. To be removed when vLLM can reload packed weights one tensor at a time.
+    Symptom: a shape mismatch in ``load_weights`` after the first load. Cause: on a CPU vLLM packs every linear layer for oneDNN
+    and drops the original. Versions: 0.32. To be removed when vLLM can reload packed weights one tensor at a time.
     """
     if not _is_cpu():
         return nullcontext()
@@ -218,8 +218,7 @@ def pack_weights(model: torch.nn.Module) -> None:
 def keep_torch_threads() -> None:
     """Keep vLLM on a CPU from leaving this process's torch, and a trainer in it, with one thread.
 
-    Its worker sets torch to one thread for serving unless OMP_NUM_THREADS says otherwise, and then makes ``torch.set_num_threads`` do
-    nothing.
+    Unless OMP_NUM_THREADS is set, its worker sets torch to one thread and then makes ``torch.set_num_threads`` do nothing.
     """
     from vllm import envs
 
