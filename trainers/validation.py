@@ -89,8 +89,8 @@ def _importance(args: OSDConfig) -> None:
         value = sampling.get(name, value)
         if value != off and not (name == "top_k" and value == -1):
             warnings.warn(
-                f"importance_correction={args.importance_correction!r} with {name}={value!r}: tokens that {name} excludes get no "
-                f"weight, so the estimate stays biased; use {name}={off!r}",
+                f"importance_correction={args.importance_correction!r} with {name}={value!r}: tokens that {name} excludes "
+                f"get no weight, so the estimate stays biased; use {name}={off!r}",
                 stacklevel=5,
             )
 
