@@ -190,7 +190,7 @@ def test_privileged_context_in_a_conversation(make, engine, monkeypatch):
 def teacher_hidden_by_transformers(teacher, trainer, output):
     """The teacher's hidden states on its own prompts, [B, T, H], by transformers."""
     hidden = torch.zeros(*output["completion_ids"].shape, teacher.config.hidden_size, device=DEVICE)
-    prompts = trainer._teacher_ids(ROWS[: len(hidden)])
+    prompts = trainer._renderer.teacher_ids(ROWS[: len(hidden)])
     for i, prompt in enumerate(prompts):
         completion = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
         with torch.no_grad():

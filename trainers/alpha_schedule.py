@@ -62,11 +62,11 @@ def unmixed(rows: Sequence[Mapping[str, Any]], mix_fraction: float, *, seed: str
         ValueError: a `mix` that is neither true nor false.
     """
     draw = random.Random(seed)
-    alphas = [None if _wants_mixing(row) and draw.random() < mix_fraction else 0.0 for row in rows]
+    alphas = [None if wants_mixing(row) and draw.random() < mix_fraction else 0.0 for row in rows]
     return None if all(alpha is None for alpha in alphas) else alphas
 
 
-def _wants_mixing(row: Mapping[str, Any]) -> bool:
+def wants_mixing(row: Mapping[str, Any]) -> bool:
     wanted = row.get(MIX_COLUMN, True)
     if not isinstance(wanted, bool):
         raise ValueError(f"the dataset's column {MIX_COLUMN!r} has {wanted!r}; use true, or false for the student alone")

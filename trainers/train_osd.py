@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> OSDTrainer:
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **args.model_kwargs(),
+        **args.student_init_kwargs(),
     }
     trainer = OSDTrainer(
         model=model.model_name_or_path,
