@@ -21,7 +21,7 @@ _BUILDERS = ("json", "csv", "parquet")  # of `datasets`, whose files the reader 
 
 @dataclass
 class DataArguments(ScriptArguments, DatasetMixtureConfig):
-    """TRL's script arguments (`dataset_name`, splits, streaming) and mixtures (`datasets`, `test_split_size`), plus OSD's own."""
+    """TRL's script arguments (`dataset_name`, splits, streaming) and mixtures (`datasets`, `test_split_size`); OSD's own."""
 
     dataset_test_name: str | None = field(
         default=None,
