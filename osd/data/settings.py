@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
+from osd.core import MixingConfig, mixing_option
 from osd.data.hints import check_types
 from osd.prompts import template_fields
-
-if TYPE_CHECKING:
-    from osd.core import MixingConfig
 
 FORMATS = ("parquet", "jsonl")
 ANSWER_FILTERS = ("contains", "match")
@@ -102,14 +100,11 @@ class Prompts:
 class Mixing:
     _argument_group_name = "how q* is made"
 
-    alpha_method: str = _of(
-        "kl_symmetry",
-        "How the teacher's weight α is chosen for every token: kl_symmetry, ess_balance, entropy, reverse_kl_symmetry, fixed.",
-    )
-    fixed_alpha: float = _of(0.5, "α under alpha_method=fixed: 0 samples from the student, 1 from the teacher.")
-    alpha_min: float = _of(0.0, "Lower bound of α.")
-    alpha_max: float = _of(1.0, "Upper bound of α.")
-    mixture: str = _of("geometric", "geometric (q* ∝ π_θ^(1-α) π_t^α), or linear ((1-α) π_θ + α π_t, with fixed or entropy).")
+    alpha_method: str = mixing_option("alpha_method")
+    fixed_alpha: float = mixing_option("fixed_alpha")
+    alpha_min: float = mixing_option("alpha_min")
+    alpha_max: float = mixing_option("alpha_max")
+    mixture: str = mixing_option("mixture")
 
     def mixing(self) -> MixingConfig:
         """How α is chosen and the policies are mixed.
@@ -117,9 +112,7 @@ class Mixing:
         Raises:
             ValueError: an unknown method or mixture, or bounds that are crossed or outside [0, 1].
         """
-        from osd.core import MixingConfig  # imports torch
-
-        return MixingConfig(**{f.name: getattr(self, f.name) for f in fields(MixingConfig)})
+        return MixingConfig.of(self)
 
 
 @dataclass(frozen=True, kw_only=True)
