@@ -17,6 +17,8 @@ LAYERS = [
     "osd.alpha",
     "osd.mixing",
     "osd.kernels",
+    "osd.sampling_args",
+    "osd.prompt_checks",
     "osd.prompts",
     "osd.engine",
     "osd.weight_sync",
