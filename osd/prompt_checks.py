@@ -45,12 +45,10 @@ def is_conversation(prompt: Any) -> bool:
 
 def is_token_ids(prompt: Any) -> bool:
     """Return True for a list of token ids (as opposed to text or messages)."""
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, (str, bytes))
-        and len(prompt) > 0
-        and all(isinstance(token, Integral) and not isinstance(token, bool) and int(token) >= 0 for token in prompt)
-    )
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes)) or not prompt:
+        return False
+    types = set(map(type, prompt))
+    return all(issubclass(kind, Integral) and kind is not bool for kind in types) and min(prompt) >= 0
 
 
 def check_prompt(prompt: Any) -> None:

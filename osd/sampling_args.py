@@ -145,7 +145,7 @@ REFUSED: dict[str, str] = {
     "chat_template_kwargs": "it is no sampling argument; give it where prompts are rendered",
 }
 
-_SAME_NOISE = "one seed would give every completion of a prompt the same noise"
+_SAME_NOISE = "it would give every sample the same noise"
 _HARMLESS = {"n": 1, "detokenize": True}
 # Arguments that one entry refuses besides, with the reason and the fix.
 TRAINING = {

@@ -23,6 +23,7 @@ LAYERS = [
     "osd.engine",
     "osd.weight_sync",
     "osd.generation",
+    "osd.output",
     "osd.sampler",
     "osd.report",
     "osd.data",
