@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
+from osd.prompt_checks import forget_warnings
 from trainers.checkpointing import check_same_run, resolve, run_of
 from trainers.rows import Renderer
 from trainers.saving import check_outputs
@@ -65,6 +66,7 @@ def plan(
     Raises:
         ValueError: naming the field, the value and the fix.
     """
+    forget_warnings()
     refuse_unsupported(model, args, tools=tools, quantization_config=quantization_config)
     check_datasets(train_dataset, eval_dataset, args.privileged_template)
     pair = planned_pair(model, teacher_model, args, engine)

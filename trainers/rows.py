@@ -11,7 +11,8 @@ from datasets import IterableDataset
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from osd.prompts import PROMPT_COLUMN, Prompt, encode_all, for_side, privileged_template_for, teacher_prompt
+from osd.prompt_checks import Prompt, compare_templates, is_conversation
+from osd.prompts import PROMPT_COLUMN, encode_all, for_side, privileged_template_for, teacher_prompt
 from trainers.alpha_schedule import wants_mixing
 
 if TYPE_CHECKING:
@@ -142,8 +143,11 @@ class Renderer:
 
     def _warn_about_templates(self, rows: Sequence[Row], prompts: list[Prompt], student: Any, teacher: Any) -> None:
         """Warn once if both sides read the same prompt as different tokens."""
+        if any(map(is_conversation, prompts)):
+            kwargs = self.args.chat_template_kwargs or {}
+            compare_templates(self.teacher_tokenizer, self.student_tokenizer, kwargs, kwargs)  # type: ignore[arg-type]
         for row, prompt, of_student, of_teacher in zip(rows, prompts, student, teacher, strict=True):
-            if self._warned or of_student == of_teacher or prompt != self.teacher_prompt(row):
+            if self._warned or of_student == of_teacher or not isinstance(prompt, str) or prompt != self.teacher_prompt(row):
                 continue
             self._warned = True
             student_text, teacher_text = (
@@ -151,8 +155,8 @@ class Renderer:
                 for tokenizer, ids in ((self.student_tokenizer, of_student), (self.teacher_tokenizer, of_teacher))
             )
             warnings.warn(
-                "teacher and student render the same prompt differently, each with its own tokenizer and chat template: the "
-                f"student reads {student_text!r:.300}, the teacher reads {teacher_text!r:.300}. If that is not intended, give "
-                "both models one chat template (processing_class is the student's alone)",
+                "teacher and student tokenize the same text differently, each with its own tokenizer: the student reads "
+                f"{student_text!r:.300}, the teacher reads {teacher_text!r:.300}. If that is not intended, use one tokenizer "
+                "for both (processing_class is the student's alone)",
                 stacklevel=6,
             )

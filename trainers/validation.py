@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import regex
 import torch
 
+from osd.prompt_checks import check_template_kwargs
 from osd.prompts import privileged_template_for, template_fields
+from osd.sampling_args import TRAINING, checked_sampling
 from trainers.alpha_schedule import SHAPES
 from trainers.divergence import DIVERGENCES
 from trainers.fields import changed, check_fields, warn_beside_engine
@@ -136,25 +138,9 @@ def _sampling(args: OSDConfig) -> None:
             regex.compile(pattern)
         except regex.error as error:
             raise ValueError(f"vllm_structured_outputs_regex={pattern!r} is not a regular expression: {error}") from None
-    check_sampling(args)
-
-
-def check_sampling(args: OSDConfig) -> None:
-    """Refuse sampling arguments that the engine does not take.
-
-    Raises:
-        ValueError: naming the argument, the value and the fix.
-    """
-    kwargs = {"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p or 0.0, **args.sampling_kwargs()}
-    if kwargs.get("n", 1) != 1:
-        raise ValueError("generation_kwargs['n'] must be 1: TRL trains on one completion per prompt")
-    for name, good, fix in (
-        ("top_p", 0 < kwargs["top_p"] <= 1, "use a share in (0, 1]"),
-        ("top_k", kwargs["top_k"] >= -1, "use a number of tokens, or 0 for all"),
-        ("min_p", 0 <= kwargs["min_p"] <= 1, "use a share in [0, 1]"),
-    ):
-        if not good:
-            raise ValueError(f"{name}={kwargs[name]!r} is out of range; {fix}")
+    checked_sampling({name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")})
+    checked_sampling(args.sampling_kwargs(), where="generation_kwargs", refused=TRAINING)
+    check_template_kwargs(args._mapping("chat_template_kwargs"))
 
 
 def _combinations(args: OSDConfig) -> None:
