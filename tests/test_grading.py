@@ -151,9 +151,9 @@ def test_a_function_that_raises_is_named():
 
 
 def test_a_reference_that_is_no_regular_expression_is_refused():
-    assert "not a regular expression" in grading.usable("(", "regex")
-    assert grading.usable("(", "final") is None
-    assert grading.usable("####") == "it is empty"
+    with pytest.raises(ValueError, match="not a regular expression"):
+        grading.check_reference("(", "regex")
+    grading.check_reference("(", "final")
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 8), (8, 8), (3, 10), (1, 1000)])

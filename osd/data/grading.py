@@ -103,18 +103,19 @@ def regex(completion: str, answer: str) -> bool:
 MATCHERS: dict[str, Matcher] = {"final": matches, "exact": exact, "contains": contains, "math": math, "regex": regex}
 
 
-def usable(answer: str, how: str = "final") -> str | None:
-    """Return why a reference answer cannot be matched by `how`, or None.
+def check_reference(answer: str, how: str) -> None:
+    """Refuse a reference answer that cannot be matched.
 
-    ``####`` or ``\\boxed{}`` alone state nothing; a regular expression may not compile.
+    Raises:
+        ValueError: it should be a regular expression and does not compile.
     """
-    if not stated(answer):
-        return "it is empty"
-    try:
-        re.compile(answer if how == "regex" else "")
-    except re.error as error:
-        return f"{answer!r} is not a regular expression ({error})"
-    return None
+    if how == "regex":
+        try:
+            re.compile(answer)
+        except re.error as error:
+            raise ValueError(
+                f"its answer {answer!r} is not a regular expression ({error}), as answer_match=regex needs"
+            ) from error
 
 
 def stated(answer: str) -> bool:

@@ -155,7 +155,9 @@ class RequestBuilder:
             if getattr(self.settings, "filter_answer", None):
                 raise ValueError(f"it has no {self.settings.answer_column!r} (answer_column), which filter_answer needs")
             return None
-        return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        answer = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        grading.check_reference(answer, self.settings.answer_match)
+        return answer
 
 
 def _is_jinja(template: str) -> bool:
