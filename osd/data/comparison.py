@@ -23,8 +23,8 @@ from osd.data.progress import SampleBar
 from osd.data.requests import Request, RequestBuilder
 from osd.data.samples import SCHEMA, Sample, sample_of
 from osd.data.settings import CompareConfig
+from osd.data.strict_json import finite, json_text
 from osd.data.verdict import Marks, score, sentence
-from osd.data.writer import finite, json_text
 from osd.report.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, png, svg
 from osd.report.pages import check_writable, render, write
 
