@@ -86,7 +86,7 @@ def silence_libraries() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",  # it warns of every fork
-        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # the NUMA binding of vLLM's CPU build
     }.items():
         os.environ.setdefault(name, value)
     ignored = ("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:multiprocessing.resource_tracker")

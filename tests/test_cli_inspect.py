@@ -206,7 +206,7 @@ def test_completions_are_drawn_evenly(tmp_path):
         ("x.parquet", b"not parquet", "is not a Parquet file"),
         ("x.jsonl", b'{"id": 1}\n', "completion 0: it has no 'tokens'"),
         ("x.jsonl", b'\n{"id": 1, "tok', "line 2 is not JSON"),
-        ("x.jsonl", b"[1]\n", "it is no mapping"),
+        ("x.jsonl", b"[1]\n", "it is not a mapping"),
         ("x.jsonl", b'{"id": 1, "tokens": ["a"], "alpha": []}\n', "it has 1 tokens and 0 entries in 'alpha'"),
         ("x.txt", b"hello", "is neither .parquet nor .jsonl"),
         ("folder/readme", b"hello", "has no data"),

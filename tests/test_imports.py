@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each may import what stands before it, and itself.
 LAYERS = [
+    "osd.terminal",
     "osd.core",
     "osd.log_partition",
     "osd.alpha",
@@ -25,6 +26,8 @@ LAYERS = [
     "osd.report",
     "osd.data",
     "trainers",
+    "osd.environment",
+    "osd.launch",
     "osd.cli",
     "osd.__main__",
 ]

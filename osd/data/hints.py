@@ -1,25 +1,27 @@
-"""Whether a value is of its setting's type: YAML gives whatever was written."""
+"""Types of settings, checked because YAML gives values of any type, and suggestions for mistyped names."""
 
 from __future__ import annotations
 
+import difflib
 import types
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 @cache
 def hints(cls: Any) -> dict[str, Any]:
-    """The resolved type of every field of a settings class."""
+    """Return the resolved type of every field of a settings class."""
     return {name: hint for name, hint in get_type_hints(cls).items() if name in cls.__dataclass_fields__}
 
 
 def takes_mapping(hint: Any) -> bool:
-    """Whether a field is a mapping (which a flag gives as JSON)."""
+    """Return whether a field is a mapping, which a flag gives as JSON."""
     return any(get_origin(option) is dict for option in get_args(hint))
 
 
 def check_types(settings: Any) -> None:
-    """Refuse a value of another type than its field's.
+    """Refuse values that are not of their field's type.
 
     Raises:
         ValueError: naming the field, the value and the type.
@@ -51,3 +53,9 @@ def _type_name(hint: Any) -> str:
     options = [option for option in get_args(hint) if option is not type(None)] or [hint]
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     return " or ".join(names.get(option, "a list") for option in (options if get_origin(hint) is not list else [hint]))
+
+
+def suggestion(given: object, known: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" where a known name is close, else ""."""
+    close = difflib.get_close_matches(str(given), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
