@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -91,6 +92,8 @@ def silence_libraries() -> None:
         os.environ.setdefault(name, value)
     ignored = ("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:multiprocessing.resource_tracker")
     os.environ.setdefault("PYTHONWARNINGS", ",".join(ignored))
+    # vLLM logs about Triton before it sets up its logger.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     if not sys.warnoptions:
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)
