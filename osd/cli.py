@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         near = suggestion(command, COMMANDS)
         sys.exit(_refused("", f"unknown command {command!r}{near}; use {', '.join(COMMANDS)}"))
-    silence_libraries()
+    if command != "env":  # it shows the variables that the user has set
+        silence_libraries()
     try:
         COMMANDS[command](rest)
     except (ValueError, ImportError) as error:

@@ -178,7 +178,7 @@ class _Help(HelpFormatter):
         super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
 
     def _format_action_invocation(self, action: Any) -> str:
-        flags = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        flags = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")] or list(action.option_strings)
         if action.nargs == 0:
             return ", ".join(flags)
         many = " ..." if action.nargs == "+" else ""
