@@ -72,3 +72,10 @@ def test_both_import_paths_give_the_same_class():
     from osd import OptimalSamplingV1
 
     assert older is OptimalSamplingV1
+
+
+def test_every_exported_name_is_there():
+    import osd
+
+    assert set(osd.__all__) == set(osd._HOME)
+    assert all(getattr(osd, name).__name__ == name for name in osd.__all__)
