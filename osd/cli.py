@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from osd.data.hints import suggestion
+from osd.core import suggest
 from osd.terminal import silence_libraries
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     command, *rest = arguments
     if command not in COMMANDS:
-        near = suggestion(command, COMMANDS)
+        near = suggest(command, COMMANDS)
         sys.exit(_refused("", f"unknown command {command!r}{near}; use {', '.join(COMMANDS)}"))
     if command != "env":  # it shows the variables that the user has set
         silence_libraries()

@@ -53,7 +53,7 @@ def train(argv: Sequence[str]) -> None:
     from trainers.train_osd import main, parse
 
     if "--help-all" in rest:
-        parse(["--help"])
+        parse(["--help-all"])
     if any(name in os.environ for name in LAUNCHED) or _asks_for("dry_run", rest):
         main(rest)
         return

@@ -18,10 +18,13 @@ LAYERS = [
     "osd.alpha",
     "osd.mixing",
     "osd.kernels",
+    "osd.sampling_args",
+    "osd.prompt_checks",
     "osd.prompts",
     "osd.engine",
     "osd.weight_sync",
     "osd.generation",
+    "osd.output",
     "osd.sampler",
     "osd.report",
     "osd.data",
@@ -72,3 +75,10 @@ def test_both_import_paths_give_the_same_class():
     from osd import OptimalSamplingV1
 
     assert older is OptimalSamplingV1
+
+
+def test_every_exported_name_is_there():
+    import osd
+
+    assert set(osd.__all__) == set(osd._HOME)
+    assert all(getattr(osd, name).__name__ == name for name in osd.__all__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from osd.data.hints import suggestion
+from osd.core import suggest
 
 # In an installed package beside this module's parent; in a checkout (also an editable install) at the top level.
 _PACKAGE = Path(__file__).parent.parent
@@ -36,4 +36,4 @@ def nearby(given: str | Path, known: dict[str, Path] | None = None) -> str:
     """Return " (did you mean ...?)" with the name of a file beside a path that does not exist, or a known name."""
     path = Path(given)
     siblings = [str(path.with_name(file.name)) for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    return suggestion(str(path), [*siblings, *(known or {})])
+    return suggest(str(path), [*siblings, *(known or {})])

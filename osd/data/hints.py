@@ -1,10 +1,8 @@
-"""Types of settings, checked because YAML gives values of any type, and suggestions for mistyped names."""
+"""Types of settings, checked because YAML gives values of any type."""
 
 from __future__ import annotations
 
-import difflib
 import types
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -53,9 +51,3 @@ def _type_name(hint: Any) -> str:
     options = [option for option in get_args(hint) if option is not type(None)] or [hint]
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     return " or ".join(names.get(option, "a list") for option in (options if get_origin(hint) is not list else [hint]))
-
-
-def suggestion(given: object, known: Iterable[str]) -> str:
-    """Return " (did you mean ...?)" where a known name is close, else ""."""
-    close = difflib.get_close_matches(str(given), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

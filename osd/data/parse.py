@@ -18,8 +18,9 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from osd.core import suggest
 from osd.data.configs import find, shipped
-from osd.data.hints import hints, suggestion, takes_mapping
+from osd.data.hints import hints, takes_mapping
 from osd.data.settings import CompareConfig, GenerateConfig
 
 SECTIONS: dict[str, type] = {"generate": GenerateConfig, "compare": CompareConfig}
@@ -56,7 +57,7 @@ def parse(
     namespace, unknown = parser.parse_known_args(flags)
     if unknown:
         known = [f"--{field.name}" for field in fields(settings_class)]
-        raise ValueError(f"unknown argument {unknown[0]!r}{suggestion(unknown[0], known)}; `{prog} --help-all` lists them all")
+        raise ValueError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], known)}; `{prog} --help-all` lists them all")
     given = {field.name: getattr(namespace, field.name) for field in fields(settings_class)}
     return settings_class(**{name: _mapping(name, value, settings_class) for name, value in given.items()})
 
@@ -101,7 +102,7 @@ def split_sections(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         known = [field.name for field in fields(SECTIONS[name])]
         for key in section:
             if key not in known:
-                raise ValueError(f"unknown key {key!r} in the section {name!r}{suggestion(key, known)}")
+                raise ValueError(f"unknown key {key!r} in the section {name!r}{suggest(key, known)}")
     return {key: value for key, value in written.items() if key not in SECTIONS}, sections
 
 
@@ -117,7 +118,7 @@ def _check_top(path: str, top: Mapping[str, Any], training_keys: Callable[[], It
     known = set(training_keys()) | data_keys()
     for key in unknown:
         if key not in known:
-            raise ValueError(f"unknown key {key!r} in {path}{suggestion(key, known)}; no command knows it")
+            raise ValueError(f"unknown key {key!r} in {path}{suggest(key, known)}; no command knows it")
 
 
 def _mapping(name: str, value: Any, settings_class: type) -> Any:
