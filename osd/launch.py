@@ -45,17 +45,18 @@ def train(argv: Sequence[str]) -> None:
 
     Raises:
         ValueError: a config that does not exist, an unknown key or flag.
+        SystemExit: a run in this process failed.
     """
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return
     launch, rest = _split(argv)
-    from trainers.train_osd import main, parse
+    from trainers.train_osd import command, parse
 
     if "--help-all" in rest:
         parse(["--help-all"])
     if any(name in os.environ for name in LAUNCHED) or _asks_for("dry_run", rest):
-        main(rest)
+        command(rest)
         return
     parse(rest)  # one line for a mistake, before processes start
     _replace_process([*_accelerate_flags(launch, rest), "-m", "trainers.train_osd", *rest])

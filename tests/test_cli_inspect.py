@@ -242,3 +242,15 @@ def test_a_browser_renders_the_completions_a_few_at_a_time(tmp_path):
     assert 20 <= len(cards) < 120
     assert re.search(r'class="tok"[^>]*style="background: rgb', done.stdout)
     assert "<script>alert" not in done.stdout
+
+
+def test_the_page_marks_right_answers_as_the_run_was_told(tmp_path):
+    rows = [row | {"completion": "The answer is: 408", "answer": "408" if i else "409"} for i, row in enumerate(samples(8))]
+    save(tmp_path / "data-00000-of-00001-000000.parquet", rows)
+    page = inspect(tmp_path)
+    assert [sample["ok"] for sample in page_data(page)["samples"]] == [False, *[True] * 7]
+    assert "right (7 of 8; 95 %: 52.9% to 97.8%)" in page.read_text()
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"answer_match": "exact"}}))
+    assert not any(sample["ok"] for sample in page_data(inspect(tmp_path))["samples"])
+    assert page_data(inspect(tmp_path, answer_match="math"))["samples"][1]["ok"]
+    assert "95 %: 0.0% to 32.4%" in inspect(tmp_path).read_text()
