@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osd.data.formats import is_local, open_input
+from osd.data.strict_json import canonical
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Row", "Rows", "canonical", "is_local", "read", "read_dataset"]
+__all__ = ["Row", "Rows", "is_local", "read", "read_dataset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,19 +128,6 @@ def read_dataset(
     table = datasets.table.InMemoryTable.from_pydict({name: array for name, (array, _) in columns.items()})
     info = datasets.DatasetInfo(features=datasets.Features({name: feature for name, (_, feature) in columns.items()}))
     return datasets.Dataset(table, info=info)
-
-
-def canonical(value: Any) -> str:
-    """Strict JSON of a value, the same for equal values. Numbers that JSON does not have (NaN, infinities) become null."""
-    return json.dumps(_strict(value), sort_keys=True, ensure_ascii=False, allow_nan=False, default=str)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------------
