@@ -19,6 +19,8 @@ LAYERS = [
     "osd.kernels",
     "osd.prompts",
     "osd.engine",
+    "osd.adapters",
+    "osd.sync_check",
     "osd.weight_sync",
     "osd.generation",
     "osd.sampler",

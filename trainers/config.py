@@ -164,14 +164,6 @@ class OSDConfig(DistillationConfig):
     )
 
     # The paired engine
-    lora_sync: str = field(
-        default="merged",
-        metadata={
-            "help": "How a student under LoRA (PEFT) reaches its engine at every sync: 'merged' (the layers with an adapter, "
-            "merged; decodes at full speed) or 'adapter' (A and B alone, to LoRA layers in the engine, which cost time in "
-            "decoding)."
-        },
-    )
     engine_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "vLLM engine arguments of both sides (dtype, max_model_len, ...); they win over vllm_* fields."},

@@ -49,10 +49,10 @@ from trainers.divergence import token_logprobs
 from trainers.importance import importance_weights
 from trainers.lm_head import Head, gathered, head_of, on_shared_vocabulary
 from trainers.losses import batch_loss, pad_column
-from trainers.metrics import batch_metrics, loss_metrics
+from trainers.metrics import batch_metrics, end_metrics, loss_metrics
 from trainers.privilege_gap import privilege_gap
 from trainers.teacher import start_teacher
-from trainers.validation import check_datasets, check_lora_sync, planned_pair, refuse_unsupported
+from trainers.validation import check_adapter, check_datasets, planned_pair, refuse_unsupported
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion, PairConfig, PairEngine
@@ -110,7 +110,7 @@ class OSDTrainer(DistillationTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = OSDConfig(f"{name.split('/')[-1]}-OSD")
         refuse_unsupported(tools=tools, quantization_config=quantization_config)
-        check_lora_sync(model, peft_config, args)
+        check_adapter(model, peft_config)
         check_datasets(train_dataset, eval_dataset, args.privileged_template)
         pair = planned_pair(model, teacher_model, args, engine)
         self._run = run_of(model, pair, args)
@@ -131,9 +131,7 @@ class OSDTrainer(DistillationTrainer):
             )
         if self._is_vlm:
             raise ValueError("OSD distils text models; this student has an image processor")
-        self.vllm_generation = self._start_generation(pair)
-        self.use_vllm = True
-        self._last_loaded_step = -1  # TRL syncs whenever this is not the current step
+        self._start_generation(pair).attach(self)
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._logp_BT: torch.Tensor | None = None  # of the last pass, where samples are used again
@@ -152,7 +150,6 @@ class OSDTrainer(DistillationTrainer):
             self.processing_class,
             pair=pair,
             mix_tokens=self.args.mix_tokens,
-            lora_sync=self.args.lora_sync,
             enable_sleep_mode=self.args.vllm_enable_sleep_mode,
             hidden=self.args.teacher_signal == "recorded",
             on_error="keep",
@@ -197,6 +194,8 @@ class OSDTrainer(DistillationTrainer):
             metrics |= self._schedule.metrics(self.vllm_generation.engine.mixing) | self._privilege_metrics(output)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
+        for name, value in end_metrics(completions, self.accelerator).items():
+            self._metrics[mode][name][-1] = value  # TRL's own count ends only at token ids
         if self.log_completions:
             self._logs["alpha"].extend(gather_object([_alpha(c) for c in completions]))
             self._logs["token_ids"].extend(gather_object([list(c.token_ids) for c in completions]))

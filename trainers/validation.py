@@ -6,7 +6,6 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
 
 from osd.prompts import privileged_template_for, template_fields
 from trainers.alpha_schedule import SHAPES
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from trainers.config import OSDConfig
 
 TEACHER_SIGNALS = ("recorded", "recompute")
-LORA_SYNCS = ("merged", "adapter")
 
 # Fields of DistillationConfig that an OSD run cannot honour: (name, what to do instead).
 _REFUSED = (
@@ -52,7 +50,6 @@ def _choices(args: OSDConfig) -> None:
         ("divergence", DIVERGENCES),
         ("importance_correction", CORRECTIONS),
         ("alpha_schedule", SHAPES),
-        ("lora_sync", LORA_SYNCS),
     ):
         if getattr(args, name) not in known:
             raise ValueError(f"{name}={getattr(args, name)!r} is unknown; use one of {', '.join(known)}")
@@ -151,8 +148,6 @@ def _colocated(args: OSDConfig) -> None:
         )
     if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
         raise ValueError("vllm_enable_sleep_mode=True needs an NVIDIA GPU, and there is none; leave it false")
-    if args.vllm_enable_sleep_mode and args.lora_sync == "adapter":
-        raise ValueError("vllm_enable_sleep_mode=True with lora_sync='adapter' is not supported; use lora_sync='merged'")
     if not args.ds3_gather_for_generation:
         raise ValueError("ds3_gather_for_generation=False is not compatible with vLLM generation; leave it true")
 
@@ -190,17 +185,25 @@ def refuse_unsupported(*, tools: Any, quantization_config: Any) -> None:
         raise ValueError("quantization_config is not supported: the live student is copied into its engine at every step")
 
 
-def check_lora_sync(model: Any, peft_config: Any, args: OSDConfig) -> None:
-    """Refuse to sync the adapter alone of a student that has none.
+def check_adapter(model: Any, peft_config: Any) -> None:
+    """Refuse kinds of adapters that this trainer cannot train.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: AdaLoRA, whose schedule nothing drives; prompt tuning and the like, which change no weights.
     """
-    has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-    if args.lora_sync == "adapter" and not has_adapter:
-        raise ValueError(
-            "lora_sync='adapter' and the student has no LoRA adapter; give peft_config (--use_peft true), or use 'merged'"
-        )
+    given = [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values())
+    for config in given:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind == "ADALORA":
+            raise ValueError(
+                "peft_config is AdaLoRA: no trainer of TRL calls its update_and_allocate(), so its ranks would stay as they begin; "
+                "use LoraConfig (rank_pattern sets ranks by layer)"
+            )
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"peft_config is {kind}: its virtual tokens are no part of the student's weights, and the engine would sample "
+                "without them; use LoraConfig"
+            )
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any, template: str | None) -> None:
@@ -241,12 +244,13 @@ def planned_pair(model: Any, teacher_model: Any, args: OSDConfig, engine: PairEn
         _check_running(engine, teacher, args)
         return engine
     from osd.engine.engine import PairConfig
-    from osd.engine.validate_models import check_models
+    from osd.engine.validate_models import check_models, check_student_can_train
 
     student = model if isinstance(model, str) else model.name_or_path
     kwargs: dict[str, Any] = args.pair_kwargs()
     pair = PairConfig(teacher=teacher, student=student, mixing=args.mixing(), **kwargs)
     check_models(pair)
+    check_student_can_train(pair)
     return pair
 
 
