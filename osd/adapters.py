@@ -63,8 +63,8 @@ def plain_weights(model: Any) -> list[Weight]:
 def _walk(module: nn.Module, name: str, layer: Any = None, leaf: str = "") -> Iterator[Weight]:
     if isinstance(module, BaseTunerLayer):
         if layer is not None:
-            raise ValueError(f"the student has two adapters inside each other on {name}; merge one of them into the model first")
-        yield from _walk(module.base_layer, name, module if _acts(module) else None)
+            raise ValueError(f"the student has two adapters inside each other on {name}; merge one of them into the model")
+        yield from _walk(module.base_layer, name, module if _acts(module) else None)  # type: ignore[arg-type]
         return
     if isinstance(module, AuxiliaryTrainingWrapper):
         yield from _walk(_chosen(module), name, layer, leaf)
@@ -170,12 +170,12 @@ def check_mergeable(model: Any) -> None:
     reached = {id(weight.parameter) for weight in weights}
     for module in model.modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            reached.update(id(parameter) for parameter in module.parameters())
+            reached.update(id(parameter) for parameter in module.parameters())  # type: ignore[union-attr]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in reached:
             raise ValueError(
-                f"the student trains {name}, which no weight of the plain model can express, so its engine would sample without "
-                "it; use an adapter on the model's layers, such as LoraConfig"
+                f"the student trains {name}, which no weight of the plain model can express, so its engine would sample "
+                "without it; use an adapter on the model's layers, such as LoraConfig"
             )
     for weight in _one_of_each_kind(weights):
         _check_merges(weight)

@@ -80,9 +80,9 @@ class OSDGeneration(LiveStudent):
             shape draws from q*. `generation_kwargs` are further `vllm.SamplingParams` arguments and win over the others.
 
     Raises:
-        ValueError: before an engine starts: a pair that would not live in this process on one device; a student that cannot be
-            synced, by name (experts, quantized, an adapter under FSDP1 or that unties shared embeddings, weights unlike those of
-            its files); and the errors of `PairEngine`.
+        ValueError: before an engine starts: a pair that would not live in this process on one device; a student that cannot
+            be synced, by name (experts, quantized, an adapter under FSDP1 or that unties shared embeddings, weights unlike
+            those of its files); and the errors of `PairEngine`.
     """
 
     def __init__(

@@ -40,11 +40,11 @@ def check_same_student(engine: PairEngine, model: Any, accelerator: Any) -> None
     limit = _LIMIT_32_BIT if _is_32_bit(engine, model, accelerator) else _LIMIT_16_BIT
     if gap > limit:
         raise RuntimeError(
-            f"the engine's student is not the student in training: after a weight sync their log-probabilities of the same tokens "
-            f"differ by {gap:.3g} nats on average and {worst:.3g} at most, where rounding explains {limit}. Nothing is sampled. "
-            "Causes seen: a model changed in memory (save it and start from the saved one), an adapter that unties or bypasses "
-            "the engine's weights, an attention implementation that leaves out a part of the model. If the difference is wanted, "
-            "set check_sync=False on OSDGeneration"
+            "the engine's student is not the student in training: after a weight sync their log-probabilities of the same "
+            f"tokens differ by {gap:.3g} nats on average and {worst:.3g} at most, where rounding explains {limit}. Nothing is "
+            "sampled. Possible causes: a model changed in memory (save it and start from the saved one), an adapter whose "
+            "effect is not in the merged weights, an attention implementation that leaves out a part of the model. If the "
+            "difference is wanted, set check_sync=False on OSDGeneration"
         )
 
 

@@ -132,8 +132,8 @@ class LiveStudent(VLLMGeneration):
         given = {name for name, _ in checked(weights.items(), self._layout.shapes, student)}
         if missing := sorted(self._layout.shapes.keys() - given):
             raise ValueError(
-                f"the live student lacks {len(missing)} parameters of {student!r}, which its engine is started with: {missing[:3]} "
-                "...; save the model that is trained and start the engine from it"
+                f"the live student lacks {len(missing)} parameters of {student!r}, which its engine is started with: "
+                f"{missing[:3]} ...; save the model that is trained and start the engine from it"
             )
 
     def _plain_parameters(self) -> dict[str, Tensor]:
@@ -151,20 +151,21 @@ class LiveStudent(VLLMGeneration):
             )
 
     def _check_tied(self, weights: dict[str, Tensor]) -> None:
-        base = self.model.get_base_model()
+        base: Any = self.model.get_base_model()  # type: ignore[operator]
         if not base.config.get_text_config().tie_word_embeddings or not self._layout:
             return
         if untied := [name for name in weights if name not in self._layout.shapes and name.endswith("lm_head.weight")]:
             raise ValueError(
                 f"the adapter unties the student's {untied[0]} from its input embeddings, which share one matrix "
-                "(tie_word_embeddings): the engine has one matrix for both, and would sample from another student. In LoraConfig, "
-                "set ensure_weight_tying=True with modules_to_save=['embed_tokens'], or leave 'embed_tokens' and 'lm_head' out "
-                "of target_modules, modules_to_save and trainable_token_indices"
+                "(tie_word_embeddings): the engine has one matrix for both, and would sample from another student. In "
+                "LoraConfig, set ensure_weight_tying=True with modules_to_save=['embed_tokens'], or leave 'embed_tokens' and "
+                "'lm_head' out of target_modules, modules_to_save and trainable_token_indices"
             )
 
     @property
     def _pair_config(self) -> PairConfig:
-        return getattr(self.pair, "config", self.pair)
+        config: Any = getattr(self.pair, "config", self.pair)
+        return config
 
     def _as_on_disk(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Check each tensor and give it the name that vLLM reads in a checkpoint."""

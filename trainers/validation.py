@@ -196,8 +196,8 @@ def check_adapter(model: Any, peft_config: Any) -> None:
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind == "ADALORA":
             raise ValueError(
-                "peft_config is AdaLoRA: no trainer of TRL calls its update_and_allocate(), so its ranks would stay as they begin; "
-                "use LoraConfig (rank_pattern sets ranks by layer)"
+                "peft_config is AdaLoRA: no trainer of TRL calls its update_and_allocate(), so its ranks would stay as they "
+                "begin; use LoraConfig (rank_pattern sets ranks by layer)"
             )
         if config.is_prompt_learning:
             raise ValueError(
@@ -249,8 +249,8 @@ def planned_pair(model: Any, teacher_model: Any, args: OSDConfig, engine: PairEn
     student = model if isinstance(model, str) else model.name_or_path
     kwargs: dict[str, Any] = args.pair_kwargs()
     pair = PairConfig(teacher=teacher, student=student, mixing=args.mixing(), **kwargs)
-    check_models(pair)
     check_student_can_train(pair)
+    check_models(pair)
     return pair
 
 

@@ -1,4 +1,4 @@
-"""Checks on the two models that need no weights: files, tokenizers, architectures that the pair or its weight sync cannot take."""
+"""Checks on the two models that need no weights: files, tokenizers, architectures that cannot be sampled or synced."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def check_models(config: PairConfig) -> None:
 
     Raises:
         ValueError: a model that cannot be found, or that vLLM does not have; a student with experts beside a dense teacher; or
-            tokenizers that differ (naming the first id that does). Vocabularies padded to different sizes are fine: ids beyond
-            the shared ones are never drawn.
+            tokenizers that differ (naming the first id that does). Vocabularies padded to different sizes are fine: ids
+            beyond the shared ones are never drawn.
     """
     teacher, student = (_config(config, side) for side in ("teacher", "student"))
     for side, found in (("teacher", teacher), ("student", student)):
         _check_implemented(side, getattr(config, side), found, _kwargs(config, side))
     if experts(student) and not experts(teacher):
         raise ValueError(
-            f"student={config.student!r} is a mixture of experts ({experts(student)} of them) and teacher={config.teacher!r} is "
-            "dense: vLLM prepares for experts by the teacher's configuration alone. Use a dense student, or a teacher with "
+            f"student={config.student!r} is a mixture of experts ({experts(student)} of them) and teacher={config.teacher!r} "
+            "is dense: vLLM prepares for experts by the teacher's configuration alone. Use a dense student, or a teacher with "
             "experts"
         )
     if any(_kwargs(config, side).get("skip_tokenizer_init") for side in ("teacher", "student")):
@@ -63,14 +63,14 @@ def check_student_can_train(config: PairConfig) -> StudentLayout | None:
     if experts(student):
         raise ValueError(
             f"student={config.student!r} is a mixture of experts ({experts(student)} of them): transformers and vLLM store "
-            "experts differently, and a synced student did not agree with the trained one. Train a dense student (a teacher "
+            "experts differently, and a synced student did not agree with the trained one. Train a dense student (the teacher "
             "may have experts)"
         )
     quantization = kwargs.get("quantization") or getattr(student, "quantization_config", None)
     if quantization or kwargs.get("load_format") in ("bitsandbytes", "gguf"):
         raise ValueError(
-            f"student={config.student!r} is quantized ({quantization or kwargs['load_format']}): every sync replaces its weights "
-            "by the trained ones, which are not. Start from the unquantized checkpoint, and quantize the trained student"
+            f"student={config.student!r} is quantized ({quantization or kwargs['load_format']}): every sync replaces its "
+            "weights by the trained ones, which are not. Start from the unquantized checkpoint and quantize the trained student"
         )
     return student_layout(config)
 
@@ -101,9 +101,9 @@ def _names_on_disk(model: Any, student: str) -> dict[str, str]:
     saved = {id(tensor): name for name, tensor in revert_weight_conversion(model, parameters).items()}
     if rearranged := [name for name, parameter in parameters.items() if id(parameter) not in saved]:
         raise ValueError(
-            f"student={student!r} ({type(model).__name__}): transformers rearranges {len(rearranged)} of its weights when it loads "
-            f"them ({rearranged[0]}, ...), and vLLM reads them as they are in the checkpoint. OSD cannot sync this architecture; "
-            "train another student"
+            f"student={student!r} ({type(model).__name__}): transformers rearranges {len(rearranged)} of its weights when it "
+            f"loads them ({rearranged[0]}, ...), and vLLM reads them as they are in the checkpoint. OSD cannot sync this "
+            "architecture; train another student"
         )
     return {name: saved[id(parameter)] for name, parameter in parameters.items()}
 
@@ -164,8 +164,8 @@ def _load(auto_class: Any, config: PairConfig, side: str) -> Any:
     name = (kwargs.get("tokenizer") if auto_class is AutoTokenizer else None) or model
     if not name:
         raise ValueError(
-            f"{side}={name!r}: the model was made in memory, and vLLM loads models from files. Call save_pretrained(folder) for "
-            "the model and its tokenizer, and pass the folder (or set model.name_or_path to it)"
+            f"{side}={name!r}: the model was made in memory, and vLLM loads models from files. Call save_pretrained(folder) "
+            "for the model and its tokenizer, and pass the folder (or set model.name_or_path to it)"
         )
     options = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     try:
