@@ -4,8 +4,8 @@
     python benchmarks/lora_sync.py --pair small+tiny --sequences 2 --tokens 8          # a try on a CPU
 
 Every layer with an adapter is merged out of place and copied into the engine, which decodes plain weights. All linear layers
-have an adapter. Random weights; the trainer's copy is on the engine's device, in the engine's process. Medians over --repeats;
-syncs are those after the first. A step is a decoding step of the pair, (N tokens - 1 token) / (N - 1). Prints both and writes a JSON
+have an adapter. Random weights; the trainer's copy is on the engine's device, in its process. Medians over --repeats, of the
+syncs after the first. A step is a decoding step of the pair, (N tokens - 1 token) / (N - 1). Prints both and writes a JSON
 with every figure, the configuration and versions.
 """
 

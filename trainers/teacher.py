@@ -1,7 +1,7 @@
 """Two sources of the teacher's distribution for the loss: the record, or a second teacher in transformers.
 
-Both give final hidden states, aligned to the completion's tokens, and the teacher's output layer. Shape suffixes: B completions,
-T completion tokens (padded), N tokens, H the teacher's hidden size.
+Both give final hidden states, aligned to the completion's tokens, and the teacher's output layer. Shape suffixes:
+B completions, T completion tokens (padded), N tokens, H the teacher's hidden size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Teacher(Protocol):
     def columns(
         self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
     ) -> dict[str, Any]:
-        """Return the columns of a batch that `supervision` reads: tensors, batch first, or lists. `prompts` are the teacher's."""
+        """Return the columns that `supervision` reads: tensors, batch first, or lists. `prompts` are the teacher's."""
 
     def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
         """Return the teacher's hidden states [B, T, H] for a batch with these `columns`, and its output layer."""
