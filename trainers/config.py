@@ -38,6 +38,14 @@ class OSDConfig(DistillationConfig):
         metadata={"help": "Always true: completions come from the paired vLLM engine."},
     )
 
+    vllm_model_impl: str = field(
+        default="auto",
+        metadata={
+            "help": "Model implementation of both engines: 'auto' (vLLM's own, or else the model's transformers code), 'vllm' "
+            "or 'transformers'."
+        },
+    )
+
     # How q* is made
     alpha_method: str = field(
         default="kl_symmetry",

@@ -68,7 +68,7 @@ def batch_loss(
 
 
 def pad_hidden(hidden_TH: Sequence[Tensor | None], length: int, weight_VH: Tensor, device: torch.device) -> Tensor:
-    """Stack recorded hidden states, right-padded with zeros, to `[B, length, H]` in the dtype of their output layer `weight_VH`.
+    """Stack recorded hidden states to `[B, length, H]`, right-padded with zeros, in the dtype of their layer `weight_VH`.
 
     None (a completion that ended in an error) becomes zeros too. A NaN that is masked in the loss would still reach the
     gradient: 0 × NaN is NaN.
