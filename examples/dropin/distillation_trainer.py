@@ -1,8 +1,8 @@
-"""q* inside TRL's DistillationTrainer: a subclass of ten lines, and nothing else of OSD's trainer.
+"""Sample from q* inside TRL's DistillationTrainer: a subclass of ten lines, without OSD's trainer.
 
     python -m examples.dropin.distillation_trainer --student PATH --teacher PATH [--steps 3] [--cpu]
 
-Completions come from q*, for which the teacher reads its own prompt; the loss is TRL's, with its own teacher in transformers.
+Completions are drawn from q*, and the teacher reads its own prompt. The loss is TRL's, with its teacher in transformers.
 """
 
 import argparse
