@@ -296,11 +296,24 @@ class Runner:
 def run_osd(arguments: list[str]) -> None:
     from osd.cli import main
 
+    if arguments[0] == "train":
+        return run_train(arguments[1:])
     try:
         main(cut(arguments))
     except SystemExit as end:
         if end.code:
             raise AssertionError(f"osd {arguments}: {end.code}") from end
+
+
+def run_train(arguments: list[str]) -> None:
+    """Train in this process. tests/test_commands.py checks what `osd train` launches."""
+    from osd.data.configs import find
+    from osd.launch import _split
+
+    launch, rest = _split(arguments)
+    if "accelerate_config" in launch:
+        find(launch.accelerate_config, folder="accelerate")
+    run_accelerate(["launch", "trainers/train_osd.py", *rest])
 
 
 def cut(arguments: list[str]) -> list[str]:
