@@ -215,8 +215,8 @@ def tiny_world(tiny_pair, tmp_path, monkeypatch, engines):
     (tmp_path / "configs").mkdir()
     for path in (ROOT / "configs").glob("*.yaml"):
         (tmp_path / "configs" / path.name).write_text(substituted(path.read_text()))
-    if (ROOT / "configs" / "accelerate").is_dir():
-        (tmp_path / "configs" / "accelerate").symlink_to(ROOT / "configs" / "accelerate")
+    (tmp_path / "configs" / "accelerate").symlink_to(ROOT / "configs" / "accelerate")
+    monkeypatch.setattr("osd.data.configs.ROOT", tmp_path / "configs")
     return substituted
 
 
