@@ -13,11 +13,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from osd.generation import GeneratedBatch, OSDGeneration
+
+if TYPE_CHECKING:
+    from osd.engine.engine import PairCompletion
 
 _MEANS = ("kl_theta", "kl_teacher", "entropy_q", "ess_ratio")
 _CACHE = ("teacher_prompt_tokens", "teacher_cached_tokens", "student_prompt_tokens", "student_cached_tokens")
@@ -49,6 +52,23 @@ def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, floa
         "engine/student_cache_hit": _ratio(*(of[f"student_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
         "engine/weights_version": of["weights_version"].min().item(),
         "completions/failed": of["failed"].sum().item(),
+    }
+
+
+def end_metrics(completions: list[PairCompletion], accelerator: Any) -> dict[str, float]:
+    """TRL's metrics of how completions end, by the engine's reasons; a collective operation.
+
+    TRL compares the last token with the ids that end a completion, and so counts one that a stop string ended as cut.
+    """
+    ends_B2 = torch.tensor([[len(c.token_ids), c.finish_reason == "length"] for c in completions], device=accelerator.device)
+    length_P, is_cut_P = accelerator.gather(ends_B2).unbind(-1)
+    whole = length_P[is_cut_P == 0].float()
+    whole = whole if len(whole) else torch.zeros(1)
+    return {
+        "completions/clipped_ratio": is_cut_P.float().mean().item(),
+        "completions/mean_terminated_length": whole.mean().item(),
+        "completions/min_terminated_length": whole.min().item(),
+        "completions/max_terminated_length": whole.max().item(),
     }
 
 

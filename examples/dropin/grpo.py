@@ -22,7 +22,7 @@ class OptimalSamplingGRPO(GRPOTrainer):
         super().__init__(*args, **kwargs)
         model, length = self.model, self.max_completion_length
         osd = OSDGeneration(model, self.accelerator, self.processing_class, pair=pair, max_completion_length=length)
-        self.vllm_generation, self.use_vllm, self._last_loaded_step = osd, True, -1  # TRL syncs when the step is another
+        osd.attach(self)
 
     def _generate_and_score_completions(self, inputs):
         alpha = None if self.model.training else 0.0  # evaluation samples from the student alone
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> OptimalSamplingGRPO:
     trainer = OptimalSamplingGRPO(
         model=flags.student, reward_funcs=names_the_answer, args=args, train_dataset=Dataset.from_list(ROWS), pair=pair
     )
-    trainer.train()
-    trainer.save_model()
-    trainer.vllm_generation.close()
+    with trainer.vllm_generation:
+        trainer.train()
+        trainer.save_model()
     return trainer
 
 
