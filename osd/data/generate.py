@@ -50,7 +50,7 @@ class _Done:
     counts: Counts = field(default_factory=Counts)
 
     def reject(self, row: Row, sample: int | None, reason: str) -> None:
-        self.rejected.append({"id": row.id, "row": row.number, "sample": sample, "reason": reason, "source": dict(row.values)})
+        self.rejected.append({"id": row.id, "row": row.number, "sample": sample, "reason": reason, "source": row.source})
         self.counts.rejected += 1
 
     def __add__(self, other: _Done) -> _Done:
