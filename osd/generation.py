@@ -18,12 +18,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl.trainer.utils import ensure_master_addr_port
 
+from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
+from osd.sampling_args import DROP_IN, checked_sampling
 from osd.weight_sync import LiveStudent
 
 if TYPE_CHECKING:
@@ -104,6 +106,17 @@ class OSDGeneration(LiveStudent):
         max_completion_length: int = 16,
         generation_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        checked_sampling(
+            {
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+            }
+        )
+        extra = checked_sampling(generation_kwargs or {}, where="generation_kwargs", refused=DROP_IN)
+        forget_warnings()
         if on_error not in ("raise", "keep"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
         if lora_sync not in ("merged", "adapter"):
@@ -130,7 +143,7 @@ class OSDGeneration(LiveStudent):
             repetition_penalty=repetition_penalty,
             max_completion_length=max_completion_length,
             enable_sleep_mode=enable_sleep_mode,
-            generation_kwargs=dict(generation_kwargs or {}),
+            generation_kwargs=extra,
         )
 
     def _init_vllm(self) -> None:
@@ -200,7 +213,11 @@ class OSDGeneration(LiveStudent):
 
     @contextmanager
     def teacher_reads(
-        self, prompts: Iterable[Prompt | list[int]] | None, *, alpha: float | Sequence[float | None] | None = None
+        self,
+        prompts: Iterable[Prompt] | None,
+        *,
+        alpha: float | Sequence[float | None] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[None]:
         """In this block, the next `generate` call has the teacher read `prompts`, and fixes α if `alpha` is given.
 
@@ -209,23 +226,20 @@ class OSDGeneration(LiveStudent):
                 or token ids. None gives the teacher the student's prompts, which is also what happens without this block.
             alpha: the teacher's weight, one for all or one per prompt; 0 samples from the student alone, as evaluation
                 should. None: the mixing's own.
+            chat_template_kwargs: arguments of the teacher's chat template (give it those that the trainer gives the student's).
 
         Raises:
             ValueError: a prompt that is empty or cannot be rendered.
         """
         if self._teacher_side is not None:
             raise RuntimeError("teacher_reads() is already in effect; it cannot be nested")
-        self._teacher_side = _TeacherSide(None if prompts is None else self._teacher_ids(prompts), alpha)
+        check_template_kwargs(kwargs := dict(chat_template_kwargs or {}))
+        teacher_ids = None if prompts is None else encode_all(self.engine.tokenizer, list(prompts), **kwargs)
+        self._teacher_side = _TeacherSide(teacher_ids, alpha)
         try:
             yield
         finally:
             self._teacher_side = None
-
-    def _teacher_ids(self, prompts: Iterable[Prompt | list[int]]) -> list[list[int]]:
-        prompts = list(prompts)
-        to_encode = [cast(Prompt, prompt) for prompt in prompts if not _is_token_ids(prompt)]
-        encoded = iter(encode_all(self.engine.tokenizer, to_encode))
-        return [prompt if _is_token_ids(prompt) else next(encoded) for prompt in prompts]
 
     def generate(
         self,
@@ -254,6 +268,7 @@ class OSDGeneration(LiveStudent):
             raise ValueError("OSD distils text models; remove the dataset's image columns")
         if not self._synced:
             raise RuntimeError("the student's engine does not have the trainer's weights; call sync_weights() first")
+        check_special_tokens(self.processing_class, prompts)
         teacher_prompts, alpha = self._take_teacher_side(prompts)
         start = time.perf_counter()
         self.engine.wake_up()
@@ -316,10 +331,6 @@ class OSDGeneration(LiveStudent):
         if failed and self.on_error == "raise":
             first = next(iter(failed))
             raise RuntimeError(f"{len(failed)} of {len(completions)} completions failed; number {first}: {failed[first]}")
-
-
-def _is_token_ids(prompt: Prompt | list[int]) -> TypeGuard[list[int]]:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
 
 
 def _check_colocated(pair: PairConfig) -> None:

@@ -87,7 +87,7 @@ def test_what_does_not_fit_the_input_is_refused(tmp_path, given, message):
         ({"output": None}, "output is not set"),
         ({"model_name_or_path": None}, "model_name_or_path is not set"),
         ({"engine_kwargs": "dtype"}, "engine_kwargs='dtype' is not a mapping"),
-        ({"temperature": float("nan")}, "temperature=nan is no temperature"),
+        ({"temperature": float("nan")}, "temperature=nan must be 0 \\(greedy\\) or"),
         ({"seed": -1}, "seed=-1 is not a whole number from 0 to 4294967295"),
         ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization=1.5 is no share"),
         ({"vllm_max_model_length": 6}, "max_completion_length=6 leaves no room for a prompt in vllm_max_model_length=6"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
-from osd.core import MixingConfig
+from osd.core import MixingConfig, mixing_option
 from trainers.alpha_schedule import AlphaSchedule
 from trainers.divergence import Divergence
 from trainers.validation import check
@@ -39,26 +39,11 @@ class OSDConfig(DistillationConfig):
     )
 
     # How q* is made
-    alpha_method: str = field(
-        default="kl_symmetry",
-        metadata={
-            "help": "How the teacher's weight α is chosen for every token: 'kl_symmetry' (both KL divergences from q* "
-            "are equal), 'ess_balance', 'entropy', 'reverse_kl_symmetry', or 'fixed'."
-        },
-    )
-    fixed_alpha: float = field(
-        default=0.5,
-        metadata={
-            "help": "The teacher's weight under alpha_method='fixed', in [0, 1]: 0 samples from the student alone, "
-            "1 from the teacher alone."
-        },
-    )
-    alpha_min: float = field(default=0.0, metadata={"help": "Lower bound of α, in [0, alpha_max]."})
-    alpha_max: float = field(default=1.0, metadata={"help": "Upper bound of α, in [alpha_min, 1]."})
-    mixture: str = field(
-        default="geometric",
-        metadata={"help": "'geometric': q* ∝ π_θ^(1-α) π_t^α. 'linear': q* = (1-α) π_θ + α π_t, the baseline of other papers."},
-    )
+    alpha_method: str = mixing_option("alpha_method")
+    fixed_alpha: float = mixing_option("fixed_alpha")
+    alpha_min: float = mixing_option("alpha_min")
+    alpha_max: float = mixing_option("alpha_max")
+    mixture: str = mixing_option("mixture")
 
     alpha_schedule: str = field(
         default="constant",
@@ -195,13 +180,7 @@ class OSDConfig(DistillationConfig):
         Raises:
             ValueError: an unknown method or mixture, or bounds that are crossed or outside [0, 1].
         """
-        return MixingConfig(
-            alpha_method=self.alpha_method,
-            fixed_alpha=self.fixed_alpha,
-            alpha_min=self.alpha_min,
-            alpha_max=self.alpha_max,
-            mixture=self.mixture,
-        )
+        return MixingConfig.of(self)
 
     def schedule(self) -> AlphaSchedule:
         """The mixing at every optimizer step.

@@ -31,6 +31,7 @@ from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
 from osd.engine.backend.versions import setting
 from osd.generation import OSDGeneration
+from osd.prompt_checks import compare_templates, is_conversation
 from osd.prompts import (
     PRIVILEGED_COLUMN,
     PROMPT_COLUMN,
@@ -230,7 +231,10 @@ class OSDTrainer(DistillationTrainer):
         args = self.args
         prompts = [teacher_prompt(row, privileged_template_for(row, args.privileged_template)) for row in rows]
         prompts = [for_side(p, system_prompt=args.teacher_system_prompt, chat=args.enable_chat_template) for p in prompts]
-        return encode_all(self.vllm_generation.engine.tokenizer, prompts, **self.chat_template_kwargs)
+        tokenizer, kwargs = self.vllm_generation.engine.tokenizer, self.chat_template_kwargs
+        if any(map(is_conversation, prompts)):
+            compare_templates(tokenizer, self.processing_class, kwargs, kwargs)
+        return encode_all(tokenizer, prompts, **kwargs)
 
     def _recorded_columns(self, completions: list[PairCompletion], completion_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         """Batch-first tensors, which TRL shuffles and splits with the rest: `loss_mask`, `logp_theta`, `logp_draw`, [B, T].

@@ -13,6 +13,7 @@ from typing import Any
 from osd.data import grading
 from osd.data.reader import Row
 from osd.data.settings import CompareConfig, GenerateConfig, as_mapping
+from osd.prompt_checks import compare_templates, forget_warnings
 from osd.prompts import PROMPT_COLUMN, Prompt, encode, fill, for_side, privileged_template_for, teacher_prompt, template_fields
 
 
@@ -101,6 +102,7 @@ class RequestBuilder:
             if template is not None:
                 tokenizer.chat_template = template if _is_jinja(template) else Path(template).read_text(encoding="utf-8")
         self.tokenizers = teacher, student
+        forget_warnings()
 
     def build(self, row: Row, sample: int) -> Request:
         """Return the request of one sample of a row.
@@ -153,6 +155,8 @@ class RequestBuilder:
         settings = self.settings
         kwargs = {**pinned_date(tokenizer, self.started), **as_mapping(settings.chat_template_kwargs)}
         rendered = for_side(prompt, system_prompt=system, chat=settings.enable_chat_template)
+        if self.tokenizers is not None and not isinstance(rendered, str):
+            compare_templates(*self.tokenizers, kwargs, kwargs)
         token_ids = encode(tokenizer, rendered, **kwargs)
         if isinstance(rendered, str):
             return Side(text=rendered, token_ids=token_ids)

@@ -6,16 +6,15 @@ imports torch, vLLM or TRL: `osd generate --help` is quick, and a wrong setting 
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
+from osd.core import MixingConfig, mixing_option
 from osd.data.hints import check_types
+from osd.prompt_checks import check_template_kwargs
 from osd.prompts import template_fields
-
-if TYPE_CHECKING:
-    from osd.core import MixingConfig
+from osd.sampling_args import DATA_COMMANDS, checked_sampling
 
 FORMATS = ("parquet", "jsonl")
 ANSWER_FILTERS = ("contains", "match")
@@ -102,14 +101,11 @@ class Prompts:
 class Mixing:
     _argument_group_name = "how q* is made"
 
-    alpha_method: str = _of(
-        "kl_symmetry",
-        "How the teacher's weight α is chosen for every token: kl_symmetry, ess_balance, entropy, reverse_kl_symmetry, fixed.",
-    )
-    fixed_alpha: float = _of(0.5, "α under alpha_method=fixed: 0 samples from the student, 1 from the teacher.")
-    alpha_min: float = _of(0.0, "Lower bound of α.")
-    alpha_max: float = _of(1.0, "Upper bound of α.")
-    mixture: str = _of("geometric", "geometric (q* ∝ π_θ^(1-α) π_t^α), or linear ((1-α) π_θ + α π_t, with fixed or entropy).")
+    alpha_method: str = mixing_option("alpha_method")
+    fixed_alpha: float = mixing_option("fixed_alpha")
+    alpha_min: float = mixing_option("alpha_min")
+    alpha_max: float = mixing_option("alpha_max")
+    mixture: str = mixing_option("mixture")
 
     def mixing(self) -> MixingConfig:
         """How α is chosen and the policies are mixed.
@@ -117,9 +113,7 @@ class Mixing:
         Raises:
             ValueError: an unknown method or mixture, or bounds that are crossed or outside [0, 1].
         """
-        from osd.core import MixingConfig  # imports torch
-
-        return MixingConfig(**{f.name: getattr(self, f.name) for f in fields(MixingConfig)})
+        return MixingConfig.of(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +141,7 @@ class Sampling:
             "top_k": self.top_k,
             "min_p": self.min_p or 0.0,
             "repetition_penalty": self.repetition_penalty,
-            **as_mapping(self.generation_kwargs),
+            **checked_sampling(as_mapping(self.generation_kwargs), where="generation_kwargs", refused=DATA_COMMANDS),
         }
 
 
@@ -218,18 +212,16 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine):
         self._check_numbers()
         self._check_prompts()
         self.mixing()
-        if "n" in self.sampling() and self.sampling()["n"] != 1:
-            raise ValueError("generation_kwargs['n'] must be 1; set num_samples instead")
-        if "seed" in self.sampling():
-            raise ValueError("generation_kwargs['seed'] would give every sample the same noise; set seed instead")
+        checked_sampling(
+            {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        )
+        checked_sampling(as_mapping(self.generation_kwargs), where="generation_kwargs", refused=DATA_COMMANDS)
 
     def _check_numbers(self) -> None:
         for name in ("num_samples", "max_completion_length", "batch_size", "limit", "vllm_max_model_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r} is no temperature; use 0 for the most likely token, or more")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             raise ValueError(f"vllm_gpu_memory_utilization={self.vllm_gpu_memory_utilization!r} is no share; use 0.9, say")
         if not 0 <= self.seed < 2**32:  # what NumPy takes, which vLLM seeds too
@@ -257,9 +249,7 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine):
                 if not template.strip():
                     raise ValueError(f"{name}: {template!r} is empty; write {{prompt}} for the prompt itself")
                 template_fields(template)
-        fixed = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "return_dict"}
-        for name in sorted(fixed & set(as_mapping(self.chat_template_kwargs))):
-            raise ValueError(f"chat_template_kwargs[{name!r}] is set by OSD; remove it")
+        check_template_kwargs(as_mapping(self.chat_template_kwargs))
         for name in as_mapping(self.columns):
             if not name.isidentifier():
                 raise ValueError(f"columns: {name!r} cannot be a field of a template; use letters, digits and underscores")
