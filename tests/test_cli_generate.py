@@ -89,7 +89,7 @@ def test_what_does_not_fit_the_input_is_refused(tmp_path, given, message):
         ({"engine_kwargs": "dtype"}, "engine_kwargs='dtype' is not a mapping"),
         ({"temperature": float("nan")}, "temperature=nan must be 0 \\(greedy\\) or"),
         ({"seed": -1}, "seed=-1 is not a whole number from 0 to 4294967295"),
-        ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization=1.5 is no share"),
+        ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization=1.5 must be a share"),
         ({"vllm_max_model_length": 6}, "max_completion_length=6 leaves no room for a prompt in vllm_max_model_length=6"),
         ({"engine_kwargs": {"max_model_len": 6}}, "leaves no room for a prompt"),
         ({"privileged_template": None, "teacher_templates": []}, r"teacher_templates=\[\] has no template"),

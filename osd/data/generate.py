@@ -99,7 +99,7 @@ def read_rows(settings: GenerateConfig | CompareConfig, *, limit: int | None) ->
 
 
 def _sample(settings: GenerateConfig, sampler: _Sampler, store: Store, tasks: Sequence[Task]) -> None:
-    with Progress(len(tasks), store.state.counts, store.state.tasks) as bar:
+    with Progress(len(tasks), store.state.counts, store.state.tasks, quiet=settings.quiet) as bar:
         for shard in batches(tasks[store.state.tasks :], settings.shard_size):
             done: list[_Done] = []
             try:

@@ -53,7 +53,7 @@ class EnginePair:
         from osd.engine.engine import PairConfig, checked_params
         from osd.engine.validate_models import check_models
 
-        self.mixing = settings.mixing()
+        self.mixing, self.quiet = settings.mixing(), settings.quiet
         kwargs: dict[str, Any] = settings.pair_kwargs()
         kwargs["engine_kwargs"].setdefault("use_tqdm_on_load", False)  # these bars would break ours
         self.config: PairConfig = PairConfig(
@@ -82,8 +82,10 @@ class EnginePair:
         """The engine; starts it if needed."""
         if self._engine is None:
             from osd.engine.engine import PairEngine
+            from osd.terminal import Loading, models
 
-            self._engine = PairEngine(self.config)
+            with Loading(models(teacher=self.config.teacher, student=self.config.student), quiet=self.quiet):
+                self._engine = PairEngine(self.config)
         return self._engine
 
     def refusal(self, request: Request, sampling: dict[str, Any]) -> str | None:

@@ -172,7 +172,9 @@ class RequestBuilder:
             if getattr(self.settings, "filter_answer", None):
                 raise ValueError(f"it has no {self.settings.answer_column!r} (answer_column), which filter_answer needs")
             return None
-        return _answer_text(answer)
+        text = _answer_text(answer)
+        grading.check_reference(text, self.settings.answer_match)
+        return text
 
 
 def _answer_text(answer: Any) -> str:

@@ -131,7 +131,7 @@ def filters(settings: GenerateConfig) -> dict[str, Filter]:
     if reasons is not None:
         found["filter_finish_reasons"] = lambda sample: sample["finish_reason"] in reasons
     if settings.filter_answer is not None:
-        holds = {"contains": grading.contains, "match": grading.matches}[settings.filter_answer]
+        holds = grading.matcher(settings.answer_match if settings.filter_answer == "match" else "contains")
         found["filter_answer"] = lambda sample: holds(sample["completion"], sample["answer"])
     if most is not None:
         found["filter_max_kl"] = lambda sample: (sample["kl_theta_mean"] or 0.0) <= most
