@@ -23,7 +23,7 @@ def write_rows(path, rows):
     return path
 
 
-def config(tmp_path, **given):
+def config(tmp_path, settings_class=GenerateConfig, **given):
     settings = dict(
         model_name_or_path="student",
         teacher_model_name_or_path="teacher",
@@ -37,7 +37,9 @@ def config(tmp_path, **given):
     )
     if "input" not in given:
         given["input"] = str(write_rows(tmp_path / "in.jsonl", ROWS))
-    return GenerateConfig(**{**settings, **given})
+    if settings_class is not GenerateConfig:
+        settings.pop("shard_size")
+    return settings_class(**{**settings, **given})
 
 
 def read_output(folder):
@@ -63,10 +65,17 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
-def launch(*argv, module="tests.fake_pair", **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-m", module, *map(str, argv)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def launch(*argv, module="tests.fake_pair", own_group=False, **environment):
+    """Start a command; `own_group` gives it a process group, as a terminal does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, argv)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0 if own_group else None,
+    )
 
 
 def finish(process, timeout=300):

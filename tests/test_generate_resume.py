@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from osd.data import generate as running
-from osd.data import writer
+from osd.data import requests, writer
 from osd.data.generate import generate
 from tests.fake_pair import FakePair
 from tests.generate_run import (
@@ -86,18 +89,23 @@ def test_sigkill_at_random_moments(tmp_path):
     assert content(samples) == content(read_output(expected.output))
 
 
-def begun(tmp_path):
-    """A run that was killed after its second shard."""
+def dying_after(batches):
+    """A pair that a kill ends after some batches."""
 
     class Dying(FakePair):
         def sample(self, requests, *args, **kwargs):
-            if len(self.sizes) == 4:
+            if len(self.sizes) == batches:
                 raise Killed
             return super().sample(requests, *args, **kwargs)
 
+    return Dying
+
+
+def begun(tmp_path):
+    """A run that was killed after its second shard."""
     settings = config(tmp_path)
     with pytest.raises(Killed):
-        generate(settings, Dying)
+        generate(settings, dying_after(4))
     assert len(read_output(settings.output)) == 10
     return settings
 
@@ -204,3 +212,115 @@ def test_launched_processes_share_the_work(tmp_path):
     assert len(samples) == len(set(keys(samples))) == 2 * len(ROWS)
     assert {path.name[5:19] for path in (tmp_path / "out").glob("data-*")} == {"00000-of-00002", "00001-of-00002"}
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["kept"] == 2 * len(ROWS)
+
+
+# -- interrupts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_finished_batches_of_an_interrupted_shard_are_written(tmp_path, error):
+    """The third batch ends the run; a row of it that was rejected already is rejected once."""
+
+    class Interrupted(FakePair):
+        def sample(self, requests, *args, **kwargs):
+            if len(self.sizes) == 2:
+                raise error
+            return super().sample(requests, *args, **kwargs)
+
+    rows = [{"question": "", "answer": "w8"} if i == 7 else row for i, row in enumerate(ROWS)]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    sizes = {"num_samples": 1, "shard_size": 100, "batch_size": 3}
+    undisturbed = config(tmp_path, input=path, output=str(tmp_path / "undisturbed"), **sizes)
+    generate(undisturbed, FakePair)
+    settings = config(tmp_path, input=path, **sizes)
+    with pytest.raises(error):
+        generate(settings, Interrupted)
+    assert keys(read_output(settings.output)) == keys(read_output(undisturbed.output))[:6]
+    counts = generate(dataclasses.replace(settings, resume=True), FakePair)
+    assert keys(read_output(settings.output)) == keys(read_output(undisturbed.output))
+    assert content(read_output(settings.output)) == content(read_output(undisturbed.output))
+    assert rejected(settings.output) == rejected(undisturbed.output)
+    assert (counts.kept, counts.rejected) == (len(ROWS) - 1, 1)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_in_a_terminal_ends_with_status_130_and_loses_no_batch(tmp_path, processes):
+    """SIGINT to the whole process group, as a terminal sends it."""
+    settings = config(tmp_path, num_samples=12, shard_size=1000, batch_size=2)
+    argv = ["generate", *flags(settings, *SIZES), "--resume"]
+    started = [
+        launch(*argv, *(["--shard", f"{i}/{processes}"] if processes > 1 else []), FAKE_SECONDS="0.1", own_group=True)
+        for i in range(processes)
+    ]
+    states = [tmp_path / "out" / "state" / f"{i:05d}-of-{processes:05d}.json" for i in range(processes)]
+    deadline = time.monotonic() + 120
+    while not all(path.exists() for path in states) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    for process in started:
+        os.killpg(process.pid, signal.SIGINT)
+    for process in started:
+        status, out = finish(process, timeout=60)
+        assert status == 130, out
+        assert "interrupted" in out
+    before = read_output(settings.output)
+    assert before
+    assert sum(json.loads(path.read_text())["tasks"] for path in states) == len(before)
+    for i in range(processes):
+        given = {"shard": f"{i}/{processes}"} if processes > 1 else {}
+        generate(dataclasses.replace(settings, resume=True, **given), FakePair)
+    after = read_output(settings.output)
+    assert len(after) == len(set(keys(after))) == 12 * len(ROWS)
+
+
+# -- the date in prompts ------------------------------------------------------------------------------------------------
+
+DATED = "{{ 'w40 ' + strftime_now('w%d') + ' ' + messages[-1].content }}"
+
+
+class Clock(datetime.datetime):
+    today = datetime.datetime(2024, 1, 30, 23, 59)
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.today
+
+
+def test_a_run_keeps_its_date_when_it_is_resumed_another_day(tmp_path, monkeypatch):
+    for module in (running, requests):
+        monkeypatch.setattr(module, "datetime", Clock)
+    monkeypatch.setattr(Clock, "today", datetime.datetime(2024, 1, 30, 23, 59))
+    dated = {"enable_chat_template": True, "teacher_chat_template": DATED, "student_chat_template": DATED}
+    settings = config(tmp_path, **dated)
+    with pytest.raises(Killed):
+        generate(settings, dying_after(4))
+    monkeypatch.setattr(Clock, "today", datetime.datetime(2024, 1, 31, 8, 0))
+    generate(dataclasses.replace(settings, resume=True), FakePair)
+    samples = read_output(settings.output)
+    assert len(samples) == 2 * len(ROWS)
+    for side in ("student", "teacher"):
+        assert {sample[f"{side}_prompt"].split()[1] for sample in samples} == {"w30"}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["started"] == "2024-01-30T23:59:00"
+    other = config(tmp_path, output=str(tmp_path / "other"), **dated)
+    generate(other, FakePair)
+    assert {sample["student_prompt"].split()[1] for sample in read_output(other.output)} == {"w31"}
+
+
+def test_processes_that_start_on_two_days_share_the_date_of_the_first(tmp_path, monkeypatch):
+    for module in (running, requests):
+        monkeypatch.setattr(module, "datetime", Clock)
+    settings = config(tmp_path, enable_chat_template=True, student_chat_template=DATED)
+    for i, day in enumerate((30, 31)):
+        monkeypatch.setattr(Clock, "today", datetime.datetime(2024, 1, day))
+        generate(dataclasses.replace(settings, shard=f"{i}/2"), FakePair)
+    assert {sample["student_prompt"].split()[1] for sample in read_output(settings.output)} == {"w30"}
+
+
+def test_the_state_of_another_version_is_refused(tmp_path):
+    settings = begun(tmp_path)
+    path = tmp_path / "out" / "state" / "00000-of-00001.json"
+    state = json.loads(path.read_text())
+    del state["tasks"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="is of another version of osd; write to another folder"):
+        generate(dataclasses.replace(settings, resume=True), FakePair)
