@@ -31,7 +31,7 @@ def page() -> str:
     from osd.generation import GeneratedBatch, OSDGeneration
     from osd.sampler import OptimalSamplingOutput, OptimalSamplingV1, save_alpha_history
     from trainers import OSDConfig, OSDTrainer
-    from trainers.train_osd import DataArguments
+    from trainers.data import DataArguments
 
     parts = [HEAD]
     parts += [_class("osd", OptimalSamplingV1), _class("osd", OptimalSamplingOutput), _class("osd", MixingConfig)]
@@ -39,7 +39,7 @@ def page() -> str:
     parts += [_class("osd", OSDGeneration), _class("osd.generation", GeneratedBatch)]
     parts += [_class("osd.engine.engine", cls) for cls in (PairEngine, PairConfig, PairPrompt, PairCompletion)]
     parts += [_class("osd.engine.request", PairOptions), _class("trainers", OSDTrainer), _options("trainers", OSDConfig)]
-    parts += [_options("trainers.train_osd", DataArguments)]
+    parts += [_options("trainers.data", DataArguments)]
     parts += [_command("osd generate", GenerateConfig), _command("osd compare", CompareConfig)]
     return "\n".join(parts)
 

@@ -26,6 +26,7 @@ from trl.trainer.utils import ensure_master_addr_port
 from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
 from osd.sampling_args import DROP_IN, checked_sampling
+from osd.terminal import Loading, models
 from osd.weight_sync import LiveStudent
 
 if TYPE_CHECKING:
@@ -164,7 +165,9 @@ class OSDGeneration(LiveStudent):
             if self.enable_sleep_mode:
                 kwargs["enable_sleep_mode"] = True
             student_kwargs = self.pair.student_kwargs | adapter
-            self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs, student_kwargs=student_kwargs))
+            loaded = models(teacher=self.pair.teacher, student=self.pair.student)
+            with Loading(loaded, quiet=not self.accelerator.is_main_process):
+                self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs, student_kwargs=student_kwargs))
         else:
             self.engine = self.pair
         self._sleep()

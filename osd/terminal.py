@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -86,11 +87,13 @@ def silence_libraries() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",  # it warns of every fork
-        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # the NUMA binding of vLLM's CPU build
     }.items():
         os.environ.setdefault(name, value)
     ignored = ("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:multiprocessing.resource_tracker")
     os.environ.setdefault("PYTHONWARNINGS", ",".join(ignored))
+    # vLLM logs about Triton before it sets up its logger.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     if not sys.warnoptions:
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)

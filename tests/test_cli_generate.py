@@ -316,7 +316,7 @@ def test_help_of_a_command_lists_every_setting_and_imports_no_torch(command):
         "import sys, osd.cli\ntry: osd.cli.main(sys.argv[1:])\n"
         "except SystemExit as e: print(e.code, *sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, command, "--help-all"], cwd=ROOT, capture_output=True, text=True)
     settings_class = GenerateConfig if command == "generate" else cli_compare_config()
     for field in dataclasses.fields(settings_class):
         assert f"--{field.name} " in done.stdout

@@ -206,7 +206,7 @@ def test_completions_are_drawn_evenly(tmp_path):
         ("x.parquet", b"not parquet", "is not a Parquet file"),
         ("x.jsonl", b'{"id": 1}\n', "completion 0: it has no 'tokens'"),
         ("x.jsonl", b'\n{"id": 1, "tok', "line 2 is not JSON"),
-        ("x.jsonl", b"[1]\n", "it is no mapping"),
+        ("x.jsonl", b"[1]\n", "it is not a mapping"),
         ("x.jsonl", b'{"id": 1, "tokens": ["a"], "alpha": []}\n', "it has 1 tokens and 0 entries in 'alpha'"),
         ("x.txt", b"hello", "is neither .parquet nor .jsonl"),
         ("folder/readme", b"hello", "has no data"),
@@ -242,3 +242,15 @@ def test_a_browser_renders_the_completions_a_few_at_a_time(tmp_path):
     assert 20 <= len(cards) < 120
     assert re.search(r'class="tok"[^>]*style="background: rgb', done.stdout)
     assert "<script>alert" not in done.stdout
+
+
+def test_the_page_marks_right_answers_as_the_run_was_told(tmp_path):
+    rows = [row | {"completion": "The answer is: 408", "answer": "408" if i else "409"} for i, row in enumerate(samples(8))]
+    save(tmp_path / "data-00000-of-00001-000000.parquet", rows)
+    page = inspect(tmp_path)
+    assert [sample["ok"] for sample in page_data(page)["samples"]] == [False, *[True] * 7]
+    assert "right (7 of 8; 95 %: 52.9% to 97.8%)" in page.read_text()
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"answer_match": "exact"}}))
+    assert not any(sample["ok"] for sample in page_data(inspect(tmp_path))["samples"])
+    assert page_data(inspect(tmp_path, answer_match="math"))["samples"][1]["ok"]
+    assert "95 %: 0.0% to 32.4%" in inspect(tmp_path).read_text()

@@ -98,8 +98,8 @@ def _requests(
     for row in rows:
         try:
             built = [builder.build(row, sample) for sample in range(settings.num_samples)]
-        except Exception as error:  # whatever a chat template makes of the row's content
-            refusal: str | None = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        except ValueError as error:
+            refusal: str | None = str(error)
         else:
             refusals = (pair.refusal(request, settings.sampling()) for request in built)
             refusal = next((refusal for refusal in refusals if refusal is not None), None)
