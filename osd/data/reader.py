@@ -37,12 +37,19 @@ class Row:
         number: place in the input, from 0.
         values: the columns; empty if the row could not be read.
         error: the reason why the row cannot be used, or None.
+        absent: the columns that the row does not have, which are None in `values`.
     """
 
     id: str
     number: int
     values: Mapping[str, Any]
     error: str | None = None
+    absent: frozenset[str] = frozenset()
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The columns that the row has."""
+        return {name: value for name, value in self.values.items() if name not in self.absent}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +91,7 @@ def _read(opened: Iterable[Any], source: str, id_column: str | None = None, limi
         seen[name] = times = seen.get(name, 0) + 1
         if times > 1:
             if id_column and error is None:
-                error = f"its {id_column!r}, {name!r}, is that of an earlier row; ids must differ"
+                error = f"its {id_column!r}, {name!r}, is the id of an earlier row; ids must differ"
             name = f"{name}-{times}"
         rows.append(Row(id=name, number=number, values=values, error=error))
     if not rows:
@@ -134,7 +141,7 @@ def read_dataset(
 
 
 def _examine(found: Mapping[str, Any] | str) -> tuple[dict[str, Any], str, str | None]:
-    """The values of a record, a hash of them, and the reason why it cannot be used (or None)."""
+    """Return the values of a record, a hash of them, and the reason why it cannot be used (or None)."""
     if isinstance(found, str):
         return {}, _digest(found), found
     try:
@@ -150,13 +157,15 @@ def _name(values: Mapping[str, Any], id_column: str | None, default: str, error:
 
 
 def _filled(row: Row, columns: Mapping[str, None]) -> Row:
-    """The row with None in the columns that it does not have, as Parquet has it."""
-    missing = len(columns) - len(row.values)
-    return dataclasses.replace(row, values={name: row.values.get(name) for name in columns}) if row.values and missing else row
+    """Return the row with None in the columns that it does not have, as Parquet has it."""
+    absent = columns.keys() - row.values.keys()
+    if not absent or not row.values:
+        return row
+    return dataclasses.replace(row, values={name: row.values.get(name) for name in columns}, absent=frozenset(absent))
 
 
 def _known(value: Any) -> Any:
-    """None in place of NaN, at any depth."""
+    """Replace NaN by None, at any depth."""
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, dict):
@@ -165,7 +174,7 @@ def _known(value: Any) -> Any:
 
 
 def _no_text(values: Mapping[str, Any]) -> str | None:
-    r"""The reason why UTF-8 cannot hold a row: half of a surrogate pair, which JSON can write as "\ud800"."""
+    r"""Return why UTF-8 cannot hold a row, or None: half of a surrogate pair, which JSON can write as "\ud800"."""
     try:
         canonical(values).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -174,7 +183,7 @@ def _no_text(values: Mapping[str, Any]) -> str | None:
 
 
 def _digest(found: Any) -> str:
-    """A hash of a record's content. Null and absent are the same, as they are in Parquet."""
+    """Hash the content of a record. Null and absent are the same, as they are in Parquet."""
     return hashlib.sha256(canonical(_without_none(found)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -188,7 +197,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _column(values: Sequence[Any]) -> tuple[Any, Any]:
-    """An Arrow array of the values and its `datasets` feature: of a type that gives back each of them, or JSON."""
+    """Return an Arrow array of the values and its `datasets` feature: a type that gives back each value exactly, or JSON."""
     import pyarrow as pa
     from datasets.features.features import generate_from_arrow_type
 
