@@ -221,7 +221,7 @@ def _same_mathematics(given: str, wanted: str) -> bool:
 
 
 def _marked(text: str) -> str | None:
-    """Return what the last ``\\boxed{}`` holds, else what follows the last ``####``, else None."""
+    """Return the content of the last ``\\boxed{}``, else the line after the last ``####``, else None."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
@@ -259,7 +259,7 @@ def _clauses(line: str) -> list[str]:
 
 
 def _unstated(completion: str, wanted: str) -> bool:
-    """Compare where no answer is announced: the last number, or what the last sentence says."""
+    """Compare where no answer is announced: the last number, or the last sentence."""
     target = _plain(wanted)
     if _value(target) is not None:
         number = _last_number(completion)
@@ -301,7 +301,7 @@ def _last_number(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Return a text without what only decorates an answer, grouped digits joined."""
+    """Return a text without decoration and final punctuation; join grouped digits."""
     return " ".join(_ungrouped(_undecorated(text)).split()).rstrip(_END)
 
 
