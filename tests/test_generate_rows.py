@@ -283,6 +283,7 @@ def test_answers_of_every_type_become_text(tmp_path, answer, expected):
         '{"question": "w7", "teacher_prompt": "w8"}\n{"question": "w9", "teacher_prompt": null}\n',
         '{"question": "w7", "teacher_prompt": "w8"}\n{"question": "w9", "teacher_prompt": ""}\n',
         '{"question": "w7", "privileged_context": "w8"}\n{"question": "w9"}\n',
+        '{"question": "w7", "privileged_context": "w8"}\n{"question": "w9", "privileged_context": " "}\n',
     ],
 )
 def test_a_row_without_the_privilege_of_the_others_is_rejected(tmp_path, lines):
