@@ -226,7 +226,7 @@ def _check_not_blank(template: str, row: Mapping[str, Any]) -> None:
     names = sorted(template_fields(template) - {PROMPT_COLUMN})
     if names and all(isinstance(row.get(name), str) and not row[name].strip() for name in names):
         raise ValueError(
-            f"{', '.join(map(repr, names))} is blank in this row, and the teacher's template needs it; write it, or drop the row"
+            f"{', '.join(map(repr, names))} is blank in this row, but the teacher's template needs it; write it or drop the row"
         )
 
 

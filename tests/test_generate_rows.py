@@ -359,7 +359,7 @@ def test_texts_of_bytes_never_raise():
     newline, first, second, a = 3 + 0x0A, 3 + 0xC3, 3 + 0xA9, tokenizer.convert_tokens_to_ids("a")
     assert pieces(tokenizer, [a, first, second, a]) == ["a", "", "é", "a"]
     assert pieces(tokenizer, [newline, first, second]) == ["\n", "", "é"]
-    assert pieces(tokenizer, [newline, first, a])[::2] == ["\n", "\ufffda"]
+    assert pieces(tokenizer, [newline, first, a]) == ["\n", "", "a"]  # as vLLM's text of a completion
     chance = random.Random(0)
     for _ in range(200):
         ids = [chance.choice([newline, first, second, a, 2, 3 + 0xFF, 3 + 0xF0, 3 + 0x9F, 10**6]) for _ in range(30)]
