@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import current_process
 from typing import TYPE_CHECKING, Any
 
 from osd.core import suggest
@@ -13,6 +14,9 @@ from osd.terminal import silence_libraries
 
 if TYPE_CHECKING:
     from osd.data.settings import CompareConfig, GenerateConfig
+
+if current_process().name != "MainProcess":  # a process that the engine spawned imports the `osd` script, before vLLM
+    silence_libraries()
 
 HELP = """\
 usage: osd COMMAND [--help] ...
@@ -58,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("OSD_TRACEBACK"):
             raise
         sys.exit(_refused(command, str(error)))
-    except OSError as error:  # a full disk, say
+    except (OSError, RuntimeError) as error:  # a full disk, an engine that does not start
         if os.environ.get("OSD_TRACEBACK"):
             raise
-        sys.exit(f"osd {command}: failed: {error}{_going_on(command)}")
+        sys.exit(f"osd {command}: failed: {error}{_going_on(command)} (OSD_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:
         print(f"\nosd {command}: interrupted{_going_on(command)}", file=sys.stderr)
         sys.exit(130)

@@ -27,6 +27,7 @@ from osd.engine.validate_models import check_student_can_train, end_ids
 from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
 from osd.sampling_args import DROP_IN, checked_sampling
+from osd.terminal import Loading, models
 from osd.weight_sync import LiveStudent
 
 if TYPE_CHECKING:
@@ -156,7 +157,9 @@ class OSDGeneration(LiveStudent):
             kwargs = self.pair.engine_kwargs | self._process_kwargs(self.pair.engine_kwargs.get("seed", 0))
             if self.enable_sleep_mode:
                 kwargs["enable_sleep_mode"] = True
-            self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
+            loaded = models(teacher=self.pair.teacher, student=self.pair.student)
+            with Loading(loaded, quiet=not self.accelerator.is_main_process):
+                self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
         else:
             self.engine = self.pair
         self._sleep()

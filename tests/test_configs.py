@@ -75,7 +75,7 @@ def test_the_commands_of_the_usage_page_parse(tmp_path, monkeypatch):
             settings = parse_data(settings_class, argv, training_keys=set)
             assert settings.teacher_template_list()[1].startswith("{prompt}")
     for key in re.findall(r"`--(\w+)", text):
-        assert key in data_keys() | {"input", "num_processes", "help"}, key
+        assert key in data_keys() | {"input", "num_processes", "help", "config"}, key
 
 
 def test_each_command_reads_its_own_keys(tmp_path):

@@ -18,7 +18,10 @@ def dry_run(settings: GenerateConfig | CompareConfig, start_pair: Any) -> Iterat
     Raises:
         ValueError: settings that do not fit the input, models that do not exist or do not fit together.
     """
-    rows = read_rows(settings, limit=ROWS)
+    rows = read_rows(settings, limit=min(ROWS, settings.limit or ROWS))
+    if not rows.columns:  # no row could be read
+        yield from (f"row {row.number}: rejected: {row.error}\n" for row in rows.rows)
+        return
     builder = RequestBuilder(settings, rows.columns)
     starter: StartPair = start_pair
     with starter(settings) as pair:  # type: ignore[arg-type]

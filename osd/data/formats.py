@@ -1,4 +1,4 @@
-"""Opening an input as records: files of seven formats, folders of them, saved datasets and datasets of the Hub.
+"""Opening of an input as records: files of seven formats, folders of them, saved datasets and datasets of the Hub.
 
 CSV and TSV cells are text. JSON values keep their JSON types. Parquet, Arrow and saved datasets keep their stored types.
 Nothing is converted between them: 12 stays 12, 0042 and NA and dates in text files stay text.
@@ -37,12 +37,12 @@ def open_input(source: str, config: str | None, split: str) -> Dataset | Records
 
 
 def is_local(source: str) -> bool:
-    """Whether a name is a file or folder of this machine, or can only mean one."""
+    """Return whether a name is a local file or folder: it exists, or ends as the files that can be read."""
     return Path(source).exists() or _kind(Path(source)) is not None
 
 
 def _kind(path: Path) -> str | None:
-    """The format that a file's name ends in, as a key of `FORMATS`."""
+    """Return the ending of a file's name that is a key of `FORMATS`, or None."""
     name = path.name.lower().removesuffix(".gz")
     return next((ending for ending in FORMATS if name.endswith(ending)), None)
 
@@ -176,7 +176,7 @@ def _table(path: Path, name: str, read: Callable[[], Any]) -> Dataset | Records:
 
 
 def _exact(dataset: Dataset) -> Dataset:
-    """The dataset with null in place of NaN in columns of numbers, and JSON columns that keep all digits."""
+    """Replace NaN by null in columns of numbers, and let JSON columns keep all digits."""
     import datasets
 
     from osd.data.json_feature import ExactJson
@@ -191,7 +191,7 @@ def _exact(dataset: Dataset) -> Dataset:
 
 
 def _without_nan(column: Any) -> Any | None:
-    """A column with null for NaN, by which tables say that there is no value; None if it has no NaN."""
+    """Return a column with null for NaN, which tables use for missing values; None if the column has no NaN."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -215,12 +215,12 @@ FORMATS: dict[str, Any] = {
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether `datasets` saved this folder."""
+    """Return whether `datasets` saved this folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _folder_files(folder: Path, config: str | None, split: str) -> list[Path]:
-    """The files of one split of a folder, split as `datasets` does by their names; empty if it has none of our formats.
+    """Return the files of one split of a folder, split by name as `datasets` does; empty if it has no file of our formats.
 
     Raises:
         ValueError: the folder has files of other splits only.
@@ -244,7 +244,7 @@ def _folder_files(folder: Path, config: str | None, split: str) -> list[Path]:
 
 
 def _has_card(folder: Path) -> bool:
-    """Whether the folder's README assigns files to splits."""
+    """Return whether the folder's README assigns files to splits."""
     card = folder / "README.md"
     return card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
 
@@ -266,7 +266,7 @@ def _load(source: str, config: str | None, split: str) -> Dataset:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"input={source!r} is no file, no folder of data, and no dataset that can be loaded ({reason})"
+            f"input={source!r} is not a file, a folder with data or a dataset that can be loaded ({reason})"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         loaded = _of_split(source, loaded, split)

@@ -50,7 +50,7 @@ class _Done:
     counts: Counts = field(default_factory=Counts)
 
     def reject(self, row: Row, sample: int | None, reason: str) -> None:
-        self.rejected.append({"id": row.id, "row": row.number, "sample": sample, "reason": reason, "source": dict(row.values)})
+        self.rejected.append({"id": row.id, "row": row.number, "sample": sample, "reason": reason, "source": row.source})
         self.counts.rejected += 1
 
     def __add__(self, other: _Done) -> _Done:
@@ -167,11 +167,15 @@ class _Sampler:
             done.reject(request.row, request.sample, completion.error)
             return
         sample = sample_of(request, completion, self.pair.teacher_tokenizer, self.run)
+        try:
+            name = removed_by(sample, self.filters)
+        except Exception as error:  # a grading function of the user
+            done.reject(request.row, request.sample, f"its completion cannot be filtered ({error}): {completion.text!r:.200}")
+            return
         counts = done.counts
         counts.drawn += 1
         counts.tokens += sample["num_tokens"]
         counts.alpha_sum += sum(sample["alpha"])
-        name = removed_by(sample, self.filters)
         if name is None:
             counts.kept += 1
             done.samples.append(sample)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -37,12 +38,19 @@ class Row:
         number: place in the input, from 0.
         values: the columns; empty if the row could not be read.
         error: the reason why the row cannot be used, or None.
+        absent: the columns that the row does not have, which are None in `values`.
     """
 
     id: str
     number: int
     values: Mapping[str, Any]
     error: str | None = None
+    absent: frozenset[str] = frozenset()
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The columns that the row has."""
+        return {name: value for name, value in self.values.items() if name not in self.absent}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +92,7 @@ def _read(opened: Iterable[Any], source: str, id_column: str | None = None, limi
         seen[name] = times = seen.get(name, 0) + 1
         if times > 1:
             if id_column and error is None:
-                error = f"its {id_column!r}, {name!r}, is that of an earlier row; ids must differ"
+                error = f"its {id_column!r}, {name!r}, is the id of an earlier row; ids must differ"
             name = f"{name}-{times}"
         rows.append(Row(id=name, number=number, values=values, error=error))
     if not rows:
@@ -106,7 +114,7 @@ def read_dataset(
         source: a file or a folder, or a dataset of the Hub.
         config: the configuration of a dataset that has several.
         split: the split of a folder or dataset; a file has only one.
-        drop_bad_rows: drop the rows that cannot be read, instead of raising.
+        drop_bad_rows: drop the rows that cannot be read, with a warning, instead of raising.
 
     Raises:
         ValueError: as `read`; rows that cannot be read (their number, the first one's index and its reason).
@@ -117,24 +125,30 @@ def read_dataset(
     if isinstance(opened, datasets.Dataset) and len(opened):
         return opened
     rows = _read(opened, str(source))
-    bad = [row for row in rows.rows if row.error is not None]
-    if bad and (len(bad) == len(rows.rows) or not drop_bad_rows):
-        raise ValueError(
-            f"{len(bad)} of {len(rows.rows)} rows of {str(source)!r} cannot be used; the first is row {bad[0].number} "
-            f"(from 0): {bad[0].error}"
-        )
     good = [row.values for row in rows.rows if row.error is None]
+    if problem := _problem(rows, str(source)):
+        if not (drop_bad_rows and good):
+            raise ValueError(f"{problem}. Correct or remove these rows, or set drop_bad_rows=True to use the others")
+        warnings.warn(f"drop_bad_rows: {problem}", stacklevel=2)
     columns = {name: _column([values[name] for values in good]) for name in rows.columns}
     table = datasets.table.InMemoryTable.from_pydict({name: array for name, (array, _) in columns.items()})
     info = datasets.DatasetInfo(features=datasets.Features({name: feature for name, (_, feature) in columns.items()}))
     return datasets.Dataset(table, info=info)
 
 
+def _problem(rows: Rows, source: str) -> str | None:
+    bad = [row for row in rows.rows if row.error is not None]
+    if not bad:
+        return None
+    first = f"the first is row {bad[0].number} (from 0): {bad[0].error}"
+    return f"{len(bad)} of {len(rows.rows)} rows of {source!r} cannot be used; {first}"
+
+
 # -- rows ---------------------------------------------------------------------------------------------------------------
 
 
 def _examine(found: Mapping[str, Any] | str) -> tuple[dict[str, Any], str, str | None]:
-    """The values of a record, a hash of them, and the reason why it cannot be used (or None)."""
+    """Return the values of a record, a hash of them, and the reason why it cannot be used (or None)."""
     if isinstance(found, str):
         return {}, _digest(found), found
     try:
@@ -150,13 +164,15 @@ def _name(values: Mapping[str, Any], id_column: str | None, default: str, error:
 
 
 def _filled(row: Row, columns: Mapping[str, None]) -> Row:
-    """The row with None in the columns that it does not have, as Parquet has it."""
-    missing = len(columns) - len(row.values)
-    return dataclasses.replace(row, values={name: row.values.get(name) for name in columns}) if row.values and missing else row
+    """Return the row with None in the columns that it does not have, as Parquet has it."""
+    absent = columns.keys() - row.values.keys()
+    if not absent or not row.values:
+        return row
+    return dataclasses.replace(row, values={name: row.values.get(name) for name in columns}, absent=frozenset(absent))
 
 
 def _known(value: Any) -> Any:
-    """None in place of NaN, at any depth."""
+    """Replace NaN by None, at any depth."""
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, dict):
@@ -165,7 +181,7 @@ def _known(value: Any) -> Any:
 
 
 def _no_text(values: Mapping[str, Any]) -> str | None:
-    r"""The reason why UTF-8 cannot hold a row: half of a surrogate pair, which JSON can write as "\ud800"."""
+    r"""Return why UTF-8 cannot hold a row, or None: half of a surrogate pair, which JSON can write as "\ud800"."""
     try:
         canonical(values).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -174,7 +190,7 @@ def _no_text(values: Mapping[str, Any]) -> str | None:
 
 
 def _digest(found: Any) -> str:
-    """A hash of a record's content. Null and absent are the same, as they are in Parquet."""
+    """Hash the content of a record. Null and absent are the same, as they are in Parquet."""
     return hashlib.sha256(canonical(_without_none(found)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -188,7 +204,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _column(values: Sequence[Any]) -> tuple[Any, Any]:
-    """An Arrow array of the values and its `datasets` feature: of a type that gives back each of them, or JSON."""
+    """Return an Arrow array of the values and its `datasets` feature: a type that gives back each value exactly, or JSON."""
     import pyarrow as pa
     from datasets.features.features import generate_from_arrow_type
 

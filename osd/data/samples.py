@@ -78,7 +78,7 @@ def sample_of(request: Request, completion: Any, tokenizer: Any, run: dict[str, 
         "teacher_template": request.template,
         "weights_version": completion.weights_version,
         "seed": request.seed,
-        "source": canonical(dict(request.row.values)),
+        "source": canonical(request.row.source),
         **run,
     }
 
