@@ -75,8 +75,7 @@ def plan(
     from osd.engine.validate_models import check_same_ids
 
     config: Any = getattr(pair, "config", pair)  # a running engine has one
-    options = {**config.engine_kwargs, **config.teacher_kwargs}
-    teacher = AutoTokenizer.from_pretrained(options.get("tokenizer") or config.teacher, **_source(options))
+    teacher = getattr(pair, "tokenizer", None) or _teacher_tokenizer(config)  # of the running engine
     student = processing_class if processing_class is not None else _student_tokenizer(model, args)
     if not isinstance(student, PreTrainedTokenizerBase):
         raise ValueError(f"OSD distils text models; the student has a {type(student).__name__} instead of a tokenizer")
@@ -103,6 +102,12 @@ def _context(lengths: dict[str, int], args: OSDConfig) -> dict[str, int]:
     return lengths
 
 
+def _teacher_tokenizer(config: PairConfig) -> Any:
+    options = {**config.engine_kwargs, **config.teacher_kwargs}
+    source = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
+    return AutoTokenizer.from_pretrained(options.get("tokenizer") or config.teacher, **source)
+
+
 def _student_tokenizer(model: Any, args: OSDConfig) -> Any:
     """Load the processing class that TRL would load."""
     revision = args.student_init_kwargs().get("revision") if isinstance(model, str) else None
@@ -113,7 +118,3 @@ def _student_tokenizer(model: Any, args: OSDConfig) -> Any:
         padding_side="left",
         trust_remote_code=args.trust_remote_code,
     )
-
-
-def _source(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
