@@ -116,7 +116,7 @@ def test_the_ends_of_the_tokenizer_and_of_the_loaded_student_end_completions(mak
     model.generation_config.eos_token_id = 7
     trainer = make(model=model, processing_class=tokenizer, **likely)
     assert ends(trainer) >= {7, 9}
-    assert trainer.eos_token_ids == [2, 7, 9]
+    assert set(trainer.eos_token_ids) == {2, 7, 9}
     assert logged(trainer, "completions/clipped_ratio")[-1] < 1
     assert set(trainer.model.generation_config.eos_token_id) == {2, 7, 9}  # what the saved student stops at
 
