@@ -106,7 +106,11 @@ def _generate(argv: Sequence[str]) -> None:
         settings.quiet,
         f"{counts.drawn} samples of {counts.tokens} tokens drawn, mean α {counts.alpha_mean:.3f}\n"
         f"  {counts.kept} kept in {settings.output}{removed}{rejected}\n"
-        f"next: osd inspect {shlex.quote(settings.output or '')}",
+        + (
+            f"next: osd inspect {shlex.quote(settings.output or '')}"
+            if counts.kept
+            else "next: change the filters or the prompts"
+        ),
     )
     return None
 

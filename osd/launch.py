@@ -55,11 +55,14 @@ def train(argv: Sequence[str]) -> None:
 
     if "--help-all" in rest:
         parse(["--help-all"])
-    if any(name in os.environ for name in LAUNCHED) or _asks_for("dry_run", rest):
+    if any(name in os.environ for name in LAUNCHED):
         command(rest)
         return
-    parse(rest)  # one line for a mistake, before processes start
-    _replace_process([*_accelerate_flags(launch, rest), "-m", "trainers.train_osd", *rest])
+    data, args, _ = parse(rest)  # one line for a mistake, before processes start
+    if data.dry_run:
+        command(rest)
+    else:
+        _replace_process([*_accelerate_flags(launch, use_cpu=args.use_cpu), "-m", "trainers.train_osd", *rest])
 
 
 def _split(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -78,7 +81,7 @@ def _one_line(message: str) -> NoReturn:
     raise ValueError(f"{message}; `osd train --help` says more")
 
 
-def _accelerate_flags(launch: Namespace, rest: Sequence[str]) -> list[str]:
+def _accelerate_flags(launch: Namespace, *, use_cpu: bool) -> list[str]:
     """Return the flags of `accelerate launch`. Without a config of accelerate's, use the devices of this machine."""
     forwarded = [text for name in FORWARDED if name in launch for text in (f"--{name}", getattr(launch, name))]
     if "accelerate_config" in launch:
@@ -90,7 +93,7 @@ def _accelerate_flags(launch: Namespace, rest: Sequence[str]) -> list[str]:
         return forwarded
     import torch
 
-    gpus = 0 if _asks_for("use_cpu", rest) else torch.cuda.device_count()
+    gpus = 0 if use_cpu else torch.cuda.device_count()
     processes = getattr(launch, "num_processes", str(max(gpus, 1)))
     if gpus == 0 and processes != "1":
         path = find("cpu_ddp", folder="accelerate")
@@ -100,17 +103,6 @@ def _accelerate_flags(launch: Namespace, rest: Sequence[str]) -> list[str]:
     device = ["--cpu"] if gpus == 0 else ["--multi_gpu"] if processes != "1" or "num_machines" in launch else []
     # The trainer's own bf16 sets the precision.
     return [*forwarded, *defaults, *device, "--mixed_precision", "no", "--dynamo_backend", "no"]
-
-
-def _asks_for(name: str, argv: Sequence[str]) -> bool:
-    """Tell whether a boolean flag is on: --name, --name true, --name=true."""
-    for i, flag in enumerate(argv):
-        if flag == f"--{name}":
-            value = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else "true"
-            return value.lower() not in ("false", "no", "0", "n", "f")
-        if flag.startswith(f"--{name}="):
-            return flag.partition("=")[2].lower() not in ("false", "no", "0", "n", "f")
-    return False
 
 
 def _replace_process(arguments: list[str]) -> NoReturn:

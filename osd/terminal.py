@@ -85,7 +85,6 @@ def silence_libraries() -> None:
     for name, value in {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",  # it warns of every fork
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # the NUMA binding of vLLM's CPU build
     }.items():

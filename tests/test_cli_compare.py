@@ -199,6 +199,7 @@ def test_without_right_answers_the_teacher_judges(worth):
     for accuracy in (True, False):  # no answer right tells nobody apart, and neither do no answers
         result = made_up({name: min(value, 0.0) - 1 for name, value in arms.items()}, FAR, accuracy=accuracy)
         assert result["quality"] == "logp_teacher"
+        assert ("No completion has the right answer" in sentence(result)[1]) is accuracy
 
 
 # -- the run, without models --------------------------------------------------------------------------------------------

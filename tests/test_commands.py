@@ -8,6 +8,7 @@ import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_short_help_is_a_part_of_the_whole(command, settings, capsys):
     ],
 )
 def test_mistakes_end_in_one_line_with_a_suggestion(argv, message, capsys, monkeypatch):
-    monkeypatch.setattr(train_osd, "parse", lambda argv: None)
+    monkeypatch.setattr(train_osd, "parse", parsed_by([]))
     with pytest.raises(SystemExit) as ended:
         cli.main(argv)
     err = capsys.readouterr().err
@@ -168,7 +169,7 @@ def launched(monkeypatch):
     def run(*argv, gpus=0):
         seen = []
         with monkeypatch.context() as patched:
-            patched.setattr(train_osd, "parse", seen.append)
+            patched.setattr(train_osd, "parse", parsed_by(seen))
             patched.setattr(launch, "_replace_process", seen.append)
             patched.setattr("torch.cuda.device_count", lambda: gpus)
             patched.setattr("accelerate.commands.config.config_args.default_config_file", "absent")
@@ -182,6 +183,16 @@ def launched(monkeypatch):
         return arguments[:at], parsed
 
     return run
+
+
+def parsed_by(seen):
+    """A stand-in for `train_osd.parse` that notes its arguments."""
+
+    def parse(argv):
+        seen.append(argv)
+        return SimpleNamespace(dry_run="--dry_run" in argv), SimpleNamespace(use_cpu="--use_cpu" in argv), None
+
+    return parse
 
 
 def test_train_resolves_the_config_and_passes_all_flags(launched):
@@ -219,6 +230,7 @@ def test_train_takes_a_config_of_accelerate(launched):
 def test_train_runs_in_this_process_under_a_launcher_and_for_a_dry_run(variable, flag, monkeypatch):
     seen = []
     monkeypatch.setattr(train_osd, "command", seen.append)
+    monkeypatch.setattr(train_osd, "parse", parsed_by([]))
     for name in launch.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     if variable:

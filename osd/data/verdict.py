@@ -218,10 +218,12 @@ def sentence(result: dict[str, Any]) -> tuple[str, str]:
     v, measure = result["verdict"], MEASURES[result["quality"]]
     lead = f"{v['teacher_lead']:+.3f} {measure} ({_between(v['teacher_lead_interval'], '+.3f')})"
     said = [f"The teacher's lead over the student is {lead} on {result['prompts']} prompts."]
+    if result["quality"] != "accuracy" and result["arms"][0]["accuracy"] == 0:
+        said.insert(0, "No completion has the right answer, so the teacher's log-probability judges.")
     if v["worth_it"] == "too few":
         said.append("Give more prompts (100 are read by default).")
     elif v["worth_it"].startswith("no lead"):
-        said.append(f"q* is {v['student_gain']:+.3f} from the student ({_between(v['student_gain_interval'], '+.3f')}).")
+        said.append(f"q* scores {v['student_gain']:+.3f} over the student ({_between(v['student_gain_interval'], '+.3f')}).")
         if v["worth_it"] == "no lead":
             said.append("There is nothing to gain here, or there are too few prompts to see it.")
     else:
