@@ -48,15 +48,16 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class MixingConfig:
-    """Mixing of the two policies: the choice of α, the teacher's weight, for each token, and the mixture that it weighs.
+    """Mixing options: the method and the bounds of α, the teacher's weight of each token, and the kind of mixture.
 
-    This is the only declaration of these five options. The sampler, the trainer and the command line read their names,
-    defaults and help texts from here (:func:`mixing_option`, :meth:`MixingConfig.of`).
+    The five options are declared only here. The sampler, the trainer and the command line take their defaults and help texts
+    from here (`mixing_option`, `MixingConfig.of`).
 
-    alpha_method: one of ALPHA_METHODS.
-    fixed_alpha: α of the "fixed" method, in [alpha_min, alpha_max]; 0 is the student, 1 the teacher.
-    alpha_min, alpha_max: bounds of α, 0 <= alpha_min <= alpha_max <= 1.
-    mixture: "geometric", q ∝ π_θ^(1-α) π_t^α, or "linear", q = (1-α) π_θ + α π_t.
+    Attributes:
+        alpha_method: one of ALPHA_METHODS.
+        fixed_alpha: α of the "fixed" method, in [alpha_min, alpha_max]; 0 is the student, 1 the teacher.
+        alpha_min, alpha_max: bounds of α, 0 <= alpha_min <= alpha_max <= 1.
+        mixture: "geometric", q ∝ π_θ^(1-α) π_t^α, or "linear", q = (1-α) π_θ + α π_t.
 
     Raises:
         ValueError: any other value, naming the field. (A fixed_alpha that another method ignores is a warning.)
@@ -146,7 +147,7 @@ MIXING_OPTIONS = tuple(_FIELDS)
 
 
 def mixing_option(name: str) -> Any:
-    """A dataclass field with the default and the help text of this option of :class:`MixingConfig`.
+    """Return a dataclass field with the default and the help text of this option of `MixingConfig`.
 
     For settings classes that have the option too: ``alpha_max: float = mixing_option("alpha_max")``.
     """
@@ -162,9 +163,10 @@ def _column(name: str) -> property:
 class TokenRecord:
     """Per-token record of one completion of T tokens.
 
-    values_TR: [T, R] float32, columns in RECORD_FIELDS order.
-    teacher_hidden_TH: the teacher's final hidden states, [T, H], or None when they were not asked for.
-    weights_version: number of weight syncs the student had received when it sampled these tokens.
+    Attributes:
+        values_TR: [T, R] float32, columns in RECORD_FIELDS order.
+        teacher_hidden_TH: the teacher's final hidden states, [T, H], or None when they were not asked for.
+        weights_version: number of weight syncs the student had received when it sampled these tokens.
     """
 
     values_TR: torch.Tensor

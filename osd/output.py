@@ -18,7 +18,7 @@ from osd.prompt_checks import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class OptimalSample:
-    """One completion of an :class:`OptimalSamplingOutput`: the same fields, for this completion alone.
+    """One completion of an `OptimalSamplingOutput`: the same fields, for this completion alone.
 
     Attributes:
         prompt, theta_prompt: the prompts of teacher and student, as they were given.

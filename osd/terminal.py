@@ -77,7 +77,7 @@ def _size(folder: Path) -> str:
 
 
 def silence_libraries() -> None:
-    """Silence what the libraries say in every run and no user can act on. Call before vLLM is imported.
+    """Silence log lines and warnings that the libraries print in every run and that need no action. Call before vLLM's import.
 
     The environment reaches the engine's processes too. A variable that is set already is left alone, so that
     VLLM_LOGGING_LEVEL=INFO shows vLLM's log.

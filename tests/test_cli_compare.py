@@ -75,7 +75,7 @@ HEADLINES = {
     "yes": "Worth it: q*",
     "mixing": "Worth it to mix, undecided how",
     "linear": "Not worth it: a linear mixture is measurably better",
-    "no": "Not worth it: q* goes further",
+    "no": "Not worth it: q* gains less",
     "undecided": "Undecided: q* gains about as much",
     "no lead": "The teacher is not measurably better",
     "no lead, but q*": "The teacher is not measurably better than the student here, but q* is",
@@ -129,7 +129,7 @@ def test_few_prompts_decide_nothing():
     assert made_up(worth, FAR, prompts=40)["verdict"]["worth_it"] == "yes"
 
 
-def test_one_linear_mixture_of_three_that_is_lucky_does_not_win():
+def test_equal_arms_rarely_win():
     """Of 40 comparisons in which q* equals three mixtures, a verdict for or against q* is a false alarm."""
     worth = {"student": 0.2, **{f"linear {w}": 0.6 for w in (0.25, 0.5, 0.75)}, "q*": 0.6, "teacher": 0.8}
     far = dict.fromkeys(worth, 0.2) | {"student": 0.0, "teacher": 1.0}
@@ -147,7 +147,7 @@ def luckless(worth, far, rng, prompts):
     return {name: samples[name] for name, samples in arms.items()}
 
 
-def test_no_right_answer_of_eight_is_not_a_share_of_exactly_zero():
+def test_no_right_answer_of_eight_has_a_wilson_interval():
     result = made_up({"student": 0.0, "linear 0.5": 0.5, "q*": 0.5, "teacher": 1.0}, FAR, prompts=8)
     [student, *_, teacher] = result["arms"]
     low, high = student["accuracy_interval"]
@@ -156,7 +156,7 @@ def test_no_right_answer_of_eight_is_not_a_share_of_exactly_zero():
     assert teacher["finished_interval"] == pytest.approx([1 - 0.3244, 1], abs=1e-3)
 
 
-def test_samples_of_one_prompt_that_agree_count_once():
+def test_equal_samples_of_a_prompt_count_once():
     """Four equal samples of each of 25 prompts say as much as one of each; four independent ones say more."""
 
     def width(agree):
@@ -183,7 +183,7 @@ def test_the_shares_are_those_of_the_table():
     assert verdict["over_linear"] == pytest.approx(got["q*"]["accuracy"] - on_the_line)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_cover_the_true_accuracy():
     """Of 60 made-up comparisons, 95 % intervals should hold the true accuracy in 57; fewer than 51 is a chance of 1e-3."""
     worth = {"student": 0.3, "linear 0.5": 0.4, "q*": 0.5, "teacher": 0.6}
     held = 0
@@ -261,7 +261,7 @@ def test_bad_rows_and_failed_completions_are_left_out_of_every_arm(tmp_path):
         assert seen[0][0] not in set(pd.read_parquet(path)["id"])
 
 
-def test_a_hundred_rows_are_read_unless_told(tmp_path):
+def test_100_rows_are_read_by_default(tmp_path):
     rows = [{"question": f"w{7 + i % 50}", "answer": f"w{i}"} for i in range(130)]
     assert compare(config(tmp_path, rows), FakePair)["prompts"] == 100
     assert compare(config(tmp_path, rows, limit=120), FakePair)["prompts"] == 120
@@ -303,8 +303,8 @@ def test_nothing_usable_fails(tmp_path):
 # -- real models --------------------------------------------------------------------------------------------------------
 
 
-def test_every_arm_is_what_its_name_says(tmp_path, tiny_pair, capfd):
-    """With tiny models, through the command: one engine for all arms, told by their records."""
+def test_records_of_real_models_match_each_arm(tmp_path, tiny_pair, capfd):
+    """Run the command with tiny models and check the records of every arm."""
     settings = config(tmp_path)
     kwargs = json.dumps(tiny_engine_kwargs(async_scheduling=False))
     flags = ["--teacher_model_name_or_path", tiny_pair[0], "--model_name_or_path", tiny_pair[1], "--engine_kwargs", kwargs]

@@ -22,6 +22,8 @@ LAYERS = [
     "osd.prompt_checks",
     "osd.prompts",
     "osd.engine",
+    "osd.adapters",
+    "osd.sync_check",
     "osd.weight_sync",
     "osd.generation",
     "osd.output",

@@ -37,6 +37,14 @@ class OSDConfig(DistillationConfig):
         metadata={"help": "Always true: completions come from the paired vLLM engine."},
     )
 
+    vllm_model_impl: str = field(
+        default="auto",
+        metadata={
+            "help": "Model implementation of both engines: 'auto' (vLLM's own, or else the model's transformers code), 'vllm' "
+            "or 'transformers'."
+        },
+    )
+
     # Mixing
     alpha_method: str = mixing_option("alpha_method")
     fixed_alpha: float = mixing_option("fixed_alpha")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from osd.prompt_checks import forget_warnings
 from trainers.checkpointing import check_same_run, resolve, run_of
 from trainers.rows import Renderer
 from trainers.saving import check_outputs
-from trainers.validation import check_datasets, planned_pair, refuse_unsupported
+from trainers.validation import check_adapter, check_datasets, planned_pair, refuse_unsupported
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairConfig, PairEngine
@@ -26,13 +26,11 @@ class Plan:
     Attributes:
         pair: the configuration of the engine to start, or the running engine.
         renderer: both sides' prompts, with both tokenizers.
-        teacher_ends: ids of tokens that end a completion of the teacher.
         run: models and mixing, as written beside every checkpoint.
     """
 
     pair: PairConfig | PairEngine
     renderer: Renderer
-    teacher_ends: list[int]
     run: dict[str, Any]
 
     def datasets(self, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
@@ -59,6 +57,7 @@ def plan(
     processing_class: Any = None,
     engine: PairEngine | None = None,
     quantization_config: Any = None,
+    peft_config: Any = None,
     tools: Any = None,
 ) -> Plan:
     """Check everything that can be checked without weights and without rendering rows; arguments as of OSDTrainer.
@@ -68,6 +67,7 @@ def plan(
     """
     forget_warnings()
     refuse_unsupported(model, args, tools=tools, quantization_config=quantization_config)
+    check_adapter(model, peft_config)
     check_datasets(train_dataset, eval_dataset, args.privileged_template)
     pair = planned_pair(model, teacher_model, args, engine)
     check_outputs(args)
@@ -75,8 +75,7 @@ def plan(
     from osd.engine.validate_models import check_same_ids
 
     config: Any = getattr(pair, "config", pair)  # a running engine has one
-    options = {**config.engine_kwargs, **config.teacher_kwargs}
-    teacher = AutoTokenizer.from_pretrained(options.get("tokenizer") or config.teacher, **_source(options))
+    teacher = getattr(pair, "tokenizer", None) or _teacher_tokenizer(config)  # of the running engine
     student = processing_class if processing_class is not None else _student_tokenizer(model, args)
     if not isinstance(student, PreTrainedTokenizerBase):
         raise ValueError(f"OSD distils text models; the student has a {type(student).__name__} instead of a tokenizer")
@@ -89,7 +88,6 @@ def plan(
         renderer=Renderer(
             student_tokenizer=student, teacher_tokenizer=teacher, args=args, context=_context(context_lengths(config), args)
         ),
-        teacher_ends=_ends(config.teacher, options, teacher),
         run=run,
     )
 
@@ -104,6 +102,12 @@ def _context(lengths: dict[str, int], args: OSDConfig) -> dict[str, int]:
     return lengths
 
 
+def _teacher_tokenizer(config: PairConfig) -> Any:
+    options = {**config.engine_kwargs, **config.teacher_kwargs}
+    source = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
+    return AutoTokenizer.from_pretrained(options.get("tokenizer") or config.teacher, **source)
+
+
 def _student_tokenizer(model: Any, args: OSDConfig) -> Any:
     """Load the processing class that TRL would load."""
     revision = args.student_init_kwargs().get("revision") if isinstance(model, str) else None
@@ -114,17 +118,3 @@ def _student_tokenizer(model: Any, args: OSDConfig) -> Any:
         padding_side="left",
         trust_remote_code=args.trust_remote_code,
     )
-
-
-def _ends(model: str, options: dict[str, Any], tokenizer: Any) -> list[int]:
-    """Return the ids that end a completion of a model: its tokenizer's and those of its generation config."""
-    try:
-        declared = GenerationConfig.from_pretrained(model, **_source(options)).eos_token_id
-    except OSError:  # it has none
-        declared = AutoConfig.from_pretrained(model, **_source(options)).get_text_config().eos_token_id
-    ids = declared if isinstance(declared, list) else [declared]
-    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
-
-
-def _source(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}

@@ -84,12 +84,5 @@ def _refusal(config: GenerationConfig) -> str | None:
     return None
 
 
-def add_ends(model: Any, ids: list[int]) -> None:
-    """Declare every end-of-sequence id of a run in the student's generation config, so that the saved student stops at them."""
-    config = getattr(_base(model), "generation_config", None)
-    if config is not None:
-        config.eos_token_id = ids if len(ids) > 1 else ids[0]
-
-
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -150,13 +150,14 @@ def main(argv: Sequence[str] | None = None) -> OSDTrainer | None:
         "train_dataset": train_dataset,
         "eval_dataset": eval_dataset,
         "quantization_config": get_quantization_config(model),
+        "peft_config": get_peft_config(model),
     }
     if data.dry_run:
         planned = plan(model.model_name_or_path, args, **given)
         _show(planned, train_dataset)
         planned.datasets(train_dataset, eval_dataset)
         return None
-    trainer = OSDTrainer(model=model.model_name_or_path, args=args, peft_config=get_peft_config(model), **given)
+    trainer = OSDTrainer(model=model.model_name_or_path, args=args, **given)
     with trainer:  # closed last: vLLM ends the process group that it was given
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if trainer.is_fsdp_enabled:  # with its SHARDED_STATE_DICT, nothing would be saved

@@ -39,11 +39,11 @@ from trainers.completion_logging import log_completions
 from trainers.config import OSDConfig
 from trainers.lm_head import head_of
 from trainers.losses import batch_loss, pad_column
-from trainers.metrics import batch_metrics, loss_metrics
+from trainers.metrics import batch_metrics, end_metrics, loss_metrics
 from trainers.passes import Pass, weigh
 from trainers.preparation import Plan, plan
 from trainers.privilege_gap import privilege_gap
-from trainers.saving import add_ends, check_saving, repair_generation_config
+from trainers.saving import check_saving, repair_generation_config
 from trainers.teacher import start_teacher
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class OSDTrainer(DistillationTrainer):
             processing_class=processing_class,
             engine=engine,
             quantization_config=quantization_config,
+            peft_config=peft_config,
             tools=tools,
         )
         train_dataset, eval_dataset = planned.datasets(train_dataset, eval_dataset)
@@ -132,8 +133,6 @@ class OSDTrainer(DistillationTrainer):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
-        self.eos_token_ids = sorted({*self.eos_token_ids, *planned.teacher_ends})
-        add_ends(self.model, self.eos_token_ids)
         check_saving(self)
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
         self._pass = Pass(counted=False)
@@ -146,8 +145,7 @@ class OSDTrainer(DistillationTrainer):
         """Start the engine, unless one is running; closes it again if anything after that fails."""
         self.vllm_generation = self._start_generation(planned.pair)
         try:
-            self.use_vllm = True
-            self._last_loaded_step = -1  # TRL syncs whenever this is not the current step
+            self.vllm_generation.attach(self)
             engine = self.vllm_generation.engine
             engine.set_mixing(self._schedule.start)
             with self.vllm_generation.stays_awake():
@@ -224,6 +222,8 @@ class OSDTrainer(DistillationTrainer):
             metrics |= self._schedule.metrics(self.vllm_generation.engine.mixing) | self._privilege_metrics(output)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
+        for name, value in end_metrics(completions, self.accelerator).items():
+            self._metrics[mode][name][-1] = value  # TRL's own count ends only at token ids
         if self.log_completions:
             self._logs["alpha"].extend(gather_object([_alpha(c) for c in completions]))
             self._logs["token_ids"].extend(gather_object([list(c.token_ids) for c in completions]))

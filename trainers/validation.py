@@ -183,6 +183,27 @@ def refuse_unsupported(model: Any, args: OSDConfig, *, tools: Any, quantization_
 _QUANTIZED = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
 
+def check_adapter(model: Any, peft_config: Any) -> None:
+    """Refuse kinds of adapters that this trainer cannot train.
+
+    Raises:
+        ValueError: AdaLoRA, whose schedule nothing drives; prompt tuning and the like, which change no weights.
+    """
+    given = [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values())
+    for config in given:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind == "ADALORA":
+            raise ValueError(
+                "peft_config is AdaLoRA: no trainer of TRL calls its update_and_allocate(), so its ranks would stay as they "
+                "begin; use LoraConfig (rank_pattern sets ranks by layer)"
+            )
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"peft_config is {kind}: its virtual tokens are no part of the student's weights, and the engine would sample "
+                "without them; use LoraConfig"
+            )
+
+
 def check_datasets(train_dataset: Any, eval_dataset: Any, template: str | None) -> None:
     """Check the columns of every dataset against the privileged template.
 
@@ -225,10 +246,11 @@ def planned_pair(model: Any, teacher_model: Any, args: OSDConfig, engine: PairEn
         warn_beside_engine(args)
         return engine
     from osd.engine.engine import PairConfig
-    from osd.engine.validate_models import check_models
+    from osd.engine.validate_models import check_models, check_student_can_train
 
     kwargs: dict[str, Any] = args.pair_kwargs()
     pair = PairConfig(teacher=teacher, student=_student_path(model), mixing=args.mixing(), **kwargs)
+    check_student_can_train(pair)
     check_models(pair)
     return pair
 

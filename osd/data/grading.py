@@ -24,22 +24,27 @@ _NUMBER = re.compile(
     re.IGNORECASE | re.ASCII,  # digits after a Chinese character are a number
 )
 _STATED = re.compile(
-    r"(?:\banswer\b(?:[^.\n:=]{0,80}?\b(?:is|are|was|were|be|equals)\b|\s*[:=])|答案(?:是|为|：|:))[\s:=]*(?:that\s)?",
+    r"(?:\banswer\b(?:[^.\n:=]{0,80}?\b(?:is|are|was|were|be|equals)\b|[\"']?\s*[:=])|答案(?:是|为|：|:))"
+    r"(?![\s:=]*(?:found|obtained|calculated|computed|derived|given by|as follows)\b)[\s:=]*(?:that\s)?",
     re.IGNORECASE,
 )
 _COPULA = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals|gives|makes|get|say|choose|pick)\b|['’]s\b|[:=是为])\s*", re.IGNORECASE
 )
 _DENIED = re.compile(
-    r"(?:\b(?:not|never|neither|nor|cannot|than|least|most|except|between|wrong|incorrect)|n['’]t)\b(?:\W+\w+){0,3}\W*$",
+    r"(?:\b(?:not|never|neither|nor|cannot|than|least|most|except|between|wrong|incorrect)|n['’]t)\b"
+    r"(?:\W+(?!but\b|rather\b)\w+){0,3}\W*$",
     re.IGNORECASE,
 )
 _DENIAL_AFTER = re.compile(r"\W*(?:is|was|are)(?:\s+(?:not|wrong|incorrect)\b|n['’]t\b)", re.IGNORECASE)
 _REASON = re.compile(r"[,;:.(]?\s+\(?(?:since|because|as|due to|which|where|so that|i\.e\.)\s.*", re.IGNORECASE | re.DOTALL)
 _FILLER = re.compile(
     r"^(?:(?:therefore|thus|hence|so|then|indeed|clearly|of course|exactly|precisely|simply|just|about|approximately|"
-    r"option|choice|in|at|on|the|an?)\b[\s,:]*(?=.))+",
+    r"option|choice|in|at|on|(?-i:[Tt]he|an?))\b[\s,:]*(?=.))+",
     re.IGNORECASE,
+)
+_APPOSITION = re.compile(
+    r"(?:the|an?|it|they|this|that|which|who|where|not|but|so|in|with|for|or rather|i\.e\.)\b", re.IGNORECASE
 )
 _CHOICE = re.compile(r"(?:option|choice|answer)?\s*[(\[]?([A-Za-z])[)\]]?\.?", re.IGNORECASE)
 _CHOSEN = re.compile(r"(?:^|\b(?i:option|choice|answer)\s+)[(\[]?([A-Z])[)\]]? is (?:the )?(?:\w+ )?(?:correct|right|answer)\b")
@@ -64,7 +69,7 @@ def matcher(how: str = "final") -> Matcher:
 
 def matches(completion: str, answer: str) -> bool:
     """Return whether the completion's final answer, or all of it, is the reference answer."""
-    wanted = reference(answer)
+    wanted, completion = reference(answer), _after_thinking(completion)
     if _plain(completion).casefold() == _plain(wanted).casefold():
         return bool(_plain(wanted))
     marked = _marked(completion)
@@ -131,6 +136,7 @@ def reference(answer: str) -> str:
 
 def final(text: str) -> str | None:
     r"""Return the final answer of a text: see the module's docstring; None if it states none."""
+    text = _after_thinking(text)
     marked = _marked(text)
     if marked is not None:
         return marked
@@ -176,7 +182,7 @@ def _same(given: str, wanted: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    return _FILLER.sub("", text.casefold()).strip("\"'“”‘’`()[] ")
+    return _FILLER.sub("", text.casefold()).strip("\"'“”‘’`()[]{} ")
 
 
 def _letter(text: str) -> str | None:
@@ -220,11 +226,19 @@ def _same_mathematics(given: str, wanted: str) -> bool:
 # -- finding the answer in a text ---------------------------------------------------------------------------------------
 
 
+def _after_thinking(text: str) -> str:
+    """Drop a reasoning model's thoughts."""
+    return text.rsplit("</think>", 1)[-1]
+
+
 def _marked(text: str) -> str | None:
-    """Return what the last ``\\boxed{}`` holds, else what follows the last ``####``, else None."""
+    """Return the content of the last ``\\boxed{}`` or <answer></answer>, else the line after the last ``####``, else None."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    if tagged:
+        return str(tagged[-1]).strip()
     return (text.rsplit("####", 1)[1].strip().splitlines() or [""])[0].strip() if "####" in text else None
 
 
@@ -254,12 +268,23 @@ def _clauses(line: str) -> list[str]:
     """Return a stated answer in ever shorter readings: its sentence, without a reason, without an aside."""
     sentence = _FILLER.sub("", _SENTENCE_END.split(_undecorated(line).strip(" ,:;"), maxsplit=1)[0])
     reasoned = _REASON.sub("", sentence)
-    aside = re.split(r"[,;]\s|\s\(|\s[-–—]+\s", reasoned, maxsplit=1)[0]
-    return [part.strip(" ,:;").rstrip(_END) for part in (sentence, reasoned, aside)]
+    return [part.strip(" ,:;").rstrip(_END) for part in (sentence, reasoned, _without_aside(reasoned))]
+
+
+def _without_aside(text: str) -> str:
+    """Cut an aside: in brackets, after a dash, or after a comma if it cannot be the next item of a list."""
+    found = re.search(r"[,;]\s+|\s\(|\s[-–—]+\s", text)
+    if found is None:
+        return text
+    head, rest = text[: found.start()], text[found.end() :]
+    listed = (
+        re.search(r"\d", rest) or re.match(r"(?:or|and|then|maybe|perhaps)\b", rest, re.IGNORECASE) or not head[-1:].isdigit()
+    )
+    return text if found[0][0] == "," and listed and not _APPOSITION.match(rest) else head
 
 
 def _unstated(completion: str, wanted: str) -> bool:
-    """Compare where no answer is announced: the last number, or what the last sentence says."""
+    """Compare where no answer is announced: the last number, or the last sentence."""
     target = _plain(wanted)
     if _value(target) is not None:
         number = _last_number(completion)
@@ -295,13 +320,17 @@ def _last_number(text: str) -> str | None:
         for part in (_REASON.sub("", sentence), sentence):
             found = list(_NUMBER.finditer(part))
             if found:
-                before, after = re.split(r"[,;]", part[: found[-1].start()])[-1], part[found[-1].end() :]
-                return None if _DENIED.search(before) or _DENIAL_AFTER.match(after) else found[-1][0]
+                return next((number[0] for number in reversed(found) if not _is_denied(part, number)), None)
     return None
 
 
+def _is_denied(text: str, number: re.Match[str]) -> bool:
+    before = re.split(r"[,;]", text[: number.start()])[-1]
+    return bool(_DENIED.search(before) or _DENIAL_AFTER.match(text[number.end() :]))
+
+
 def _plain(text: str) -> str:
-    """Return a text without what only decorates an answer, grouped digits joined."""
+    """Return a text without decoration and final punctuation; join grouped digits."""
     return " ".join(_ungrouped(_undecorated(text)).split()).rstrip(_END)
 
 

@@ -36,7 +36,7 @@ def inspect(path: Path, output: Path | None = None, *, shown: int = 200, answer_
     files = data_files(path)
     page = output or (path / "inspect.html" if path.is_dir() else path.with_suffix(".html"))
     check_writable(page)
-    matcher = grading.matcher(answer_match or _told((path if path.is_dir() else path.parent) / RUN))
+    matcher = grading.matcher(answer_match or _answer_match((path if path.is_dir() else path.parent) / RUN))
     result = tally(files, shown=shown, extremes=EXTREMES, matcher=matcher)
     if not result.tokens:
         raise ValueError(f"{str(path)!r} has no tokens to show")
@@ -44,7 +44,7 @@ def inspect(path: Path, output: Path | None = None, *, shown: int = 200, answer_
     return page
 
 
-def _told(run: Path) -> str:
+def _answer_match(run: Path) -> str:
     """Return the `answer_match` of the run that wrote the data."""
     try:
         return str(json.loads(run.read_text(encoding="utf-8"))["settings"]["answer_match"])

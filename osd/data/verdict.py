@@ -201,12 +201,12 @@ def _worth_it(v: dict[str, Any]) -> str:
 
 
 HEADLINES = {
-    "yes": "Worth it: q* gains more than it goes away from the student, and no linear mixture does as well",
-    "mixing": "Worth it to mix, undecided how: q* gains more than it goes away from the student, but is not measurably better "
-    "than a linear mixture",
+    "yes": "Worth it: q* gains more in quality than in distance from the student, and no linear mixture does as well",
+    "mixing": "Worth it to mix, undecided how: q* gains more in quality than in distance from the student, but is not "
+    "measurably better than a linear mixture",
     "linear": "Not worth it: a linear mixture is measurably better than q*",
-    "no": "Not worth it: q* goes further from the student than it gains",
-    "undecided": "Undecided: q* gains about as much as it goes away from the student",
+    "no": "Not worth it: q* gains less in quality than in distance from the student",
+    "undecided": "Undecided: q* gains about as much in quality as in distance from the student",
     "no lead": "The teacher is not measurably better than the student here",
     "no lead, but q*": "The teacher is not measurably better than the student here, but q* is",
     "too few": f"Undecided: fewer than {FEWEST} prompts could be judged",
