@@ -122,10 +122,10 @@ def test_of_a_folder_that_generate_wrote_only_the_samples_are_read(tmp_path):
 
 
 def test_unreadable_rows_are_counted_and_the_first_is_named(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"answer": "1"}\n{"answer": oops}\n[2]\n{"answer": "3"}\n')
-    with pytest.raises(ValueError, match=r"2 of 4 rows of .* the first is row 1 \(from 0\): it is not JSON"):
+    path = write(tmp_path / "a.jsonl", '{"answer": "1"}\n{"answer": oops}\n[2]\n{}\n{"answer": "3"}\n')
+    with pytest.raises(ValueError, match=r"3 of 5 rows of .* the first is row 1 \(from 0\): it is not JSON"):
         read_dataset(path)
-    with pytest.warns(UserWarning, match="drop_bad_rows: 2 of 4 rows"):
+    with pytest.warns(UserWarning, match="drop_bad_rows: 3 of 5 rows"):
         dropped = list(read_dataset(path, drop_bad_rows=True))
     assert dropped == [{"answer": "1"}, {"answer": "3"}]
     with pytest.raises(ValueError, match="1 of 1 rows"):

@@ -107,7 +107,7 @@ def _json(path: Path) -> Records:
 
 
 def _mapping(value: Any) -> dict[str, Any] | str:
-    return value if isinstance(value, dict) else f"it is not an object with columns: {value!r:.200}"
+    return value if value and isinstance(value, dict) else f"it is not an object with columns: {value!r:.200}"
 
 
 def _csv(path: Path, delimiter: str = ",") -> Records:

@@ -79,7 +79,7 @@ class EnginePair:
 
     @property
     def engine(self) -> PairEngine:
-        """The engine; starts it if needed."""
+        """Return the engine, starting it if needed."""
         if self._engine is None:
             from osd.engine.engine import PairEngine
             from osd.terminal import Loading, models

@@ -121,7 +121,7 @@ class RequestBuilder:
 
     def _request(self, row: Row, sample: int) -> Request:
         assert self.tokenizers is not None
-        settings = self.settings
+        settings, answer = self.settings, self._answer(row)
         fields = self._fields(row.values)
         index = (_number(row.id) + sample) % len(self.templates)
         template = self.templates[index]
@@ -139,7 +139,7 @@ class RequestBuilder:
             template=None if template is None else index,
             teacher=sides[0],
             student=sides[1],
-            answer=self._answer(row),
+            answer=answer,
         )
 
     def _fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
