@@ -10,7 +10,7 @@ from accelerate.utils import is_peft_model
 
 from osd.prompt_checks import check_template_kwargs
 from osd.prompts import privileged_template_for, template_fields
-from osd.sampling_args import TRAINING, checked_sampling
+from osd.sampling_args import FIELDS, TRAINING, checked_fields
 from trainers.alpha_schedule import SHAPES
 from trainers.divergence import DIVERGENCES
 from trainers.importance import CORRECTIONS
@@ -137,8 +137,7 @@ def _sampling(args: OSDConfig) -> None:
         )
     if args.max_completion_length is None or args.max_completion_length < 1:
         raise ValueError(f"max_completion_length={args.max_completion_length} must be at least 1 token")
-    checked_sampling({name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")})
-    checked_sampling(args.sampling_kwargs(), where="generation_kwargs", refused=TRAINING)
+    checked_fields({name: getattr(args, name) for name in FIELDS}, args.sampling_kwargs(), refused=TRAINING)
     check_template_kwargs(args._mapping("chat_template_kwargs"))
 
 
