@@ -1,14 +1,12 @@
-"""What the two ways to sync a LoRA student cost: the sync itself, and what decoding takes afterwards.
+"""Measure the weight sync of a LoRA student, and a step of decoding after it.
 
     python benchmarks/lora_sync.py --pair 3B+1.5B --rank 16
     python benchmarks/lora_sync.py --pair small+tiny --sequences 2 --tokens 8          # a try on a CPU
 
-merged    every layer with an adapter is merged and copied; the engine decodes plain weights
-adapter   A and B alone are copied; the engine decodes through vLLM's LoRA layers
-
-All linear layers have an adapter. Random weights, in the engine's process, the trainer's copy on the same device; a new process
-for each way. Medians over --repeats; syncs are those after the first. A step is a decoding step of the pair, (N tokens - 1
-token) / (N - 1). Prints both and writes a JSON with every figure, the configuration and versions.
+Every layer with an adapter is merged out of place and copied into the engine, which decodes plain weights. All linear layers
+have an adapter. Random weights; the trainer's copy is on the engine's device, in its process. Medians over --repeats, of the
+syncs after the first. A step is a decoding step of the pair, (N tokens - 1 token) / (N - 1). Prints both and writes a JSON
+with every figure, the configuration and versions.
 """
 
 from __future__ import annotations
@@ -76,7 +74,7 @@ def step_ms(generation: OSDGeneration, sequences: int, tokens: int, repeats: int
     return 1e3 * statistics.median((seconds(tokens) - seconds(1)) / (tokens - 1) for _ in range(repeats))
 
 
-def measure(lora_sync: str, args: argparse.Namespace, teacher: Path, student: Path) -> dict[str, float]:
+def measure(args: argparse.Namespace, teacher: Path, student: Path) -> dict[str, float]:
     kwargs: dict[str, Any] = dict(load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16" if GPU else "float32")
     kwargs |= dict(max_model_len=256 + args.tokens, max_num_seqs=args.sequences, gpu_memory_utilization=0.7)
     kwargs |= {} if GPU else dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28)
@@ -86,7 +84,7 @@ def measure(lora_sync: str, args: argparse.Namespace, teacher: Path, student: Pa
         Accelerator(cpu=not GPU),
         None,
         pair=PairConfig(teacher=str(teacher), student=str(student), engine_kwargs=kwargs),
-        lora_sync=lora_sync,
+        check_sync=False,
         generation_kwargs={"ignore_eos": True},
     )
     try:
@@ -101,8 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         teacher, student = (write_model(name, Path(folder)) for name in parse_pair(args.pair))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
-            waiting = {way: processes.submit(measure, way, args, teacher, student) for way in ("merged", "adapter")}
-            rows = {way: row.result() for way, row in waiting.items()}
+            rows = {"merged": processes.submit(measure, args, teacher, student).result()}
     for name, row in rows.items():
         print(f"{name:>8} sync {row['sync_ms']:9.2f} ms, decoding {row['step_ms']:7.2f} ms per step")
     result = {**header(["python", "benchmarks/lora_sync.py", *sys.argv[1:]], vars(args)), "rows": rows}

@@ -32,7 +32,7 @@ def page() -> str:
     from osd.output import OptimalSample, OptimalSamplingOutput, save_alpha_history
     from osd.sampler import OptimalSamplingV1
     from trainers import OSDConfig, OSDTrainer
-    from trainers.train_osd import DataArguments
+    from trainers.data import DataArguments
 
     parts = [HEAD]
     parts += [
@@ -43,7 +43,7 @@ def page() -> str:
     parts += [_class("osd", cls) for cls in (PairEngine, PairConfig, PairPrompt)]
     parts += [_class("osd.engine.engine", PairCompletion)]
     parts += [_class("osd.engine.request", PairOptions), _class("trainers", OSDTrainer), _options("trainers", OSDConfig)]
-    parts += [_options("trainers.train_osd", DataArguments)]
+    parts += [_options("trainers.data", DataArguments)]
     parts += [_command("osd generate", GenerateConfig), _command("osd compare", CompareConfig)]
     return "\n".join(parts)
 

@@ -1,13 +1,13 @@
 """OSDGeneration: TRL's generator contract, sampling from q* with a paired engine in the trainer's own process.
 
-TRL's trainers ask a generator for two things, `sync_weights()` and `generate(...)`. This one can stand wherever TRL puts
-its `VLLMGeneration`; no OSDTrainer is needed:
+TRL's trainers call two methods of a generator, `sync_weights()` and `generate(...)`. This generator replaces TRL's
+`VLLMGeneration` in any of its trainers; no OSDTrainer is needed:
 
     pair = PairConfig(teacher="...", student=trainer.model.name_or_path)
-    trainer.vllm_generation = OSDGeneration(trainer.model, trainer.accelerator, trainer.processing_class, pair=pair)
-    with trainer.vllm_generation.teacher_reads(teacher_prompts):      # optional: prompts that only the teacher sees
-        ...                                                          # TRL calls generate() in here
-    trainer.vllm_generation.last_batch.completions                   # per-token records of what it sampled
+    with OSDGeneration(trainer.model, trainer.accelerator, trainer.processing_class, pair=pair).attach(trainer) as generation:
+        with generation.teacher_reads(teacher_prompts):              # optional: prompts that only the teacher sees
+            ...                                                      # TRL calls generate() in here
+        generation.last_batch.completions                            # its completions, with per-token records
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.trainer.utils import ensure_master_addr_port
 
+from osd.engine.validate_models import check_student_can_train, end_ids
 from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
 from osd.sampling_args import DROP_IN, FIELDS, checked_fields
+from osd.terminal import Loading, models
 from osd.weight_sync import LiveStudent
 
 if TYPE_CHECKING:
@@ -70,9 +72,8 @@ class OSDGeneration(LiveStudent):
         pair: the two models and how they are mixed, to start an engine from; or a running engine, which the caller closes.
         mix_tokens: sample from q* for that many tokens of a completion, and from the student alone after them; None: no
             limit.
-        lora_sync: of a student under LoRA: "merged" pushes the layers with an adapter, merged (the engine decodes at full
-            speed); "adapter" pushes A and B alone, to LoRA layers beside the frozen weights (they cost time in decoding). A
-            running engine must have been started with such layers in its `student_kwargs`.
+        check_sync: after the syncs number 1, 2, 4, 8, ... compare log π_θ of a few tokens, engine against `model`, and raise
+            if they differ beyond the rounding of their dtypes. Some milliseconds each.
         enable_sleep_mode: give the GPU memory of both models and their caches back after every `generate` call, and take it
             again with the next call or sync. Needs a GPU; both prefix caches are lost every time.
         hidden: record the teacher's final hidden states (recorded supervision needs them).
@@ -82,8 +83,9 @@ class OSDGeneration(LiveStudent):
             shape draws from q*. `generation_kwargs` are further `vllm.SamplingParams` arguments and win over the others.
 
     Raises:
-        ValueError: a pair that would not live in this process on one device; an adapter under FSDP1; `lora_sync="adapter"` for
-            a student without an adapter, sharded, or whose adapter vLLM cannot hold, by name; and what `PairEngine` raises.
+        ValueError: before an engine starts: a pair that would not live in this process on one device; a student that cannot
+            be synced, by name (experts, quantized, an adapter under FSDP1 or that unties shared embeddings, weights unlike
+            those of its files); and the errors of `PairEngine`.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class OSDGeneration(LiveStudent):
         *,
         pair: PairConfig | PairEngine,
         mix_tokens: int | None = None,
-        lora_sync: str = "merged",
+        check_sync: bool = True,
         enable_sleep_mode: bool = False,
         hidden: bool = False,
         on_error: str = "raise",
@@ -111,13 +113,9 @@ class OSDGeneration(LiveStudent):
         forget_warnings()
         if on_error not in ("raise", "keep"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
-        if lora_sync not in ("merged", "adapter"):
-            raise ValueError(f"lora_sync={lora_sync!r}: choose 'merged' or 'adapter'")
-        if enable_sleep_mode and lora_sync == "adapter":
-            raise ValueError("enable_sleep_mode=True with lora_sync='adapter' is not supported; use 'merged'")
         self.pair = pair
         self.mix_tokens = mix_tokens
-        self.lora_sync = lora_sync
+        self.check_sync = check_sync
         self.hidden = hidden
         self.on_error = on_error
         self.last_batch: GeneratedBatch | None = None
@@ -142,12 +140,8 @@ class OSDGeneration(LiveStudent):
         """Start the pair; TRL's constructor calls this where it would build its `LLM`."""
         from osd.engine.engine import PairConfig, PairEngine
 
-        if self._adapted and self._dist.fsdp_version == 1:
-            raise ValueError(
-                "fsdp_version=1 with a PEFT adapter: FSDP1's flat shards cannot be merged with it, so the engine would never "
-                "get the trained student; use fsdp_version=2"
-            )
-        adapter = self._adapter_kwargs() if self.lora_sync == "adapter" else {}
+        self._layout = check_student_can_train(self._pair_config)
+        self.check_live_student()
         if isinstance(self.pair, PairConfig):
             _check_colocated(self.pair)
             # The trainer hands tensors over by reference, so the engine must not be a process of its own.
@@ -155,8 +149,9 @@ class OSDGeneration(LiveStudent):
             kwargs = self.pair.engine_kwargs | self._process_kwargs(self.pair.engine_kwargs.get("seed", 0))
             if self.enable_sleep_mode:
                 kwargs["enable_sleep_mode"] = True
-            student_kwargs = self.pair.student_kwargs | adapter
-            self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs, student_kwargs=student_kwargs))
+            loaded = models(teacher=self.pair.teacher, student=self.pair.student)
+            with Loading(loaded, quiet=not self.accelerator.is_main_process):
+                self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
         else:
             self.engine = self.pair
         self._sleep()
@@ -173,6 +168,29 @@ class OSDGeneration(LiveStudent):
             os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
             ensure_master_addr_port()
         return kwargs
+
+    def attach(self, trainer: Any) -> OSDGeneration:
+        """Make a trainer of TRL (one with `use_vllm`) sample with this generator from its next step on; returns self.
+
+        Every token id that ends a completion, the teacher's too, becomes one of the student's: the trainer's metrics count it
+        as an end, and the saved student's generation_config has it.
+        """
+        trainer.vllm_generation, trainer.use_vllm = self, True
+        trainer._last_loaded_step = -1  # TRL syncs whenever this is not the current step
+        ends = end_ids(self.engine.config)
+        if hasattr(trainer, "eos_token_ids"):
+            trainer.eos_token_ids = list(dict.fromkeys([*trainer.eos_token_ids, *ends]))
+            ends = trainer.eos_token_ids
+        saved = getattr(self.model, "generation_config", None)
+        if ends and saved is not None:
+            saved.eos_token_id = ends[0] if len(ends) == 1 else ends
+        return self
+
+    def __enter__(self) -> OSDGeneration:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Shut the engine down, if this object started it."""

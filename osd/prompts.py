@@ -202,8 +202,8 @@ def teacher_prompt(row: Mapping[str, Any], template: str | None = None) -> Promp
     - Otherwise: `prompt`.
 
     Raises:
-        ValueError: a field of the template that is missing from this row or None in it; a `prompt` that is none; no user
-            message to fill.
+        ValueError: a field of the template that is missing from this row or None in it; blank text in all of the template's
+            columns; a `prompt` that is none; no user message to fill.
     """
     if TEACHER_PROMPT_COLUMN in row:
         if row[TEACHER_PROMPT_COLUMN] is None:
@@ -213,6 +213,7 @@ def teacher_prompt(row: Mapping[str, Any], template: str | None = None) -> Promp
     check_prompt(prompt)
     if template is None:
         return prompt
+    _check_not_blank(template, row)
     if isinstance(prompt, str):
         return fill(template, row)
     if is_token_ids(prompt):
@@ -220,6 +221,15 @@ def teacher_prompt(row: Mapping[str, Any], template: str | None = None) -> Promp
     last = _last_user_message(prompt)
     filled = {**prompt[last], "content": fill(template, {**row, PROMPT_COLUMN: prompt[last]["content"]})}
     return [*prompt[:last], filled, *prompt[last + 1 :]]
+
+
+def _check_not_blank(template: str, row: Mapping[str, Any]) -> None:
+    """Refuse a row whose teacher would silently read no more than the student: an empty cell of a CSV file, say."""
+    names = sorted(template_fields(template) - {PROMPT_COLUMN})
+    if names and all(isinstance(row.get(name), str) and not row[name].strip() for name in names):
+        raise ValueError(
+            f"{', '.join(map(repr, names))} is blank in this row, but the teacher's template needs it; write it or drop the row"
+        )
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:

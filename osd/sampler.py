@@ -11,6 +11,7 @@ from osd.output import OptimalSample, OptimalSamplingOutput, alpha_stats, save_a
 from osd.prompt_checks import check_template_kwargs, compare_templates, forget_warnings, is_conversation, is_token_ids
 from osd.prompts import Prompt, encode, for_side
 from osd.sampling_args import TAKEN, checked_sampling, derived_seeds
+from osd.terminal import Loading, models
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion, PairEngine, PairPrompt
@@ -95,7 +96,8 @@ class OptimalSamplingV1:
         )
         _hint_at_eager(config.engine_kwargs)
         forget_warnings()
-        self.engine: PairEngine = PairEngine(config)
+        with Loading(models(teacher=config.teacher, student=config.student), quiet=not use_tqdm):
+            self.engine: PairEngine = PairEngine(config)
         self.teacher_tokenizer: Any = self.engine.tokenizer
         self.theta_tokenizer: Any = student_tokenizer(self.engine)
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each may import what stands before it, and itself.
 LAYERS = [
+    "osd.terminal",
     "osd.core",
     "osd.log_partition",
     "osd.alpha",
@@ -21,6 +22,8 @@ LAYERS = [
     "osd.prompt_checks",
     "osd.prompts",
     "osd.engine",
+    "osd.adapters",
+    "osd.sync_check",
     "osd.weight_sync",
     "osd.generation",
     "osd.output",
@@ -28,6 +31,8 @@ LAYERS = [
     "osd.report",
     "osd.data",
     "trainers",
+    "osd.environment",
+    "osd.launch",
     "osd.cli",
     "osd.__main__",
 ]

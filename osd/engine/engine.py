@@ -27,6 +27,7 @@ from vllm.v1.engine import core  # noqa: E402
 
 from osd.engine.closing import workers  # noqa: E402
 from osd.engine.config import PairConfig, student_vllm_config  # noqa: E402
+from osd.engine.output_layer import output_layer  # noqa: E402
 from osd.engine.record import RequestRecord, load_records  # noqa: E402
 from osd.engine.request import (  # noqa: E402
     PairCompletion,
@@ -334,6 +335,7 @@ class PairEngine:
 
         Raises:
             RuntimeError: the worker is not in this process, or the vocabulary is sharded over several.
+            ValueError: as :func:`osd.engine.output_layer.output_layer`.
         """
         self._check_awake()
         worker = self._worker()
@@ -342,9 +344,8 @@ class PairEngine:
                 "the teacher's output layer can be shared only with an engine in this process on one device: set "
                 "VLLM_ENABLE_V1_MULTIPROCESSING=0 and tensor_parallel_size=1"
             )
-        head = worker.model_runner.get_model().lm_head
+        head, bias = output_layer(worker.model_runner.get_model(), worker.model_config)
         vocab_size = worker.model_config.get_vocab_size()
-        bias = getattr(head, "bias", None)
         weight, bias = head.weight[:vocab_size], None if bias is None else bias[:vocab_size]
         if self._can_sleep:
             return weight.clone(), None if bias is None else bias.clone()
