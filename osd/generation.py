@@ -26,7 +26,7 @@ from trl.trainer.utils import ensure_master_addr_port
 from osd.engine.validate_models import check_student_can_train, end_ids
 from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
-from osd.sampling_args import DROP_IN, checked_sampling
+from osd.sampling_args import DROP_IN, FIELDS, checked_fields
 from osd.terminal import Loading, models
 from osd.weight_sync import LiveStudent
 
@@ -108,16 +108,8 @@ class OSDGeneration(LiveStudent):
         max_completion_length: int = 16,
         generation_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        checked_sampling(
-            {
-                "temperature": temperature,
-                "top_p": top_p,
-                "top_k": top_k,
-                "min_p": min_p,
-                "repetition_penalty": repetition_penalty,
-            }
-        )
-        extra = checked_sampling(generation_kwargs or {}, where="generation_kwargs", refused=DROP_IN)
+        own = (max_completion_length, temperature, top_p, top_k, min_p, repetition_penalty)
+        extra = checked_fields(dict(zip(FIELDS, own, strict=True)), generation_kwargs or {}, refused=DROP_IN)
         forget_warnings()
         if on_error not in ("raise", "keep"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")

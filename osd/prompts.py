@@ -97,7 +97,9 @@ def encode_all(tokenizer: Any, prompts: Sequence[Prompt], **chat_template_kwargs
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if tokenizer is None:
         raise ValueError("the engine has no tokenizer (skip_tokenizer_init); give prompts as token ids")
-    return _of_all(lambda some: tokenizer(text=some)["input_ids"], texts, "the tokenizer does not take this text")
+    return _of_all(
+        lambda some: tokenizer(text=some)["input_ids"], texts, "the tokenizer does not take this text ({error}): {item!r:.200}"
+    )
 
 
 def _apply_chat_template(tokenizer: Any, conversations: list[list[dict[str, Any]]], kwargs: dict[str, Any]) -> list[list[int]]:
@@ -112,7 +114,7 @@ def _apply_chat_template(tokenizer: Any, conversations: list[list[dict[str, Any]
     return _of_all(
         lambda some: tokenizer.apply_chat_template(some, **kwargs)["input_ids"],
         conversations,
-        "the chat template does not take this conversation",
+        "the chat template does not take this conversation ({error}): {item!r:.200}",
     )
 
 
@@ -129,7 +131,7 @@ def _of_all(call: Callable[[list[Any]], list[list[int]]], items: list[Any], comp
             try:
                 call([item])
             except Exception as error:
-                raise ValueError(f"{complaint} ({error}): {item!r:.200}") from error
+                raise ValueError(complaint.format(error=error, item=item)) from error
         raise
 
 

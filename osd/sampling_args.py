@@ -146,6 +146,8 @@ REFUSED: dict[str, str] = {
 }
 
 _SAME_NOISE = "it would give every sample the same noise"
+# Sampling fields that the trainer, the drop-in generator and the data commands have beside `generation_kwargs`.
+FIELDS = ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _HARMLESS = {"n": 1, "detokenize": True}
 # Arguments that one entry refuses besides, with the reason and the fix.
 TRAINING = {
@@ -198,6 +200,27 @@ def checked_sampling(
         checked[name] = rule.translate(value)
     _check_together(checked, where)
     return checked
+
+
+def checked_fields(
+    fields: Mapping[str, Any], generation_kwargs: Mapping[str, Any], *, refused: Mapping[str, str]
+) -> dict[str, Any]:
+    """Check an entry's own sampling fields with its `generation_kwargs`, which win; return the latter as vLLM takes them.
+
+    Args:
+        fields: the values of FIELDS.
+        generation_kwargs: further arguments.
+        refused: as for :func:`checked_sampling`.
+
+    Raises:
+        ValueError: as :func:`checked_sampling`.
+    """
+    own = {"max_tokens" if name == "max_completion_length" else name: value for name, value in fields.items()}
+    if not TAKEN["max_tokens"].accepts(own["max_tokens"]):
+        raise ValueError(f"max_completion_length={own['max_tokens']!r} must be {TAKEN['max_tokens'].wanted}")
+    extra = checked_sampling(generation_kwargs, where="generation_kwargs", refused=refused)
+    _check_together({**checked_sampling(own), **extra}, "generation_kwargs")
+    return extra
 
 
 def _check_together(checked: Mapping[str, Any], where: str) -> None:

@@ -185,14 +185,14 @@ def test_sharegpt_keys_are_named():
         for_side([{"from": "human", "value": "w7"}])
 
 
-def test_whatever_a_template_raises_is_a_value_error_that_names_the_conversation(tokenizer):
+def test_an_error_of_a_template_names_the_conversation(tokenizer):
     bad = [{"role": "user", "content": "w9"}]
     template = "{% if messages[0]['content'] == 'w9' %}{{ 1 + none }}{% endif %}w3"  # a TypeError
     with pytest.raises(ValueError, match=r"does not take this conversation.*w9"):
         encode_all(tokenizer, [[USER], bad], chat_template=template)
 
 
-def test_half_a_surrogate_pair_is_a_value_error_that_names_the_text(tokenizer):
+def test_an_error_of_a_tokenizer_names_the_text(tokenizer):
     with pytest.raises(ValueError, match="does not take this text"):
         encode_all(tokenizer, ["w7", "w7 \ud83e"])
 

@@ -50,7 +50,7 @@ def test_every_argument_of_vllm_is_taken_or_refused():
     assert not TAKEN.keys() & REFUSED.keys()
 
 
-def test_what_the_table_accepts_vllm_accepts():
+def test_vllm_accepts_the_values_of_the_table():
     from vllm import SamplingParams
 
     numbers = {"max_tokens": 9, "min_tokens": 1, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0, "seed": 2**40}
@@ -118,6 +118,12 @@ def test_fields_of_the_entries_are_checked_too(field):
     ):
         with pytest.raises(ValueError, match=next(iter(field))):
             entry()
+
+
+@pytest.mark.parametrize("entry", [training, drop_in, generating, comparing])
+def test_generation_kwargs_are_checked_against_the_fields(entry):
+    with pytest.raises(ValueError, match="min_tokens=100000 is above max_tokens"):
+        entry({"min_tokens": 100_000})
 
 
 def test_harmless_values_pass():

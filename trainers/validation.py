@@ -10,7 +10,7 @@ import torch
 
 from osd.prompt_checks import check_template_kwargs
 from osd.prompts import privileged_template_for, template_fields
-from osd.sampling_args import TRAINING, checked_sampling
+from osd.sampling_args import FIELDS, TRAINING, checked_fields
 from trainers.alpha_schedule import SHAPES
 from trainers.divergence import DIVERGENCES
 from trainers.fields import changed, check_fields, warn_beside_engine
@@ -138,8 +138,7 @@ def _sampling(args: OSDConfig) -> None:
             regex.compile(pattern)
         except regex.error as error:
             raise ValueError(f"vllm_structured_outputs_regex={pattern!r} is not a regular expression: {error}") from None
-    checked_sampling({name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")})
-    checked_sampling(args.sampling_kwargs(), where="generation_kwargs", refused=TRAINING)
+    checked_fields({name: getattr(args, name) for name in FIELDS}, args.sampling_kwargs(), refused=TRAINING)
     check_template_kwargs(args._mapping("chat_template_kwargs"))
 
 

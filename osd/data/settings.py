@@ -15,7 +15,7 @@ from osd.data import grading
 from osd.data.hints import check_types
 from osd.prompt_checks import check_template_kwargs
 from osd.prompts import template_fields
-from osd.sampling_args import DATA_COMMANDS, checked_sampling
+from osd.sampling_args import DATA_COMMANDS, FIELDS, checked_fields, checked_sampling
 
 FORMATS = ("parquet", "jsonl")
 ANSWER_FILTERS = ("contains", "match")
@@ -229,10 +229,8 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine, Terminal):
         self._check_prompts()
         self.mixing()
         grading.matcher(self.answer_match)
-        checked_sampling(
-            {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-        )
-        checked_sampling(as_mapping(self.generation_kwargs), where="generation_kwargs", refused=DATA_COMMANDS)
+        own = {name: getattr(self, name) for name in FIELDS}
+        checked_fields(own, as_mapping(self.generation_kwargs), refused=DATA_COMMANDS)
 
     def _check_numbers(self) -> None:
         for name in ("num_samples", "max_completion_length", "batch_size", "limit", "vllm_max_model_length"):
