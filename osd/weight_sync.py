@@ -125,6 +125,7 @@ class LiveStudent(VLLMGeneration):
         weights = self._plain_parameters()
         if self._adapted:
             self._check_tied(weights)
+            self._check_shards(weights)
             check_mergeable(self.model)
         if self._layout is None or self._dist.fsdp_version == 1:
             return
@@ -160,6 +161,19 @@ class LiveStudent(VLLMGeneration):
                 "(tie_word_embeddings): the engine has one matrix for both, and would sample from another student. In "
                 "LoraConfig, set ensure_weight_tying=True with modules_to_save=['embed_tokens'], or leave 'embed_tokens' and "
                 "'lm_head' out of target_modules, modules_to_save and trainable_token_indices"
+            )
+
+    def _check_shards(self, weights: dict[str, Tensor]) -> None:
+        """Refuse adapters that TRL's walk over a sharded model names otherwise: some tokens, an adapter not named "default"."""
+        if not self._sharded:
+            return
+        prefix = str(self.model.prefix)
+        kept = [n for n, _ in self.model.named_parameters() if prefix not in n and "original_module" not in n]
+        names = (n.removeprefix("base_model.model.").replace(".base_layer", "") for n in kept)
+        if odd := {self._fix_param_name_to_vllm(n, ["modules_to_save.default."]) for n in names} - weights.keys():
+            raise ValueError(
+                f"the adapter's {min(odd)} cannot be synced from a sharded student (FSDP, ZeRO-3): use an adapter with the name "
+                "'default' and without trainable_token_indices, or train without sharding"
             )
 
     @property
