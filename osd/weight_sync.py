@@ -172,8 +172,8 @@ class LiveStudent(VLLMGeneration):
         names = (n.removeprefix("base_model.model.").replace(".base_layer", "") for n in kept)
         if odd := {self._fix_param_name_to_vllm(n, ["modules_to_save.default."]) for n in names} - weights.keys():
             raise ValueError(
-                f"the adapter's {min(odd)} cannot be synced from a sharded student (FSDP, ZeRO-3): use an adapter named 'default' "
-                "and without trainable_token_indices, or train without sharding"
+                f"the adapter's {min(odd)} cannot be synced from a sharded student (FSDP, ZeRO-3): use an adapter named "
+                "'default', without trainable_token_indices, or train without sharding"
             )
 
     @property

@@ -101,9 +101,9 @@ def test_a_student_of_remote_code_is_trained(tiny_pair, tmp_path):
         "model_init_kwargs": {"trust_remote_code": True},
         "engine_kwargs": tiny_engine_kwargs(),
     }
-    with pytest.raises(ValueError, match="loads remote code as an AutoModel, which auto_map in config.json does not name"):
-        classes = {name: place for name, place in CLASSES.items() if name != "AutoModel"}
-        build_trainer(None, remote_model(tmp_path / "part", classes), tmp_path, **fields)
+    part = remote_model(tmp_path / "part", {name: place for name, place in CLASSES.items() if name != "AutoModel"})
+    with pytest.raises(ValueError, match=r"loads remote code as an AutoModel, which auto_map in config\.json does not name"):
+        build_trainer(None, part, tmp_path, **fields)
     trainer = build_trainer(None, remote_model(tmp_path / "student", CLASSES), tmp_path, **fields)
     try:
         assert max(gaps_over_training(trainer)) < NOISE
