@@ -203,8 +203,8 @@ class LiveStudent(VLLMGeneration):
         self, module: Any, prefix: str = "", visited: set[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         if visited is None:
-            # FSDP takes the first module that is used for the root, and TRL's walk begins with the leaves: before the first
-            # forward pass it would fail.
+            # FSDP makes the first module that is used its root, and TRL begins with the leaves: before the first forward pass
+            # that fails.
             with FSDP.summon_full_params(module, recurse=False, writeback=False):
                 pass
         yield from super()._iter_fsdp1_params(module, prefix, visited)
@@ -213,7 +213,7 @@ class LiveStudent(VLLMGeneration):
         return super()._fix_param_name_to_vllm(name, [*(extra_prefixes or []), "_orig_mod."])  # torch.compile's
 
     def _only_adapter_moved(self, weights: list[Weight]) -> bool:
-        """Since this object's last sync, nobody has pushed weights to the engine or written to the frozen ones."""
+        """True if neither the engine's weights nor the frozen ones changed since this object's last sync."""
         engine = self.engine
         return engine.student_is_whole and self._last_sync == (engine.weights_version, frozen_state(weights))
 
