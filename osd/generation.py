@@ -340,7 +340,7 @@ def _check_colocated(pair: PairConfig) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if pair.engine_kwargs.get(name, 1) != 1:
             raise ValueError(
-                f"engine_kwargs[{name!r}]={pair.engine_kwargs[name]!r}: in training every process holds a whole pair on its own "
+                f"engine_kwargs[{name!r}]={pair.engine_kwargs[name]!r}: in training every process has a whole pair on its own "
                 "device; use 1, and more processes instead"
             )
 
