@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedBatch:
-    """What one `generate` call sampled, in the order of its prompts.
+    """Completions of one `generate` call, in the order of its prompts.
 
     Attributes:
         completions: token ids, finish reason, error and per-token record of each; `text` only where `generation_kwargs` has
             `stop` strings (or `detokenize`).
         seconds: wall-clock time of the call.
-        sync_seconds: of the syncs since the call before it; 0 if there was none.
-        weights_version: syncs that the student's weights had received.
+        sync_seconds: time of the syncs since the previous call; 0 without one.
+        weights_version: number of syncs before this call.
     """
 
     completions: list[PairCompletion]
@@ -54,7 +54,7 @@ class GeneratedBatch:
 
 @dataclass
 class _TeacherSide:
-    """What `teacher_reads` set aside for the next `generate` call."""
+    """Arguments of `teacher_reads`, kept for the next `generate` call."""
 
     prompts: list[list[int]] | None
     alpha: float | Sequence[float | None] | None
@@ -62,23 +62,22 @@ class _TeacherSide:
 
 
 class OSDGeneration(LiveStudent):
-    """Samples completions from q* and keeps the student's engine at the trainer's weights.
+    """Generator of completions from q*, which keeps the student's engine at the trainer's weights.
 
-    Subclasses TRL's generator for its walk over the parameters (FSDP, DeepSpeed ZeRO-3, PEFT merging); engine, sync and
-    generation are replaced. Every process of a distributed run owns a whole pair (tensor parallel size 1).
+    Subclasses TRL's generator for its iteration over sharded parameters (FSDP, DeepSpeed ZeRO-3); engine, sync and generation
+    are replaced. Every process of a distributed run holds a whole pair (tensor parallel size 1). Usable as a context manager.
 
     Args:
         model, accelerator, processing_class: the trainer's.
-        pair: the two models and how they are mixed, to start an engine from; or a running engine, which the caller closes.
-        mix_tokens: sample from q* for that many tokens of a completion, and from the student alone after them; None: no
-            limit.
+        pair: the two models and their mixing, to start an engine from; or a running engine, which the caller closes.
+        mix_tokens: draw the first so many tokens of a completion from q*, the rest from the student alone; None: no limit.
         check_sync: after the syncs number 1, 2, 4, 8, ... compare log π_θ of a few tokens, engine against `model`, and raise
             if they differ beyond the rounding of their dtypes. Some milliseconds each.
-        enable_sleep_mode: give the GPU memory of both models and their caches back after every `generate` call, and take it
-            again with the next call or sync. Needs a GPU; both prefix caches are lost every time.
+        enable_sleep_mode: free the GPU memory of both models and their caches after every `generate` call, and restore both
+            with the next call or sync. Needs a GPU; both prefix caches are lost every time.
         hidden: record the teacher's final hidden states (recorded supervision needs them).
-        on_error: what to do with a completion that ended in an error (NaN logits): "raise", or "keep" it for a caller
-            that masks it (it comes back as at least one token, and its `error` says what happened).
+        on_error: "raise" for a completion that ended in an error (NaN logits), or "keep" it for a caller that masks it (at
+            least one token is returned, and its `error` is the reason).
         temperature, top_p, top_k, min_p, repetition_penalty, max_completion_length, generation_kwargs: as in TRL; they
             shape draws from q*. `generation_kwargs` are further `vllm.SamplingParams` arguments and win over the others.
 
@@ -137,14 +136,14 @@ class OSDGeneration(LiveStudent):
         )
 
     def _init_vllm(self) -> None:
-        """Start the pair; TRL's constructor calls this where it would build its `LLM`."""
+        """Check the student and start the pair; TRL's constructor calls this to build its `LLM`."""
         from osd.engine.engine import PairConfig, PairEngine
 
         self._layout = check_student_can_train(self._pair_config)
         self.check_live_student()
         if isinstance(self.pair, PairConfig):
             _check_colocated(self.pair)
-            # The trainer hands tensors over by reference, so the engine must not be a process of its own.
+            # The trainer passes tensors by reference, so the engine must live in this process.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             kwargs = self.pair.engine_kwargs | self._process_kwargs(self.pair.engine_kwargs.get("seed", 0))
             if self.enable_sleep_mode:
@@ -158,7 +157,7 @@ class OSDGeneration(LiveStudent):
         self.accelerator.wait_for_everyone()
 
     def _process_kwargs(self, seed: int) -> dict[str, Any]:
-        """Engine arguments that depend on this process's place among the others."""
+        """Return the engine arguments that depend on this process's rank."""
         rank = self.accelerator.process_index
         kwargs = {"seed": seed + rank}  # with one seed every process would draw the same noise
         if self.accelerator.num_processes > 1:
@@ -200,7 +199,7 @@ class OSDGeneration(LiveStudent):
 
     @property
     def owns_engine(self) -> bool:
-        """Whether this object started its engine, and closes it."""
+        """True if this object started its engine and closes it."""
         return self.engine is not self.pair
 
     # -- sleep --------------------------------------------------------------------------------------------------------
@@ -211,7 +210,7 @@ class OSDGeneration(LiveStudent):
 
     @contextmanager
     def stays_awake(self) -> Iterator[None]:
-        """In this block `generate` leaves the engine awake, for what else it is to do; after it, it sleeps (if it is to)."""
+        """Keep the engine awake after `generate` in this block; with `enable_sleep_mode` it sleeps at the end."""
         self._stays_awake = True
         try:
             yield
@@ -229,11 +228,11 @@ class OSDGeneration(LiveStudent):
         alpha: float | Sequence[float | None] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[None]:
-        """In this block, the next `generate` call has the teacher read `prompts`, and fixes α if `alpha` is given.
+        """Give the teacher its own prompts, and α if `alpha` is given, in the next `generate` call of this block.
 
         Args:
             prompts: one per student prompt, in the same order: text or messages (rendered with the teacher's tokenizer),
-                or token ids. None gives the teacher the student's prompts, which is also what happens without this block.
+                or token ids. None, and no block at all: the teacher reads the student's prompts.
             alpha: the teacher's weight, one for all or one per prompt; 0 samples from the student alone, as evaluation
                 should. None: the mixing's own.
             chat_template_kwargs: arguments of the teacher's chat template (give it those that the trainer gives the student's).
@@ -258,17 +257,17 @@ class OSDGeneration(LiveStudent):
         num_generations: int,
         profiler: Any = None,
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
-        """One completion per prompt, drawn from q*.
+        """Draw one completion per prompt from q*.
 
         Args:
-            prompts: the student's prompts as token ids, repeated by the caller when it wants several completions of one.
+            prompts: the student's prompts as token ids, repeated by the caller for several completions of one prompt.
             images: must be None.
-            num_generations: ignored, as in TRL's colocate mode: the prompts are repeated already.
+            num_generations: ignored, as in TRL's colocate mode, whose prompts are repeated already.
             profiler: context manager around the sampling.
 
         Returns:
-            the prompts; completion ids; exact log q of every token as it was drawn, `[B][T][1]`, in nats, after top-k and
-            the like (the behaviour policy's log-probabilities); and their ids, `[B][T][1]`.
+            the prompts; completion ids; the exact log-probability of every draw, `[B][T][1]`, in nats, after top-k and the like
+            (the behaviour policy's); and the token ids again, `[B][T][1]`.
 
         Raises:
             RuntimeError: no sync succeeded yet, or the last one failed; a completion in error with `on_error="raise"`.
@@ -322,18 +321,18 @@ class OSDGeneration(LiveStudent):
             "top_k": self.top_k,
             "min_p": self.min_p or 0.0,
             "repetition_penalty": self.repetition_penalty,
-            "detokenize": bool(self.generation_kwargs.get("stop")),  # vLLM needs the text for stop strings; nobody else does
+            "detokenize": bool(self.generation_kwargs.get("stop")),  # vLLM needs the text for stop strings alone
             **self.generation_kwargs,
         }
 
     @property
     def sampling_temperature(self) -> float:
-        """What both policies are tempered with; 0 samples greedily."""
+        """The temperature of both policies; 0 samples greedily."""
         return self._sampling()["temperature"]
 
     @property
     def _end_token(self) -> int:
-        # TRL reads the last token of every completion, so one that failed before its first token is given this one.
+        # TRL reads the last token of every completion. A completion that failed before its first token gets this one.
         return self.engine.tokenizer.eos_token_id
 
     def _check_errors(self, completions: list[PairCompletion]) -> None:
@@ -347,7 +346,7 @@ def _check_colocated(pair: PairConfig) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if pair.engine_kwargs.get(name, 1) != 1:
             raise ValueError(
-                f"engine_kwargs[{name!r}]={pair.engine_kwargs[name]!r}: in training every process owns a whole pair on its own "
+                f"engine_kwargs[{name!r}]={pair.engine_kwargs[name]!r}: in training every process has a whole pair on its own "
                 "device; use 1, and more processes instead"
             )
 
@@ -359,7 +358,7 @@ def _pair_prompts(teacher: list[list[int]], student: list[list[int]]) -> list[An
 
 
 def _logp_draw(completion: PairCompletion, length: int) -> list[float]:
-    """log q of the drawn tokens; zeros for a completion in error, whose caller has said that it masks it."""
+    """Return log q of the drawn tokens; zeros for a completion in error, which the caller masks."""
     if completion.error or completion.record is None:
         return [0.0] * length
     return torch.as_tensor(completion.record.logp_draw).tolist()

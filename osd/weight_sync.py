@@ -125,6 +125,7 @@ class LiveStudent(VLLMGeneration):
         weights = self._plain_parameters()
         if self._adapted:
             self._check_tied(weights)
+            self._check_shards(weights)
             check_mergeable(self.model)
         if self._layout is None or self._dist.fsdp_version == 1:
             return
@@ -162,6 +163,19 @@ class LiveStudent(VLLMGeneration):
                 "'lm_head' out of target_modules, modules_to_save and trainable_token_indices"
             )
 
+    def _check_shards(self, weights: dict[str, Tensor]) -> None:
+        """Refuse adapters that TRL's walk over a sharded model names otherwise: some tokens, an adapter not named "default"."""
+        if not self._sharded:
+            return
+        prefix = str(self.model.prefix)
+        kept = [n for n, _ in self.model.named_parameters() if prefix not in n and "original_module" not in n]
+        names = (n.removeprefix("base_model.model.").replace(".base_layer", "") for n in kept)
+        if odd := {self._fix_param_name_to_vllm(n, ["modules_to_save.default."]) for n in names} - weights.keys():
+            raise ValueError(
+                f"the adapter's {min(odd)} cannot be synced from a sharded student (FSDP, ZeRO-3): use an adapter named "
+                "'default', without trainable_token_indices, or train without sharding"
+            )
+
     @property
     def _pair_config(self) -> PairConfig:
         config: Any = getattr(self.pair, "config", self.pair)
@@ -189,8 +203,8 @@ class LiveStudent(VLLMGeneration):
         self, module: Any, prefix: str = "", visited: set[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         if visited is None:
-            # FSDP takes the first module that is used for the root, and TRL's walk begins with the leaves: before the first
-            # forward pass it would fail.
+            # FSDP makes the first module that is used its root, and TRL begins with the leaves: before the first forward pass
+            # that fails.
             with FSDP.summon_full_params(module, recurse=False, writeback=False):
                 pass
         yield from super()._iter_fsdp1_params(module, prefix, visited)
@@ -199,7 +213,7 @@ class LiveStudent(VLLMGeneration):
         return super()._fix_param_name_to_vllm(name, [*(extra_prefixes or []), "_orig_mod."])  # torch.compile's
 
     def _only_adapter_moved(self, weights: list[Weight]) -> bool:
-        """Since this object's last sync, nobody has pushed weights to the engine or written to the frozen ones."""
+        """True if neither the engine's weights nor the frozen ones changed since this object's last sync."""
         engine = self.engine
         return engine.student_is_whole and self._last_sync == (engine.weights_version, frozen_state(weights))
 

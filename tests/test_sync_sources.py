@@ -181,6 +181,17 @@ def test_an_adapter_under_fsdp1_is_refused_before_an_engine_starts(generation_of
     generation_of(student)
 
 
+@pytest.mark.parametrize("settings", [{"trainable_token_indices": [3]}, {"name": "mine", "modules_to_save": ["lm_head"]}])
+def test_adapters_that_trl_cannot_name_in_shards_are_refused(generation_of, student, monkeypatch, settings):
+    monkeypatch.setattr(OSDGeneration, "_sharded", True)
+    generation_of(with_lora(copy.deepcopy(student), modules_to_save=["lm_head"]))
+    settings = dict(settings)
+    name = settings.pop("name", "default")
+    model = get_peft_model(student, LoraConfig(**{**LORA.to_dict(), **settings}), adapter_name=name)
+    with pytest.raises(ValueError, match="cannot be synced from a sharded student"):
+        generation_of(model)
+
+
 # -- the check after a sync ---------------------------------------------------------------------------------------------
 
 

@@ -140,11 +140,18 @@ def experts(config: Any) -> int:
 
 
 def _check_implemented(side: str, model: str, config: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse an architecture that vLLM does not have while `model_impl` forbids the transformers one."""
+    """Refuse an architecture that vLLM does not have and cannot run from its transformers code."""
     from vllm import ModelRegistry
 
     names = getattr(config, "architectures", None) or []
-    if kwargs.get("model_impl") == "vllm" and names and not set(names) & set(ModelRegistry.get_supported_archs()):
+    if not names or set(names) & set(ModelRegistry.get_supported_archs()):
+        return
+    if (code := getattr(config, "auto_map", None)) and "AutoModel" not in code:
+        raise ValueError(
+            f"{side}={model!r}: vLLM has no {names[0]} of its own, and loads remote code as an AutoModel, which auto_map in "
+            "config.json does not name; add the class of the model without its output layer there"
+        )
+    if kwargs.get("model_impl") == "vllm":
         raise ValueError(
             f"{side}={model!r}: vLLM has no {names[0]} of its own, and model_impl='vllm' allows nothing else; set "
             "vllm_model_impl='auto' (in engine_kwargs: model_impl='auto') to run the model's transformers code in vLLM"

@@ -1,4 +1,6 @@
-"""Recorded supervision from teachers whose output layer has another name than `lm_head`, or does more than a product."""
+"""Teachers and students of other architectures: output layers by any name, renamed weights, remote code."""
+
+import json
 
 import pytest
 import torch
@@ -69,6 +71,44 @@ def pair_prompt(ids):
     from osd.engine.engine import PairPrompt
 
     return PairPrompt(teacher_token_ids=ids, student_token_ids=ids)
+
+
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+class MyConfig(LlamaConfig):
+    model_type = "my_llama"
+class MyModel(LlamaModel):
+    config_class = MyConfig
+class MyForCausalLM(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+CLASSES = {"AutoConfig": "my.MyConfig", "AutoModel": "my.MyModel", "AutoModelForCausalLM": "my.MyForCausalLM"}
+
+
+def remote_model(path, classes):
+    tiny_model(path, seed=2)
+    (path / "my.py").write_text(REMOTE_CODE)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": "my_llama", "architectures": ["MyForCausalLM"], "auto_map": classes}
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def test_a_student_of_remote_code_is_trained(tiny_pair, tmp_path):
+    fields = {
+        "teacher_model_name_or_path": str(tiny_pair[0]),
+        "trust_remote_code": True,
+        "model_init_kwargs": {"trust_remote_code": True},
+        "engine_kwargs": tiny_engine_kwargs(),
+    }
+    part = remote_model(tmp_path / "part", {name: place for name, place in CLASSES.items() if name != "AutoModel"})
+    with pytest.raises(ValueError, match=r"loads remote code as an AutoModel, which auto_map in config\.json does not name"):
+        build_trainer(None, part, tmp_path, **fields)
+    trainer = build_trainer(None, remote_model(tmp_path / "student", CLASSES), tmp_path, **fields)
+    try:
+        assert max(gaps_over_training(trainer)) < NOISE
+    finally:
+        trainer.close()
 
 
 def test_a_gpt_neox_student_is_trained_from_another_teacher_and_a_wrong_head_is_seen(tmp_path, monkeypatch):
