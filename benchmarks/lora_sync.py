@@ -1,15 +1,12 @@
-"""Benchmark of the two modes of syncing a LoRA student: time of the sync, and of a decoding step afterwards.
+"""Measure the weight sync of a LoRA student, and a step of decoding after it.
 
     python benchmarks/lora_sync.py --pair 3B+1.5B --rank 16
-    python benchmarks/lora_sync.py --pair small+tiny --sequences 2 --tokens 8          # short run on a CPU
+    python benchmarks/lora_sync.py --pair small+tiny --sequences 2 --tokens 8          # a try on a CPU
 
-merged    merges and copies every layer that has an adapter; the engine decodes with plain weights
-adapter   copies only A and B; the engine decodes through vLLM's LoRA layers
-
-All linear layers have an adapter, and all weights are random. The trainer's model is in the process and on the device of the
-engine. Each mode runs in a new process. Reports medians over --repeats, without the first sync. The time of a decoding step of
-the pair is (time of N tokens - time of 1 token) / (N - 1). Prints both times and writes a JSON with every measurement, the
-configuration and the versions.
+Every layer with an adapter is merged out of place and copied into the engine, which decodes plain weights. All linear layers
+have an adapter. Random weights; the trainer's copy is on the engine's device, in its process. Medians over --repeats, of the
+syncs after the first. A step is a decoding step of the pair, (N tokens - 1 token) / (N - 1). Prints both and writes a JSON
+with every figure, the configuration and versions.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as in training
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
 
 import torch
 from accelerate import Accelerator
@@ -55,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def lora_student(path: Path, rank: int) -> Any:
-    """Build a student with a non-zero adapter on every linear layer."""
+    """A student with an adapter that is not zero on every linear layer."""
     dtype = torch.bfloat16 if GPU else torch.float32
     with torch.device("cuda" if GPU else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
@@ -64,7 +61,7 @@ def lora_student(path: Path, rank: int) -> Any:
 
 
 def step_ms(generation: OSDGeneration, sequences: int, tokens: int, repeats: int) -> float:
-    """Measure the milliseconds of one decoding step of the pair."""
+    """Milliseconds of one decoding step of the pair."""
     prompts = [[10 + i, *range(20, 83)] for i in range(sequences)]
 
     def seconds(length: int) -> float:
@@ -73,11 +70,11 @@ def step_ms(generation: OSDGeneration, sequences: int, tokens: int, repeats: int
         generation.generate(prompts, None, 1)
         return time.perf_counter() - start
 
-    seconds(tokens)  # fills the prefix caches
+    seconds(tokens)  # the prompts are in the caches from here on
     return 1e3 * statistics.median((seconds(tokens) - seconds(1)) / (tokens - 1) for _ in range(repeats))
 
 
-def measure(lora_sync: str, args: argparse.Namespace, teacher: Path, student: Path) -> dict[str, float]:
+def measure(args: argparse.Namespace, teacher: Path, student: Path) -> dict[str, float]:
     kwargs: dict[str, Any] = dict(load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16" if GPU else "float32")
     kwargs |= dict(max_model_len=256 + args.tokens, max_num_seqs=args.sequences, gpu_memory_utilization=0.7)
     kwargs |= {} if GPU else dict(enforce_eager=True, kv_cache_memory_bytes=1 << 28)
@@ -87,7 +84,7 @@ def measure(lora_sync: str, args: argparse.Namespace, teacher: Path, student: Pa
         Accelerator(cpu=not GPU),
         None,
         pair=PairConfig(teacher=str(teacher), student=str(student), engine_kwargs=kwargs),
-        lora_sync=lora_sync,
+        check_sync=False,
         generation_kwargs={"ignore_eos": True},
     )
     try:
@@ -102,8 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         teacher, student = (write_model(name, Path(folder)) for name in parse_pair(args.pair))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
-            waiting = {way: processes.submit(measure, way, args, teacher, student) for way in ("merged", "adapter")}
-            rows = {way: row.result() for way, row in waiting.items()}
+            rows = {"merged": processes.submit(measure, args, teacher, student).result()}
     for name, row in rows.items():
         print(f"{name:>8} sync {row['sync_ms']:9.2f} ms, decoding {row['step_ms']:7.2f} ms per step")
     result = {**header(["python", "benchmarks/lora_sync.py", *sys.argv[1:]], vars(args)), "rows": rows}

@@ -1,13 +1,13 @@
 """OSDGeneration: TRL's generator contract, sampling from q* with a paired engine in the trainer's own process.
 
-TRL's trainers ask a generator for two things, `sync_weights()` and `generate(...)`. This one can stand wherever TRL puts
-its `VLLMGeneration`; no OSDTrainer is needed:
+TRL's trainers call two methods of a generator, `sync_weights()` and `generate(...)`. This generator replaces TRL's
+`VLLMGeneration` in any of its trainers; no OSDTrainer is needed:
 
     pair = PairConfig(teacher="...", student=trainer.model.name_or_path)
-    trainer.vllm_generation = OSDGeneration(trainer.model, trainer.accelerator, trainer.processing_class, pair=pair)
-    with trainer.vllm_generation.teacher_reads(teacher_prompts):      # optional: prompts that only the teacher sees
-        ...                                                          # TRL calls generate() in here
-    trainer.vllm_generation.last_batch.completions                   # per-token records of what it sampled
+    with OSDGeneration(trainer.model, trainer.accelerator, trainer.processing_class, pair=pair).attach(trainer) as generation:
+        with generation.teacher_reads(teacher_prompts):              # optional: prompts that only the teacher sees
+            ...                                                      # TRL calls generate() in here
+        generation.last_batch.completions                            # its completions, with per-token records
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl.trainer.utils import ensure_master_addr_port
 
+from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
+from osd.sampling_args import DROP_IN, FIELDS, checked_fields
+from osd.terminal import Loading, models
+from osd.validate_models import check_student_can_train, end_ids
 from osd.weight_sync import LiveStudent
 
 if TYPE_CHECKING:
@@ -32,14 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedBatch:
-    """What one `generate` call sampled, in the order of its prompts.
+    """Completions of one `generate` call, in the order of its prompts.
 
     Attributes:
         completions: token ids, finish reason, error and per-token record of each; `text` only where `generation_kwargs` has
             `stop` strings (or `detokenize`).
         seconds: wall-clock time of the call.
-        sync_seconds: of the syncs since the call before it; 0 if there was none.
-        weights_version: syncs that the student's weights had received.
+        sync_seconds: time of the syncs since the previous call; 0 without one.
+        weights_version: number of syncs before this call.
     """
 
     completions: list[PairCompletion]
@@ -50,7 +54,7 @@ class GeneratedBatch:
 
 @dataclass
 class _TeacherSide:
-    """What `teacher_reads` set aside for the next `generate` call."""
+    """Arguments of `teacher_reads`, kept for the next `generate` call."""
 
     prompts: list[list[int]] | None
     alpha: float | Sequence[float | None] | None
@@ -58,30 +62,29 @@ class _TeacherSide:
 
 
 class OSDGeneration(LiveStudent):
-    """Samples completions from q* and keeps the student's engine at the trainer's weights.
+    """Generator of completions from q*, which keeps the student's engine at the trainer's weights.
 
-    Subclasses TRL's generator for its walk over the parameters (FSDP, DeepSpeed ZeRO-3, PEFT merging); engine, sync and
-    generation are replaced. Every process of a distributed run owns a whole pair (tensor parallel size 1).
+    Subclasses TRL's generator for its iteration over sharded parameters (FSDP, DeepSpeed ZeRO-3); engine, sync and generation
+    are replaced. Every process of a distributed run holds a whole pair (tensor parallel size 1). Usable as a context manager.
 
     Args:
         model, accelerator, processing_class: the trainer's.
-        pair: the two models and how they are mixed, to start an engine from; or a running engine, which the caller closes.
-        mix_tokens: sample from q* for that many tokens of a completion, and from the student alone after them; None: no
-            limit.
-        lora_sync: of a student under LoRA: "merged" pushes the layers with an adapter, merged (the engine decodes at full
-            speed); "adapter" pushes A and B alone, to LoRA layers beside the frozen weights (they cost time in decoding). A
-            running engine must have been started with such layers in its `student_kwargs`.
-        enable_sleep_mode: give the GPU memory of both models and their caches back after every `generate` call, and take it
-            again with the next call or sync. Needs a GPU; both prefix caches are lost every time.
+        pair: the two models and their mixing, to start an engine from; or a running engine, which the caller closes.
+        mix_tokens: draw the first so many tokens of a completion from q*, the rest from the student alone; None: no limit.
+        check_sync: after the syncs number 1, 2, 4, 8, ... compare log π_θ of a few tokens, engine against `model`, and raise
+            if they differ beyond the rounding of their dtypes. Some milliseconds each.
+        enable_sleep_mode: free the GPU memory of both models and their caches after every `generate` call, and restore both
+            with the next call or sync. Needs a GPU; both prefix caches are lost every time.
         hidden: record the teacher's final hidden states (recorded supervision needs them).
-        on_error: what to do with a completion that ended in an error (NaN logits): "raise", or "keep" it for a caller
-            that masks it (it comes back as at least one token, and its `error` says what happened).
+        on_error: "raise" for a completion that ended in an error (NaN logits), or "keep" it for a caller that masks it (at
+            least one token is returned, and its `error` is the reason).
         temperature, top_p, top_k, min_p, repetition_penalty, max_completion_length, generation_kwargs: as in TRL; they
             shape draws from q*. `generation_kwargs` are further `vllm.SamplingParams` arguments and win over the others.
 
     Raises:
-        ValueError: a pair that would not live in this process on one device; an adapter under FSDP1; `lora_sync="adapter"` for
-            a student without an adapter, sharded, or whose adapter vLLM cannot hold, by name; and what `PairEngine` raises.
+        ValueError: before an engine starts: a pair that would not live in this process on one device; a student that cannot
+            be synced, by name (experts, quantized, an adapter under FSDP1 or that unties shared embeddings, weights unlike
+            those of its files); and the errors of `PairEngine`.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class OSDGeneration(LiveStudent):
         *,
         pair: PairConfig | PairEngine,
         mix_tokens: int | None = None,
-        lora_sync: str = "merged",
+        check_sync: bool = True,
         enable_sleep_mode: bool = False,
         hidden: bool = False,
         on_error: str = "raise",
@@ -104,15 +107,14 @@ class OSDGeneration(LiveStudent):
         max_completion_length: int = 16,
         generation_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        own = (max_completion_length, temperature, top_p, top_k, min_p, repetition_penalty)
+        extra = checked_fields(dict(zip(FIELDS, own, strict=True)), generation_kwargs or {}, refused=DROP_IN)
+        forget_warnings()
         if on_error not in ("raise", "keep"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
-        if lora_sync not in ("merged", "adapter"):
-            raise ValueError(f"lora_sync={lora_sync!r}: choose 'merged' or 'adapter'")
-        if enable_sleep_mode and lora_sync == "adapter":
-            raise ValueError("enable_sleep_mode=True with lora_sync='adapter' is not supported; use 'merged'")
         self.pair = pair
         self.mix_tokens = mix_tokens
-        self.lora_sync = lora_sync
+        self.check_sync = check_sync
         self.hidden = hidden
         self.on_error = on_error
         self.last_batch: GeneratedBatch | None = None
@@ -130,35 +132,32 @@ class OSDGeneration(LiveStudent):
             repetition_penalty=repetition_penalty,
             max_completion_length=max_completion_length,
             enable_sleep_mode=enable_sleep_mode,
-            generation_kwargs=dict(generation_kwargs or {}),
+            generation_kwargs=extra,
         )
 
     def _init_vllm(self) -> None:
-        """Start the pair; TRL's constructor calls this where it would build its `LLM`."""
+        """Check the student and start the pair; TRL's constructor calls this to build its `LLM`."""
         from osd.engine.engine import PairConfig, PairEngine
 
-        if self._adapted and self._dist.fsdp_version == 1:
-            raise ValueError(
-                "fsdp_version=1 with a PEFT adapter: FSDP1's flat shards cannot be merged with it, so the engine would never "
-                "get the trained student; use fsdp_version=2"
-            )
-        adapter = self._adapter_kwargs() if self.lora_sync == "adapter" else {}
+        self._layout = check_student_can_train(self._pair_config)
+        self.check_live_student()
         if isinstance(self.pair, PairConfig):
             _check_colocated(self.pair)
-            # The trainer hands tensors over by reference, so the engine must not be a process of its own.
+            # The trainer passes tensors by reference, so the engine must live in this process.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             kwargs = self.pair.engine_kwargs | self._process_kwargs(self.pair.engine_kwargs.get("seed", 0))
             if self.enable_sleep_mode:
                 kwargs["enable_sleep_mode"] = True
-            student_kwargs = self.pair.student_kwargs | adapter
-            self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs, student_kwargs=student_kwargs))
+            loaded = models(teacher=self.pair.teacher, student=self.pair.student)
+            with Loading(loaded, quiet=not self.accelerator.is_main_process):
+                self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
         else:
             self.engine = self.pair
         self._sleep()
         self.accelerator.wait_for_everyone()
 
     def _process_kwargs(self, seed: int) -> dict[str, Any]:
-        """Engine arguments that depend on this process's place among the others."""
+        """Return the engine arguments that depend on this process's rank."""
         rank = self.accelerator.process_index
         kwargs = {"seed": seed + rank}  # with one seed every process would draw the same noise
         if self.accelerator.num_processes > 1:
@@ -169,6 +168,29 @@ class OSDGeneration(LiveStudent):
             ensure_master_addr_port()
         return kwargs
 
+    def attach(self, trainer: Any) -> OSDGeneration:
+        """Make a trainer of TRL (one with `use_vllm`) sample with this generator from its next step on; returns self.
+
+        Every token id that ends a completion, the teacher's too, becomes one of the student's: the trainer's metrics count it
+        as an end, and the saved student's generation_config has it.
+        """
+        trainer.vllm_generation, trainer.use_vllm = self, True
+        trainer._last_loaded_step = -1  # TRL syncs whenever this is not the current step
+        ends = end_ids(self.engine.config)
+        if hasattr(trainer, "eos_token_ids"):
+            trainer.eos_token_ids = list(dict.fromkeys([*trainer.eos_token_ids, *ends]))
+            ends = trainer.eos_token_ids
+        saved = getattr(self.model, "generation_config", None)
+        if ends and saved is not None:
+            saved.eos_token_id = ends[0] if len(ends) == 1 else ends
+        return self
+
+    def __enter__(self) -> OSDGeneration:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Shut the engine down, if this object started it."""
         self._synced = False
@@ -177,7 +199,7 @@ class OSDGeneration(LiveStudent):
 
     @property
     def owns_engine(self) -> bool:
-        """Whether this object started its engine, and closes it."""
+        """True if this object started its engine and closes it."""
         return self.engine is not self.pair
 
     # -- sleep --------------------------------------------------------------------------------------------------------
@@ -188,7 +210,7 @@ class OSDGeneration(LiveStudent):
 
     @contextmanager
     def stays_awake(self) -> Iterator[None]:
-        """In this block `generate` leaves the engine awake, for what else it is to do; after it, it sleeps (if it is to)."""
+        """Keep the engine awake after `generate` in this block; with `enable_sleep_mode` it sleeps at the end."""
         self._stays_awake = True
         try:
             yield
@@ -200,32 +222,33 @@ class OSDGeneration(LiveStudent):
 
     @contextmanager
     def teacher_reads(
-        self, prompts: Iterable[Prompt | list[int]] | None, *, alpha: float | Sequence[float | None] | None = None
+        self,
+        prompts: Iterable[Prompt] | None,
+        *,
+        alpha: float | Sequence[float | None] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[None]:
-        """In this block, the next `generate` call has the teacher read `prompts`, and fixes α if `alpha` is given.
+        """Give the teacher its own prompts, and α if `alpha` is given, in the next `generate` call of this block.
 
         Args:
             prompts: one per student prompt, in the same order: text or messages (rendered with the teacher's tokenizer),
-                or token ids. None gives the teacher the student's prompts, which is also what happens without this block.
+                or token ids. None, and no block at all: the teacher reads the student's prompts.
             alpha: the teacher's weight, one for all or one per prompt; 0 samples from the student alone, as evaluation
                 should. None: the mixing's own.
+            chat_template_kwargs: arguments of the teacher's chat template (give it those that the trainer gives the student's).
 
         Raises:
             ValueError: a prompt that is empty or cannot be rendered.
         """
         if self._teacher_side is not None:
             raise RuntimeError("teacher_reads() is already in effect; it cannot be nested")
-        self._teacher_side = _TeacherSide(None if prompts is None else self._teacher_ids(prompts), alpha)
+        check_template_kwargs(kwargs := dict(chat_template_kwargs or {}))
+        teacher_ids = None if prompts is None else encode_all(self.engine.tokenizer, list(prompts), **kwargs)
+        self._teacher_side = _TeacherSide(teacher_ids, alpha)
         try:
             yield
         finally:
             self._teacher_side = None
-
-    def _teacher_ids(self, prompts: Iterable[Prompt | list[int]]) -> list[list[int]]:
-        prompts = list(prompts)
-        to_encode = [cast(Prompt, prompt) for prompt in prompts if not _is_token_ids(prompt)]
-        encoded = iter(encode_all(self.engine.tokenizer, to_encode))
-        return [prompt if _is_token_ids(prompt) else next(encoded) for prompt in prompts]
 
     def generate(
         self,
@@ -234,17 +257,17 @@ class OSDGeneration(LiveStudent):
         num_generations: int,
         profiler: Any = None,
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
-        """One completion per prompt, drawn from q*.
+        """Draw one completion per prompt from q*.
 
         Args:
-            prompts: the student's prompts as token ids, repeated by the caller when it wants several completions of one.
+            prompts: the student's prompts as token ids, repeated by the caller for several completions of one prompt.
             images: must be None.
-            num_generations: ignored, as in TRL's colocate mode: the prompts are repeated already.
+            num_generations: ignored, as in TRL's colocate mode, whose prompts are repeated already.
             profiler: context manager around the sampling.
 
         Returns:
-            the prompts; completion ids; exact log q of every token as it was drawn, `[B][T][1]`, in nats, after top-k and
-            the like (the behaviour policy's log-probabilities); and their ids, `[B][T][1]`.
+            the prompts; completion ids; the exact log-probability of every draw, `[B][T][1]`, in nats, after top-k and the like
+            (the behaviour policy's); and the token ids again, `[B][T][1]`.
 
         Raises:
             RuntimeError: no sync succeeded yet, or the last one failed; a completion in error with `on_error="raise"`.
@@ -254,6 +277,7 @@ class OSDGeneration(LiveStudent):
             raise ValueError("OSD distils text models; remove the dataset's image columns")
         if not self._synced:
             raise RuntimeError("the student's engine does not have the trainer's weights; call sync_weights() first")
+        check_special_tokens(self.processing_class, prompts)
         teacher_prompts, alpha = self._take_teacher_side(prompts)
         start = time.perf_counter()
         self.engine.wake_up()
@@ -297,18 +321,18 @@ class OSDGeneration(LiveStudent):
             "top_k": self.top_k,
             "min_p": self.min_p or 0.0,
             "repetition_penalty": self.repetition_penalty,
-            "detokenize": bool(self.generation_kwargs.get("stop")),  # vLLM needs the text for stop strings; nobody else does
+            "detokenize": bool(self.generation_kwargs.get("stop")),  # vLLM needs the text for stop strings alone
             **self.generation_kwargs,
         }
 
     @property
     def sampling_temperature(self) -> float:
-        """What both policies are tempered with; 0 samples greedily."""
+        """The temperature of both policies; 0 samples greedily."""
         return self._sampling()["temperature"]
 
     @property
     def _end_token(self) -> int:
-        # TRL reads the last token of every completion, so one that failed before its first token is given this one.
+        # TRL reads the last token of every completion. A completion that failed before its first token gets this one.
         return self.engine.tokenizer.eos_token_id
 
     def _check_errors(self, completions: list[PairCompletion]) -> None:
@@ -318,15 +342,11 @@ class OSDGeneration(LiveStudent):
             raise RuntimeError(f"{len(failed)} of {len(completions)} completions failed; number {first}: {failed[first]}")
 
 
-def _is_token_ids(prompt: Prompt | list[int]) -> TypeGuard[list[int]]:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
-
-
 def _check_colocated(pair: PairConfig) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if pair.engine_kwargs.get(name, 1) != 1:
             raise ValueError(
-                f"engine_kwargs[{name!r}]={pair.engine_kwargs[name]!r}: in training every process owns a whole pair on its own "
+                f"engine_kwargs[{name!r}]={pair.engine_kwargs[name]!r}: in training every process has a whole pair on its own "
                 "device; use 1, and more processes instead"
             )
 
@@ -338,7 +358,7 @@ def _pair_prompts(teacher: list[list[int]], student: list[list[int]]) -> list[An
 
 
 def _logp_draw(completion: PairCompletion, length: int) -> list[float]:
-    """log q of the drawn tokens; zeros for a completion in error, whose caller has said that it masks it."""
+    """Return log q of the drawn tokens; zeros for a completion in error, which the caller masks."""
     if completion.error or completion.record is None:
         return [0.0] * length
     return torch.as_tensor(completion.record.logp_draw).tolist()

@@ -1,12 +1,15 @@
 """OSDGeneration: TRL's contract, the teacher's own prompts, live weights, and no sampling after a failed sync."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from osd.core import MixingConfig
-from tests.tiny import tiny_engine_kwargs
+from osd.validate_models import end_ids
+from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import watch
 
 pytestmark = pytest.mark.gpu
@@ -275,6 +278,35 @@ def make_prompts_and_sample(engine):
     from osd.engine.engine import PairPrompt
 
     return engine.generate([PairPrompt(teacher_token_ids=[7], student_token_ids=[7])], sampling={"max_tokens": 1})
+
+
+def test_a_generation_closes_what_it_started(make, engine):
+    with make() as generation:
+        assert not generation.owns_engine
+    with pytest.raises(RuntimeError, match="call sync_weights"):
+        generation.generate(STUDENT_PROMPTS, None, 1)
+    engine.reset_prefix_cache()  # the caller's engine is open
+
+
+def test_attached_to_a_trainer(make, student):
+    """The teacher's end of a sequence (4) becomes the student's, in TRL's metrics and in what is saved."""
+    trainer = SimpleNamespace(eos_token_ids=[2])
+    generation = make()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("osd.generation.end_ids", lambda config: [2, 4])
+        assert generation.attach(trainer) is generation
+    assert (trainer.vllm_generation, trainer.use_vllm, trainer._last_loaded_step) == (generation, True, -1)
+    assert trainer.eos_token_ids == student.generation_config.eos_token_id == [2, 4]
+
+
+def test_every_declared_end_is_found(tmp_path):
+    """In generation_config.json, or else in config.json; the student's first."""
+    from osd.engine.engine import PairConfig
+
+    teacher, student = tiny_model(tmp_path / "teacher"), tiny_model(tmp_path / "student")
+    GenerationConfig(eos_token_id=[5, 2]).save_pretrained(teacher)
+    (student / "generation_config.json").unlink()
+    assert end_ids(PairConfig(teacher=str(teacher), student=str(student))) == [2, 5]
 
 
 # -- completions in error -----------------------------------------------------------------------------------------------

@@ -2,17 +2,20 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from osd import sync_check
 from osd.generation import OSDGeneration
-from osd.weight_sync import checked, expected_shapes
+from osd.validate_models import check_models, check_student_can_train, student_layout
+from osd.weight_sync import checked
 from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, gaps_over_training, perturb
 from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import ROWS, build_trainer, logged
@@ -178,6 +181,81 @@ def test_an_adapter_under_fsdp1_is_refused_before_an_engine_starts(generation_of
     generation_of(student)
 
 
+@pytest.mark.parametrize("settings", [{"trainable_token_indices": [3]}, {"name": "mine", "modules_to_save": ["lm_head"]}])
+def test_adapters_that_trl_cannot_name_in_shards_are_refused(generation_of, student, monkeypatch, settings):
+    monkeypatch.setattr(OSDGeneration, "_sharded", True)
+    generation_of(with_lora(copy.deepcopy(student), modules_to_save=["lm_head"]))
+    settings = dict(settings)
+    name = settings.pop("name", "default")
+    model = get_peft_model(student, LoraConfig(**{**LORA.to_dict(), **settings}), adapter_name=name)
+    with pytest.raises(ValueError, match="cannot be synced from a sharded student"):
+        generation_of(model)
+
+
+# -- the check after a sync ---------------------------------------------------------------------------------------------
+
+
+def scaled_logits(student):
+    """Planted: the live student computes something else with the same tensors."""
+    head = student.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, logits: 2 * logits)
+    return student
+
+
+def test_a_live_student_that_computes_something_else_is_refused(generation_of, student):
+    generation = generation_of(scaled_logits(student))
+    with pytest.raises(RuntimeError, match=r"not the student in training: .* differ by .* nats on average"):
+        generation.sync_weights()
+    with pytest.raises(RuntimeError, match="call sync_weights"):
+        generation.generate(STUDENT_PROMPTS, None, 1)
+    generation.check_sync = False
+    generation.sync_weights()
+
+
+def test_an_adapter_that_the_engine_does_not_follow_is_refused_once_it_does_something(generation_of, student, monkeypatch):
+    """Planted: A and B never reach the engine. B is zero at the first sync."""
+    monkeypatch.setattr("osd.adapters.merge_plain", lambda layer: layer.base_layer.weight.detach())
+    model = get_peft_model(student, LORA)
+    generation = generation_of(model)
+    generation.sync_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.requires_grad * 0.1)
+    with pytest.raises(RuntimeError, match="not the student in training"):
+        generation.sync_weights()
+
+
+def test_rounding_to_sixteen_bits_is_not_a_difference(generation_of, student, monkeypatch):
+    """The live student in bfloat16, which is further from the float32 engine than two bfloat16 students are apart."""
+    model = student.to(torch.bfloat16)
+    check, gaps = sync_check._gap, []
+    monkeypatch.setattr(sync_check, "_gap", lambda *args: gaps.append(check(*args)) or gaps[-1])
+    generation = generation_of(copy.deepcopy(model).float())  # the engine gets the same values
+    monkeypatch.setattr(sync_check, "_live_logits", partial(lambda live, _, ids: live(model, ids), sync_check._live_logits))
+    monkeypatch.setattr(sync_check, "_is_32_bit", lambda *args: False)
+    generation.sync_weights()
+    [(mean, _)] = gaps
+    assert 1e-4 < mean < sync_check._LIMIT_16_BIT / 2
+
+
+def test_checks_come_after_syncs_one_two_four(generation_of, student, monkeypatch):
+    seen = []
+    monkeypatch.setattr("osd.weight_sync.check_same_student", lambda *_: seen.append(generation._syncs))
+    generation = generation_of(student)
+    for _ in range(9):
+        generation.sync_weights()
+    assert seen == [1, 2, 4, 8]
+
+
+def test_a_check_leaves_the_student_and_the_random_state_alone(generation_of, student):
+    student.train()
+    student.model.layers[0].eval()
+    modes, state = [module.training for module in student.modules()], torch.get_rng_state()
+    generation_of(student).sync_weights()
+    assert [module.training for module in student.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # -- LoRA in training ---------------------------------------------------------------------------------------------------
 
 
@@ -212,37 +290,113 @@ class Wrapped(torch.nn.Module):
         (Wrapped, r"'inner.model.embed_tokens.weight' is not one of .*which has 'model.embed_tokens.weight'.*a wrapper has"),
         (partial(tiny_model, hidden_size=32), r"'model.embed_tokens.weight' has shape \[64, 32\], and \[64, 64\] in"),
         (partial(tiny_model, num_hidden_layers=3), r"'model.layers.2.*' is not one of .* or the architectures differ"),
-        # One message of an engine that has had a full sync before, the other of one that has not.
-        (partial(tiny_model, num_hidden_layers=1), r"left (out \d+ tensors|.* of the student's parameters as they were)"),
+        (partial(tiny_model, num_hidden_layers=1), r"lacks 9 parameters of .*model.layers.1"),
         (partial(tiny_model, vocab=72), r"has shape \[72, 64\], and \[64, 64\] in .* if its embeddings were resized"),
     ],
     ids=["renamed", "another width", "a layer more", "a layer less", "resized embeddings"],
 )
-def test_a_student_that_is_not_the_engines_is_refused_and_nothing_is_sampled(generation_of, student, tmp_path, change, message):
+def test_a_student_that_is_not_the_engines_is_refused(generation_of, student, tmp_path, change, message):
     model = AutoModelForCausalLM.from_pretrained(change(tmp_path)) if isinstance(change, partial) else change(student)
-    generation = generation_of(model)
     with pytest.raises(ValueError, match=message):
+        generation_of(model)
+
+
+def test_a_student_that_changes_its_parameters_later_is_refused_and_nothing_is_sampled(generation_of, student, tmp_path):
+    generation = generation_of(student)
+    generation.model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, num_hidden_layers=1))
+    # One message of an engine that has had a full sync before, the other of one that has not.
+    with pytest.raises(ValueError, match=r"left (out \d+ tensors|.* of the student's parameters as they were)"):
         generation.sync_weights()
     with pytest.raises(RuntimeError, match="sync_weights"):
         generation.generate(STUDENT_PROMPTS, None, 1)
     assert gap_after_sync(generation_of(student), student) < NOISE
 
 
+def test_a_quantized_live_student_is_refused(generation_of, student):
+    student.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"the live student is quantized \(model.layers.0.mlp.up_proj.weight\)"):
+        generation_of(student)
+
+
 def test_an_untied_head_of_a_tied_engine_is_refused(tmp_path, student):
     """vLLM would drop it without a word, and sample from the embeddings."""
-    shapes = expected_shapes(str(tiny_model(tmp_path, tie_word_embeddings=True)), {})
+    layout = student_layout(pair_of(tiny_model(tmp_path, tie_word_embeddings=True)))
     with pytest.raises(ValueError, match=r"'lm_head.weight' is not one of 'tied'"):
-        list(checked(student.named_parameters(), shapes, "tied"))
+        list(checked(student.named_parameters(), layout.shapes, "tied"))
+
+
+def pair_of(student, **student_kwargs):
+    from osd.engine.engine import PairConfig
+
+    return PairConfig(teacher="none", student=str(student), student_kwargs=student_kwargs)
 
 
 def test_an_architecture_that_transformers_cannot_build_is_not_checked(tiny_pair):
-    assert expected_shapes(str(tiny_pair[1]), {"hf_overrides": {"num_hidden_layers": 1}}) is None
+    assert student_layout(pair_of(tiny_pair[1], hf_overrides={"num_hidden_layers": 1})) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert expected_shapes(str(tiny_pair[1]), {})["lm_head.weight"] == (64, 64)
+        assert student_layout(pair_of(tiny_pair[1])).shapes["lm_head.weight"] == (64, 64)
+
+
+def saved_config(folder, kind, **settings):
+    """A folder with a configuration and no weights."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_attention_heads": 2}
+    AutoConfig.for_model(kind, **sizes, **settings).save_pretrained(folder)
+    return folder
+
+
+def test_weights_that_transformers_renames_are_pushed_under_their_names_on_disk(tmp_path):
+    layout = student_layout(pair_of(saved_config(tmp_path, "gpt_neox", num_hidden_layers=1, intermediate_size=64)))
+    assert {name: saved for name, saved in layout.on_disk.items() if name != saved} == {"lm_head.weight": "embed_out.weight"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "kwargs", "message"),
+    [
+        ("qwen3_moe", {}, {}, r"student='.*' is a mixture of experts \(128 of them\).*Train a dense student"),
+        ("mixtral", {"num_local_experts": 4}, {}, r"mixture of experts \(4 of them\)"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, r"is quantized \(.*gptq.*unquantized"),
+        ("llama", {}, {"quantization": "fp8"}, r"is quantized \(fp8\)"),
+        ("llama", {}, {"load_format": "bitsandbytes"}, r"is quantized \(bitsandbytes\)"),
+        ("olmo_hybrid", {"pad_token_id": 0}, {}, r"OlmoHybridForCausalLM\): transformers rearranges \d+ of its weights"),
+    ],
+    ids=["experts", "experts under another name", "quantized on disk", "by the engine", "while loading", "rearranged"],
+)
+def test_students_that_cannot_be_synced_are_refused_by_their_configuration(tmp_path, kind, settings, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        check_student_can_train(pair_of(saved_config(tmp_path, kind, **settings), **kwargs))
+
+
+def test_experts_under_a_dense_teacher_are_refused_for_sampling_too(tiny_pair, tmp_path):
+    config = replace(pair_of(saved_config(tmp_path, "qwen3_moe")), teacher=str(tiny_pair[0]))
+    with pytest.raises(ValueError, match=r"128 of them\) and teacher='.*' is dense"):
+        check_models(config)
+
+
+def test_a_model_without_files_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"student='': the model was made in memory.*save_pretrained"):
+        check_student_can_train(pair_of(""))
+
+
+def test_an_architecture_that_vllm_lacks_is_refused_where_only_vllms_are_allowed(tiny_pair, tmp_path):
+    path = saved_config(tmp_path, "llama", architectures=["MyOwnForCausalLM"])
+    config = replace(pair_of(path, model_impl="vllm"), teacher=str(tiny_pair[0]))
+    with pytest.raises(ValueError, match=r"student='.*': vLLM has no MyOwnForCausalLM.*set vllm_model_impl='auto'"):
+        check_models(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AdaLoraConfig(total_step=10, task_type="CAUSAL_LM"), "peft_config is AdaLoRA: .*use LoraConfig"),
+        (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "peft_config is PROMPT_TUNING: its virtual tokens"),
+    ],
+)
+def test_adapters_that_cannot_be_trained_are_refused_before_anything_loads(engine, tiny_pair, tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(engine, tiny_pair[1], tmp_path, peft_config=config)
 
 
 def test_training_a_student_with_more_layers_than_the_engines_is_refused(engine, tmp_path):
-    trainer = build_trainer(engine, tiny_model(tmp_path / "deeper", num_hidden_layers=3), tmp_path, ROWS)
     with pytest.raises(ValueError, match="is not one of"):
-        trainer.train()
+        build_trainer(engine, tiny_model(tmp_path / "deeper", num_hidden_layers=3), tmp_path, ROWS)

@@ -4,6 +4,7 @@ Runs with the real one, in two processes, are in tests/test_launch.py. What went
 its status, and the engine's own head, a plain tensor, has none.
 """
 
+import contextlib
 import enum
 import sys
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osd.generation import OSDGeneration
-from osd.weight_sync import expected_shapes
+from osd.validate_models import student_layout
 from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, perturb
 from tests.test_losses import H_S, H_T, V, head
 from tests.tiny import tiny_engine_kwargs
@@ -122,14 +123,20 @@ def test_what_the_engine_must_be_given_is_known(zero3, tiny_pair, monkeypatch):
     """The model without weights that says so is neither sharded nor initialized, as transformers would have it."""
     shapes = {name: weight.shape for name, weight in AutoModelForCausalLM.from_pretrained(tiny_pair[1]).named_parameters()}
     monkeypatch.setattr("transformers.modeling_utils.is_deepspeed_zero3_enabled", lambda: True)
-    assert expected_shapes(str(tiny_pair[1]), {}) == shapes
+    from osd.engine.engine import PairConfig
+
+    assert student_layout(PairConfig(teacher="none", student=str(tiny_pair[1]))).shapes == shapes
 
 
 def shard(model):
-    """Every parameter of the model as ZeRO-3 leaves it."""
+    """Every parameter of the model as ZeRO-3 leaves it; gathered for each module's forward pass by hooks, as DeepSpeed does."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, in_shards(parameter.detach()))
+        own = list(module.parameters(recurse=False))
+        gather = contextlib.ExitStack()
+        module.register_forward_pre_hook(lambda *_, own=own, gather=gather: gather.enter_context(gathered_parameters(own)))
+        module.register_forward_hook(lambda *_, gather=gather: gather.close())
     return model
 
 

@@ -1,4 +1,4 @@
-"""TRL's completion logging, with α beside every completion."""
+"""TRL's completion logging, with a column for α."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def log_completions(trainer: OSDTrainer) -> None:
     """Print a sample, write `completions/completions_<step>.parquet` and log the table, as TRL's `log()` does.
 
-    TRL's own version has fixed columns. Ours are `step`, `prompt`, `completion`, `alpha_mean`, `alpha` and `token_ids` (a
+    TRL's own version has other columns. Here they are `step`, `prompt`, `completion`, `alpha_mean`, `alpha` and `token_ids` (a
     list with one entry per token each).
     """
     logs = {name: list(values) for name, values in trainer._logs.items()}
@@ -36,7 +36,7 @@ def log_completions(trainer: OSDTrainer) -> None:
 
 
 def _tables(report_to: Any) -> list[Any]:
-    """The reporting back ends in use that take tables."""
+    """Return the reporting back ends in use that accept tables."""
     backends = []
     if "wandb" in (report_to or ()):
         import wandb

@@ -1,4 +1,4 @@
-"""The divergence of each token between teacher and student, from hidden states, chunk by chunk: no [N, V] is ever kept.
+"""The divergence of each token between teacher and student, from hidden states, in chunks: no [N, V] tensor is kept.
 
 Shape suffixes: N tokens, V vocabulary shared by both models, H hidden size of the model in question. With p the teacher's
 and q the student's next-token distribution, both softmax(logits / temperature) (no factor temperature², as in TRL):
@@ -30,12 +30,12 @@ _CHUNK_LOGITS = 1 << 25  # logits of one model that exist at a time; 128 MiB in 
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """What is minimised at each token.
+    """The quantity that is minimised at each token.
 
     Attributes:
         kind: one of DIVERGENCES.
         beta: of "jsd", in [0, 1].
-        skew: of the skewed ones, in (0, 1): how much of its own first argument is mixed into the second.
+        skew: of the skewed ones, in (0, 1): the share of the first argument that is mixed into the second.
         temperature: divides both models' logits, > 0.
         clip: a token whose divergence is above this many nats counts as that many, and has no gradient; None: no limit.
     """
@@ -50,12 +50,12 @@ class Divergence:
 def token_divergence(
     student_hidden_NH: Tensor, teacher_hidden_NH: Tensor, student: Head, teacher: Head, of: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """Before any clipping: the divergence [N], differentiable in the student, and the student's entropy [N]; both in nats."""
+    """Return the unclipped divergence [N], differentiable in the student, and the student's entropy [N]; both in nats."""
     if of.kind != "jsd":
         return _SkewedDivergence.apply(
             student_hidden_NH, student.weight_VH, student.bias_V, teacher_hidden_NH, student, teacher, of
         )
-    # TRL's function asks every weight for its DeepSpeed status under ZeRO-3, and the engine's own head has none.
+    # Under ZeRO-3 TRL's function reads the DeepSpeed status of every weight. The engine's own head has none.
     _say_whole(teacher.weight_VH, teacher.bias_V)
     return ChunkedDivergenceFunction.apply(
         student_hidden_NH,
@@ -75,7 +75,7 @@ def token_divergence(
 
 @torch.no_grad()
 def token_logprobs(hidden_NH: Tensor, head: Head, token_N: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) at the given tokens, [N] float32."""
+    """Return log softmax(logits / temperature) at the given tokens, [N] float32."""
     logp_N = torch.empty(len(hidden_NH), device=hidden_NH.device)
     dtype = _compute_dtype(hidden_NH)
     with _gathered(head.weight_VH, head.bias_V), _no_autocast(hidden_NH):
@@ -92,7 +92,10 @@ def _skewed(logp_theta_NV: Tensor, logp_teacher_NV: Tensor, of: Divergence) -> T
 
 
 class _SkewedDivergence(torch.autograd.Function):
-    """Projects every chunk twice, forward and backward, instead of keeping its logits; gradients add up in float32."""
+    """The skewed divergences. Chunks are projected twice, in forward and backward, and their logits are not kept.
+
+    Gradients are summed in float32.
+    """
 
     @staticmethod
     def forward(
@@ -148,7 +151,7 @@ def _teacher_logp(hidden_CH: Tensor, teacher: Head, of: Divergence, dtype: torch
 
 
 def _logp(logits_CV: Tensor, bias_V: Tensor | None, head: Head, temperature: float) -> Tensor:
-    """From the bare projection to log-probabilities: bias, scale, soft cap, temperature."""
+    """Turn the bare projection into log-probabilities: bias, scale, soft cap, temperature."""
     logits_CV = (logits_CV if bias_V is None else logits_CV + bias_V.to(logits_CV.dtype)) * head.scale
     if head.softcap is not None:
         logits_CV = head.softcap * torch.tanh(logits_CV / head.softcap)
@@ -161,7 +164,7 @@ def _chunks(hidden_NH: Tensor, weight_VH: Tensor) -> Iterator[slice]:
 
 
 def _project(hidden_CH: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
-    """hidden · weightᵀ of tensors rounded to `dtype`, itself in float32 or better: rounded logits would move the KL."""
+    """Multiply hidden · weightᵀ with factors in `dtype` and a result in float32 or better: rounded logits would move the KL."""
     hidden_CH, weight_VH = hidden_CH.to(dtype), weight_VH.to(dtype)
     exact = _at_least_float32(dtype)
     if hidden_CH.is_cuda and dtype != exact:
@@ -170,7 +173,7 @@ def _project(hidden_CH: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """total += a @ b in place, the factors rounded to `dtype` and the sum not."""
+    """Add a @ b to total in place. The factors are rounded to `dtype`, the sum is not."""
     a, b = a.to(dtype), b.to(dtype)
     if a.is_cuda and dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
@@ -179,12 +182,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Non
 
 
 def _gathered(*tensors: Tensor | None) -> Any:
-    """Whole again for as long as the context lasts, where DeepSpeed ZeRO-3 keeps them in shards."""
+    """Return a context in which tensors that DeepSpeed ZeRO-3 keeps in shards are whole."""
     return maybe_gather_lm_head_ctx(*(x for x in tensors if hasattr(x, "ds_status")))  # type: ignore[arg-type, misc]
 
 
 def _say_whole(*tensors: Tensor | None) -> None:
-    """Under DeepSpeed ZeRO-3, mark plain tensors as what they are: not in shards."""
+    """Mark plain tensors as not sharded, if DeepSpeed ZeRO-3 is on."""
     if not is_deepspeed_zero3_enabled():
         return
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus

@@ -15,12 +15,12 @@ drawn from q instead, with the recorded probability q(y_t|s_t) *after* top-k, pe
                                       with a variance that does not grow with t.
     "none"      w_t = 1               the mean over the states that q visits: biased, no variance.
 
-The ratio of the token itself, w_t = ρ_t, is what policy gradients need, and of no use here: E_q[ρ_t | s_t] = 1, so for any
-loss over the whole vocabulary it has the expectation of "none" and only adds noise.
+Policy gradients need the ratio of the token itself, w_t = ρ_t. It has no use here: E_q[ρ_t | s_t] = 1, so for any loss over
+the whole vocabulary it has the expectation of "none" and only adds noise.
 
-What makes the exact weights biased after all: a clip (w_t = min(clip, ·), which lowers the weight of states that π_θ
-prefers); top-k, top-p or min-p, since what q never draws no weight can bring back. The loss divides by the number of
-tokens drawn, not by the sum of the weights: J is estimated up to the mean length.
+Two things bias the exact weights: a clip (w_t = min(clip, ·) lowers the weight of states that π_θ prefers), and top-k, top-p
+or min-p (no weight can replace tokens that q never draws). The loss divides by the number of tokens drawn, not by the sum of
+the weights: J is estimated up to the mean length.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ CORRECTIONS = ("none", "token", "prefix", "sequence")
 def importance_weights(
     logp_theta_BT: Tensor, logp_draw_BT: Tensor, mask_BT: Tensor, *, correction: str, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The weight of every token, [B, T] float32 without gradient, and where it was clipped, [B, T] bool.
+    """Return the weight of every token, [B, T] float32 without gradient, and whether it was clipped, [B, T] bool.
 
     Args:
         logp_theta_BT: log π_θ(y_t|s_t).
         logp_draw_BT: the log-probability with which y_t was drawn.
-        mask_BT: not 0 where there is a token, padded on the right; weights elsewhere mean nothing.
+        mask_BT: not 0 where there is a token, padded on the right; weights elsewhere have no meaning.
         correction: one of CORRECTIONS.
         clip: the largest weight; None: no limit.
     """

@@ -1,4 +1,4 @@
-"""Output layers: how each model turns its final hidden state into logits, over the vocabulary that both share.
+"""Output layers: from a final hidden state to logits, over the vocabulary that both models share.
 
 Shape suffixes: V vocabulary shared by both models (before they are cut: the rows of one model's `lm_head`), H hidden size.
 """
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """How one model turns a final hidden state into logits.
+    """The output layer of one model: from a final hidden state to logits.
 
     Attributes:
         weight_VH: the `lm_head` weight, by reference.
@@ -31,7 +31,7 @@ class Head:
 
 
 def head_of(weight_VH: Tensor, bias_V: Tensor | None, config: Any) -> Head:
-    """The head of a model with this (transformers) configuration."""
+    """Make the head of a model with this (transformers) configuration."""
     text = config.get_text_config()
     return Head(
         weight_VH=weight_VH,
@@ -42,7 +42,7 @@ def head_of(weight_VH: Tensor, bias_V: Tensor | None, config: Any) -> Head:
 
 
 def logit_scale(text_config: Any) -> float:
-    """The multiplier that an architecture applies to its logits, under whichever name its config has for it."""
+    """Return the factor on an architecture's logits; configurations have several names for it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(text_config, name, None)
         if scale is not None:
@@ -55,9 +55,9 @@ def logit_scale(text_config: Any) -> float:
 
 
 def on_shared_vocabulary(student: Head, teacher: Head) -> tuple[Head, Head]:
-    """Both heads cut to the ids that both models have.
+    """Cut both heads to the ids that both models have.
 
-    One tokenizer is padded to different vocabulary sizes (Qwen2.5: 151,936 or 152,064); the ids past the shorter one
+    One tokenizer may be padded to different vocabulary sizes (Qwen2.5: 151,936 or 152,064). The ids past the shorter one
     belong to no token. The engine mixes over the same ids.
 
     Raises:
@@ -70,7 +70,7 @@ def on_shared_vocabulary(student: Head, teacher: Head) -> tuple[Head, Head]:
                 f"the {side}'s lm_head has {_rows(head.weight_VH)} rows, and both models share {shared}; under DeepSpeed "
                 f"ZeRO-3 the larger one cannot be the {side}'s. Resize its embeddings, or train without ZeRO-3"
             )
-    return _cut(student, shared), _cut(teacher, shared)
+    return first_rows(student, shared), first_rows(teacher, shared)
 
 
 def _rows(weight_VH: Tensor) -> int:
@@ -78,7 +78,8 @@ def _rows(weight_VH: Tensor) -> int:
     return getattr(weight_VH, "ds_shape", weight_VH.shape)[0]
 
 
-def _cut(head: Head, rows: int) -> Head:
+def first_rows(head: Head, rows: int) -> Head:
+    """Cut a head to the first ids of its vocabulary."""
     if _rows(head.weight_VH) == rows:
         return head
     bias_V = None if head.bias_V is None else head.bias_V[:rows]
@@ -86,7 +87,7 @@ def _cut(head: Head, rows: int) -> Head:
 
 
 def gathered(head: Head, dtype: torch.dtype) -> Head:
-    """The head with plain tensors where FSDP2 keeps it in shards: gathered once, and not once for every chunk of the loss."""
+    """Return the head with plain tensors if FSDP2 keeps it in shards: gathered once for all chunks of the loss."""
     if not isinstance(head.weight_VH, DTensor):
         return head
     bias_V = head.bias_V.full_tensor() if isinstance(head.bias_V, DTensor) else head.bias_V

@@ -2,8 +2,8 @@
 
 Shape suffixes: B completions, T completion tokens (padded), N unmasked tokens, H hidden size of the model in question.
 
-To draw y_n from q* the engine already computed π_t(· | teacher's prompt, y_<n), so no second teacher need run here. The
-record kept the teacher's final hidden state h_t; its distribution is softmax(head_t(h_t) / temperature).
+To draw y_n from q* the engine has computed π_t(· | teacher's prompt, y_<n), so no second teacher runs here. The record has the
+teacher's final hidden state h_t; its distribution is softmax(head_t(h_t) / temperature).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from trainers.lm_head import Head, gathered, on_shared_vocabulary
 
 
 class BatchLoss(NamedTuple):
-    """loss: nats per token, differentiable in the student. The others are sums over unmasked tokens, without gradient.
+    """Loss of a batch in nats per token, differentiable in the student, and sums over unmasked tokens without gradient.
 
-    entropy: of the student, in nats. tokens: how many there are. clipped: how many were above the divergence's clip.
+    entropy: of the student, in nats. tokens: their number. clipped: the number above the divergence's clip.
     """
 
     loss: Tensor
@@ -41,12 +41,12 @@ def batch_loss(
     weight_BT: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> BatchLoss:
-    """The (weighted) divergence of every unmasked token, summed and divided; full logits are never materialised.
+    """Sum and divide the (weighted) divergence of every unmasked token; full logits are never materialised.
 
     Args:
         student_hidden_BTH, teacher_hidden_BTH: final hidden states, aligned to the completion's tokens.
         loss_mask_BT: not 0 where a token is trained on.
-        of: which divergence, at which temperature, clipped where.
+        of: the divergence, its temperature and its clip.
         weight_BT: importance weights (trainers.importance); they multiply the divergence after it was clipped.
         num_items_in_batch: the loss is the sum divided by it; None divides by the number of unmasked tokens. Weights do not
             enter the divisor.
@@ -68,11 +68,10 @@ def batch_loss(
 
 
 def pad_hidden(hidden_TH: Sequence[Tensor | None], length: int, weight_VH: Tensor, device: torch.device) -> Tensor:
-    """Stack recorded hidden states, right-padded with zeros to `length` tokens, `[B, length, H]` in the dtype of `weight_VH`,
-    the output layer that they belong to.
+    """Stack recorded hidden states to `[B, length, H]`, right-padded with zeros, in the dtype of their layer `weight_VH`.
 
-    None (a completion that ended in an error) becomes zeros too: masking a NaN in the loss would not keep it out of the
-    gradient, where it would be multiplied by zero.
+    None (a completion that ended in an error) becomes zeros too. A NaN that is masked in the loss would still reach the
+    gradient: 0 × NaN is NaN.
     """
     padded_BTH = torch.zeros(len(hidden_TH), length, weight_VH.size(1), dtype=weight_VH.dtype, device=device)
     for row, h in zip(padded_BTH, hidden_TH, strict=True):

@@ -1,4 +1,4 @@
-"""What one batch of completions says about sampling, reduced over its tokens and over all processes.
+"""Metrics of one batch of completions, reduced over its tokens and over all processes.
 
 `alpha/...`  the teacher's weight: mean, std, min and max over tokens
 `q/...`      of the mixture, means over tokens: KL(q*‖π_θ) and KL(q*‖π_t) in nats, entropy in nats, and
@@ -13,18 +13,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from osd.generation import GeneratedBatch, OSDGeneration
+
+if TYPE_CHECKING:
+    from osd.engine.engine import PairCompletion
 
 _MEANS = ("kl_theta", "kl_teacher", "entropy_q", "ess_ratio")
 _CACHE = ("teacher_prompt_tokens", "teacher_cached_tokens", "student_prompt_tokens", "student_cached_tokens")
 
 
 def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, float]:
-    """Metrics of the last batch; a collective operation. NaN where no token was sampled without error."""
+    """Return metrics of the last batch; a collective operation. NaN if no token was sampled without error."""
     batch = generation.last_batch
     assert batch is not None, "called after generate()"
     totals = _totals(batch)
@@ -52,10 +55,27 @@ def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, floa
     }
 
 
+def end_metrics(completions: list[PairCompletion], accelerator: Any) -> dict[str, float]:
+    """Return TRL's metrics of completion ends from the engine's finish reasons; a collective operation.
+
+    TRL compares the last token with the ids that end a completion. It counts a completion that a stop string ended as cut.
+    """
+    ends_B2 = torch.tensor([[len(c.token_ids), c.finish_reason == "length"] for c in completions], device=accelerator.device)
+    length_P, is_cut_P = accelerator.gather(ends_B2).unbind(-1)
+    whole = length_P[is_cut_P == 0].float()
+    whole = whole if len(whole) else torch.zeros(1)
+    return {
+        "completions/clipped_ratio": is_cut_P.float().mean().item(),
+        "completions/mean_terminated_length": whole.mean().item(),
+        "completions/min_terminated_length": whole.min().item(),
+        "completions/max_terminated_length": whole.max().item(),
+    }
+
+
 def loss_metrics(sums: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:
-    """Metrics of one pass from its sums over tokens, each optional but `tokens`; a collective operation."""
+    """Return metrics of one pass from its sums over tokens, all optional except `tokens`; a collective operation."""
     if set(sums) <= {"tokens"}:
-        return {}  # nothing to say, so nothing to wait for
+        return {}  # and no collective operation
     sums_K = torch.stack([value.detach().double().to(accelerator.device) for value in sums.values()])
     of = dict(zip(sums, accelerator.gather(sums_K[None]).sum(0).tolist(), strict=True))
     tokens = of["tokens"]
@@ -70,7 +90,7 @@ def loss_metrics(sums: dict[str, torch.Tensor], accelerator: Any) -> dict[str, f
 
 
 def _totals(batch: GeneratedBatch) -> dict[str, float]:
-    """This process's sums, and its extremes of α; the keys are the same whatever the batch."""
+    """Return this process's sums and its extremes of α. The keys do not depend on the batch."""
     good = [c.record for c in batch.completions if not c.error and c.record is not None]
     # [N] over the tokens of all completions; float64, since these are sums of many.
     token_N = {

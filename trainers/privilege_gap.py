@@ -1,10 +1,10 @@
-"""How much its privileged context changes the teacher: a sample of the drawn tokens, scored without it.
+"""Effect of the privileged context on the teacher: a sample of the drawn tokens, scored with it and without it.
 
-A student distilled from a teacher that knows the answer can learn to write as if it knew it too. The gap says how much of
-the supervision comes from what the student cannot see. With it, log π_t(y_n | teacher's prompt, y_<n) is in the record of
-every token. Without it, the engine's teacher is asked again: one request of one token per place, whose prompt is the
-student's prompt and y_<n, and which is allowed no other token than y_n. Its record holds log π_t(y_n | ·) over the whole
-vocabulary, under the same weights, numerics and temperature as the first. So no second teacher is needed.
+A student distilled from a teacher that knows the answer can learn to write as if it knew the answer too. The gap measures how
+much of the supervision depends on text that the student cannot see. With the context, log π_t(y_n | teacher's prompt, y_<n) is
+in the record of every token. Without it, the engine's teacher scores the token again: one request per token, whose prompt is
+the student's prompt and y_<n, and whose only allowed token is y_n. Its record has log π_t(y_n | ·) over the whole vocabulary,
+under the same weights, numerics and temperature. No second teacher is needed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 def privilege_gap(
     generation: OSDGeneration, accelerator: Any, plain_prompts: list[list[int]], *, tokens: int, seed: str
 ) -> dict[str, float]:
-    """Metrics of the last batch, in nats per token over `tokens` of its tokens per process; a collective operation.
+    """Return metrics of the last batch, in nats per token over `tokens` of its tokens per process; a collective operation.
 
-    `privilege/gap`      mean of log π_t(y | teacher's prompt) - log π_t(y | plain prompt): what the context adds to the
-                         teacher's belief in what was drawn
-    `privilege/gap_abs`  mean of its absolute value, where gains and losses do not cancel
+    `privilege/gap`      mean of log π_t(y | teacher's prompt) - log π_t(y | plain prompt)
+    `privilege/gap_abs`  mean of its absolute value, in which gains and losses do not cancel
 
     Args:
-        plain_prompts: one per completion of the batch: what the teacher reads instead, as token ids.
-        seed: draws the tokens; the global random state is left alone, so that looking does not change the run.
+        plain_prompts: the prompt without privileged context of every completion in the batch, as token ids.
+        seed: of the choice of tokens. The global random state does not change, so the measurement does not change the run.
     """
     batch = generation.last_batch
     assert batch is not None, "called after generate()"
@@ -47,7 +46,7 @@ def privilege_gap(
 
 
 def _scored(generation: OSDGeneration, places: list[tuple[PairCompletion, list[int], int]]) -> torch.Tensor:
-    """log π_t(y_t | prompt, y_<t) by the engine's teacher, [N] float64."""
+    """Return log π_t(y_t | prompt, y_<t) by the engine's teacher, [N] float64."""
     from osd.engine.engine import PairPrompt
 
     prompts = [[*prompt, *completion.token_ids[:t]] for completion, prompt, t in places]

@@ -1,7 +1,7 @@
-"""Where the loss gets the teacher's distribution from: out of the record, or from a second teacher in transformers.
+"""Two sources of the teacher's distribution for the loss: the record, or a second teacher in transformers.
 
-Both give final hidden states, aligned to the completion's tokens, and the output layer that belongs to them. Shape suffixes:
-B completions, T completion tokens (padded), P tokens of the teacher's prompt (padded on the left), H the teacher's hidden size.
+Both give final hidden states, aligned to the completion's tokens, and the teacher's output layer. Shape suffixes:
+B completions, T completion tokens (padded), N tokens, H the teacher's hidden size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from transformers import AutoConfig
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path, pad
 
-from trainers.lm_head import Head, head_of
+from osd.validate_models import shared_vocabulary
+from trainers.divergence import token_logprobs
+from trainers.lm_head import Head, first_rows, head_of
 from trainers.losses import pad_hidden
 
 if TYPE_CHECKING:
@@ -23,32 +25,62 @@ if TYPE_CHECKING:
     from trainers.trainer import OSDTrainer
 
 
+_CHECKED_TOKENS = 64
+
+
 class Teacher(Protocol):
-    """One way to the teacher's distribution."""
+    """A source of the teacher's distribution."""
 
     def columns(
         self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
     ) -> dict[str, Any]:
-        """What the batch must carry for `supervision`: tensors, batch first, or lists; `prompts` are the teacher's."""
+        """Return the columns that `supervision` reads: tensors, batch first, or lists. `prompts` are the teacher's."""
 
     def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
-        """The teacher's hidden states [B, T, H] for a batch that carries `columns`, and its output layer."""
+        """Return the teacher's hidden states [B, T, H] for a batch with these `columns`, and its output layer."""
 
 
 class RecordedTeacher:
-    """The hidden states that the engine computed to draw each token, and the engine's own output layer."""
+    """The hidden states that the engine computed to draw each token, and the engine's own output layer.
 
-    def __init__(self, engine: PairEngine, args: OSDConfig) -> None:
+    Args:
+        temperature: of both policies in sampling.
+    """
+
+    def __init__(self, engine: PairEngine, args: OSDConfig, temperature: float) -> None:
         config = AutoConfig.from_pretrained(
             engine.config.teacher, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
         )
         self.head = head_of(*engine.teacher_lm_head(), config)
+        self._unchecked: tuple[int, float] | None = shared_vocabulary(engine.config), temperature or 1.0
 
     def columns(
         self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
     ) -> dict[str, Any]:
+        if self._unchecked is not None:
+            self._check(next((c for c in completions if not c.error and c.record is not None), None), *self._unchecked)
         # They stay on the host, each [T, H], until their pass: a whole optimizer step's may be gigabytes.
         return {"teacher_hidden": [None if c.error or c.record is None else c.record.teacher_hidden_TH for c in completions]}
+
+    def _check(self, completion: PairCompletion | None, vocabulary: int, temperature: float) -> None:
+        """Compare log π_t of one completion by this head with the engine's own, once per run.
+
+        Raises:
+            RuntimeError: they differ beyond rounding: the model does more to its logits than its configuration says.
+        """
+        if completion is None or completion.record is None or completion.record.teacher_hidden_TH is None:
+            return
+        self._unchecked = None
+        hidden_NH = completion.record.teacher_hidden_TH[:_CHECKED_TOKENS].to(self.head.weight_VH)
+        token_N = torch.tensor(completion.token_ids[:_CHECKED_TOKENS], device=hidden_NH.device)
+        logp_N = token_logprobs(hidden_NH, first_rows(self.head, vocabulary), token_N, temperature).cpu()
+        gap = (logp_N - torch.as_tensor(completion.record.logp_teacher)[:_CHECKED_TOKENS]).abs().mean().item()
+        if gap > (0.03 if hidden_NH.dtype == torch.float32 else 0.3):
+            raise RuntimeError(
+                f"the teacher's recorded hidden states and its output layer give log-probabilities that differ from those it "
+                f"sampled with by {gap:.3g} nats on average: its architecture changes the logits in a way that OSD does not "
+                "know. Use teacher_signal='recompute'"
+            )
 
     def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
         completion_BT = inputs["completion_ids"]
@@ -57,7 +89,7 @@ class RecordedTeacher:
 
 
 class RecomputedTeacher:
-    """A transformers teacher beside the engine's, which reads the teacher's prompt before the completion."""
+    """A second teacher, in transformers, which reads the teacher's prompt and the completion again."""
 
     def __init__(self, trainer: OSDTrainer, path: str) -> None:
         self.trainer = trainer
@@ -65,7 +97,7 @@ class RecomputedTeacher:
         kwargs = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             kwargs["device_map"] = None  # as in TRL: "auto" would spread it over every process's devices
-        model = create_model_from_path(path, **kwargs | args.teacher_kwargs())
+        model = create_model_from_path(path, **kwargs | args.teacher_init_kwargs())
         if trainer.is_deepspeed_enabled:
             self.model = prepare_deepspeed(model, trainer.accelerator)
         else:
@@ -103,7 +135,7 @@ class RecomputedTeacher:
 
 
 def start_teacher(trainer: OSDTrainer, engine: PairEngine) -> Teacher:
-    """What `teacher_signal` asks for; the engine must be awake."""
+    """Return the source that `teacher_signal` names; the engine must be awake."""
     if trainer.args.teacher_signal == "recompute":
         return RecomputedTeacher(trainer, engine.config.teacher)
-    return RecordedTeacher(engine, trainer.args)
+    return RecordedTeacher(engine, trainer.args, trainer.vllm_generation.sampling_temperature)

@@ -1,9 +1,9 @@
-"""q* in a training loop of one's own, with accelerate and no trainer.
+"""Sample from q* in a bare training loop, with accelerate and no trainer.
 
     python -m examples.dropin.bare_loop --student PATH --teacher PATH [--steps 3] [--cpu]
     accelerate launch -m examples.dropin.bare_loop ...
 
-Reverse KL towards the teacher, whose distribution is in the record of the tokens that it helped to draw.
+The loss is the reverse KL towards the teacher, whose distribution is in the record of each token.
 """
 
 import argparse
@@ -48,21 +48,21 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in ROWS]
     losses = []
-    for step in range(flags.steps):
-        generation.sync_weights()
-        with generation.teacher_reads([row["teacher_prompt"] for row in ROWS]):
-            generation.generate(prompts, None, 1)
-        completions = generation.last_batch.completions
-        total = sum(reverse_kl(model, ids, c, head, bias) for ids, c in zip(prompts, completions, strict=True))
-        loss = total / sum(len(c.token_ids) for c in completions)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(accelerator.reduce(loss.detach(), "mean").item())
-        accelerator.print(f"step {step}: {losses[-1]:.3f} nats per token")
-    if accelerator.is_main_process:
-        student.save_pretrained(flags.output)
-    generation.close()
+    with generation:
+        for step in range(flags.steps):
+            generation.sync_weights()
+            with generation.teacher_reads([row["teacher_prompt"] for row in ROWS]):
+                generation.generate(prompts, None, 1)
+            completions = generation.last_batch.completions
+            total = sum(reverse_kl(model, ids, c, head, bias) for ids, c in zip(prompts, completions, strict=True))
+            loss = total / sum(len(c.token_ids) for c in completions)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+            accelerator.print(f"step {step}: {losses[-1]:.3f} nats per token")
+        if accelerator.is_main_process:
+            student.save_pretrained(flags.output)
     return losses
 
 

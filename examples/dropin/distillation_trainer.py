@@ -1,8 +1,8 @@
-"""q* inside TRL's DistillationTrainer: a subclass of ten lines, and nothing else of OSD's trainer.
+"""Sample from q* inside TRL's DistillationTrainer: a subclass of ten lines, without OSD's trainer.
 
     python -m examples.dropin.distillation_trainer --student PATH --teacher PATH [--steps 3] [--cpu]
 
-Completions come from q*, for which the teacher reads its own prompt; the loss is TRL's, with its own teacher in transformers.
+Completions are drawn from q*, and the teacher reads its own prompt. The loss is TRL's, with its teacher in transformers.
 """
 
 import argparse
@@ -20,7 +20,7 @@ class OptimalSampling(DistillationTrainer):
         super().__init__(*args, **kwargs)
         model, length = self.model, self.max_completion_length
         osd = OSDGeneration(model, self.accelerator, self.processing_class, pair=pair, max_completion_length=length)
-        self.vllm_generation, self.use_vllm, self._last_loaded_step = osd, True, -1  # TRL syncs when the step is another
+        osd.attach(self)
 
     def _generate_and_score_completions(self, inputs):
         alpha = None if self.model.training else 0.0  # evaluation samples from the student alone
@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> OptimalSampling:
         train_dataset=Dataset.from_list(ROWS),
         pair=PairConfig(teacher=flags.teacher, student=flags.student, engine_kwargs=engine),
     )
-    trainer.train()
-    trainer.save_model()
-    trainer.vllm_generation.close()
+    with trainer.vllm_generation:
+        trainer.train()
+        trainer.save_model()
     return trainer
 
 

@@ -1,10 +1,10 @@
-"""q* inside TRL's GRPOTrainer: the policy explores in a teacher's company, and is corrected for it.
+"""Sample from q* inside TRL's GRPOTrainer: a teacher helps the policy to explore, and importance weights correct for it.
 
     python -m examples.dropin.grpo --student PATH --teacher PATH [--steps 3] [--cpu]
 
-GRPO asks its generator for the log-probability of every token under what drew it, and weights its loss with the ratio of the
-policy to that (`vllm_importance_sampling_correction`, meant for vLLM's rounding). OSDGeneration answers with the exact log q*,
-so the same ratio, π_θ/q*, makes the gradient one of the policy's own return: of whole completions and truncated here.
+GRPO weights its loss by the ratio of the policy to the distribution that drew a token (`vllm_importance_sampling_correction`,
+meant for vLLM's rounding). OSDGeneration returns the exact log q*, so the ratio is π_θ/q* and the gradient is that of the
+policy's own return. Here the ratio is of whole completions, and truncated.
 """
 
 import argparse
@@ -22,7 +22,7 @@ class OptimalSamplingGRPO(GRPOTrainer):
         super().__init__(*args, **kwargs)
         model, length = self.model, self.max_completion_length
         osd = OSDGeneration(model, self.accelerator, self.processing_class, pair=pair, max_completion_length=length)
-        self.vllm_generation, self.use_vllm, self._last_loaded_step = osd, True, -1  # TRL syncs when the step is another
+        osd.attach(self)
 
     def _generate_and_score_completions(self, inputs):
         alpha = None if self.model.training else 0.0  # evaluation samples from the student alone
@@ -61,15 +61,15 @@ def main(argv: list[str] | None = None) -> OptimalSamplingGRPO:
     pair = PairConfig(
         teacher=flags.teacher,
         student=flags.student,
-        mixing=MixingConfig(alpha_max=0.3),  # near enough to the policy for the ratios to say something
+        mixing=MixingConfig(alpha_max=0.3),  # near the policy, so that the ratios are not all 0
         engine_kwargs=CPU_ENGINE if flags.cpu else GPU_ENGINE,
     )
     trainer = OptimalSamplingGRPO(
         model=flags.student, reward_funcs=names_the_answer, args=args, train_dataset=Dataset.from_list(ROWS), pair=pair
     )
-    trainer.train()
-    trainer.save_model()
-    trainer.vllm_generation.close()
+    with trainer.vllm_generation:
+        trainer.train()
+        trainer.save_model()
     return trainer
 
 

@@ -16,8 +16,8 @@ from osd.engine.backend.frontend import EngineDied, Frontend, checked_params, is
 from osd.engine.config import PairConfig
 from osd.engine.record import RequestRecord, load_records
 from osd.engine.request import PairCompletion, PairOptions, PairPrompt, SideLimits, check_request, one_each
-from osd.engine.validate_models import check_models
 from osd.engine.weights import dump_weights
+from osd.validate_models import check_models
 
 __all__ = ["EngineState", "PairCompletion", "PairConfig", "PairEngine", "PairPrompt", "checked_params"]
 
@@ -266,6 +266,7 @@ class PairEngine:
 
         Raises:
             RuntimeError: the worker is not in this process, or the vocabulary is sharded over several.
+            ValueError: logits that are not one layer's product with the hidden state.
         """
         self._check_awake()
         worker = self._frontend.worker

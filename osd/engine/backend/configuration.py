@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
+from vllm import ModelRegistry, envs
 from vllm.config import SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
 from osd.core import MixingConfig
-from osd.engine.config import ADDITIONAL_CONFIG_KEY, SCHEDULER_CLS, WORKER_CLS
+from osd.engine.config import ADDITIONAL_CONFIG_KEY, SCHEDULER_CLS, WORKER_CLS, PairConfig
 
 
 def engine_argument_names() -> set[str]:
     """Return the names of the installed vLLM's engine arguments."""
     return set(EngineArgs.__dataclass_fields__)
+
+
+def supported_architectures() -> set[str]:
+    """Return the names of the model classes that the installed vLLM has of its own."""
+    return set(ModelRegistry.get_supported_archs())
+
+
+def context_lengths(config: PairConfig) -> dict[str, int]:
+    """Return the longest sequence of "teacher" and "student" in tokens, prompt and completion; loads no weights.
+
+    Raises:
+        ValueError: a model that vLLM has no implementation of, or a max_model_len over the model's own.
+    """
+    models = {"teacher": config.teacher, "student": config.student}
+    with mock.patch.object(envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, create=True):  # no engine: no warning about its seed
+        return {
+            side: EngineArgs(**{**config.side_kwargs(side), "model": model}).create_model_config().max_model_len
+            for side, model in models.items()
+        }
 
 
 def mixing_config(teacher_config: VllmConfig) -> MixingConfig:

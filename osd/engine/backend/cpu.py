@@ -2,7 +2,7 @@
 
 The runner does its bookkeeping in Triton kernels, and Triton's interpreter takes a third of a second for those of one step. So
 numpy functions with the same arguments replace the kernels of every step; tests/test_cpu_kernels.py compares them with the
-kernels' source in the interpreter. The rarely used kernels (penalties, logit bias, bad words, min-p, grammars) stay interpreted.
+kernels' source in the interpreter. Rarely used kernels (penalties, logit bias, bad words, min-p, grammars) stay interpreted.
 """
 
 from __future__ import annotations

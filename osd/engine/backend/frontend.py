@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from unittest import mock
@@ -15,7 +15,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine import core
 
 from osd.engine.backend import cpu
@@ -218,6 +218,8 @@ def checked_params(kwargs: dict[str, Any]) -> SamplingParams:
     Raises:
         ValueError: parameters that vLLM refuses, by whatever exception.
     """
+    if isinstance(grammar := kwargs.get("structured_outputs"), Mapping):
+        kwargs = {**kwargs, "structured_outputs": StructuredOutputsParams(**grammar)}
     try:
         # Each request has its own parameters, which vLLM need not copy.
         return SamplingParams(**{"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True, **kwargs})

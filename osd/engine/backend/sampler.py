@@ -1,8 +1,8 @@
 """PairSampler: draws a step's tokens from q*, in the place of vLLM's sampler.
 
 Order of operations: both policies are tempered and mixed into log q*. Then a grammar, logit bias, allowed tokens, penalties,
-bad words, a thinking budget, min-p, top-k and top-p act on log q*, as vLLM defines them on logits; vLLM's own sampler keeps their
-state and applies them. Where none is active, on a GPU, the kernels mix and draw at once and log q* is never written.
+bad words, a thinking budget, min-p, top-k and top-p act on log q*, as vLLM defines them on logits; vLLM's own sampler keeps
+their state and applies them. Where none is active, on a GPU, the kernels mix and draw at once and log q* is never written.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ Every request exists in both, with its own prompt and KV blocks. A request advan
 logits for the same output position. Where one side gets there first (chunked prefill, a prefix-cache hit, a preemption on the
 other side), its sample is rejected and its ``num_computed_tokens`` goes back by one, so that the next step computes just that
 token again. No side waits, so there is no deadlock: both schedulers serve requests in arrival order, and the oldest request
-progresses on both sides in every step. Which requests a step samples is known when it is scheduled, before any token arrives; so the rule
-holds with async scheduling, where a step is scheduled while the one before it runs.
+progresses on both sides in every step.
+
+Which requests a step samples is known when it is scheduled, before any token arrives. So the rule holds with async scheduling,
+where a step is scheduled while the one before it runs.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from osd.engine.backend.configuration import (
     student_vllm_config,
     wants_overlap,
 )
+from osd.engine.backend.output_layer import output_layer
 from osd.engine.backend.sampler import (
     NoSampler,
     PairSampler,
@@ -378,10 +379,9 @@ class PairWorker(Worker):
 
     def teacher_lm_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the teacher's output layer, weight [V, H] and bias [V] or None, by reference."""
-        head = self.model_runner.get_model().lm_head
+        layer, bias = output_layer(self.model_runner.get_model(), self.model_config)
         vocab_size = self.model_config.get_vocab_size()
-        bias = getattr(head, "bias", None)
-        return head.weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        return layer.weight[:vocab_size], None if bias is None else bias[:vocab_size]
 
     # -- sleep ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,49 @@
+"""Find the output layer of a vLLM model by what the model does with a hidden state, not by an attribute's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+
+@torch.inference_mode()
+def output_layer(model: Any, model_config: Any) -> tuple[Any, Tensor | None]:
+    """Return the layer that makes logits (`lm_head`, `embed_out`, or the input embeddings), and its bias or None.
+
+    The model computes the logits of one probe state. vLLM's `LogitsProcessor`, which every architecture ends with, is then
+    given the layer and the state.
+
+    Raises:
+        ValueError: a model whose logits are not this layer's product with the hidden state, so that recorded hidden states
+            would not give its distribution; the message says what to use instead.
+    """
+    calls: list[tuple[Any, ...]] = []
+
+    def note(lm_head: Any, hidden_states: Tensor, embedding_bias: Tensor | None = None, **_: Any) -> None:
+        calls.append((lm_head, hidden_states, embedding_bias))
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, kwargs: note(*args, **kwargs), with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, LogitsProcessor)
+    ]
+    weight = next(model.parameters())
+    state = torch.linspace(-1, 1, model_config.get_hidden_size(), device=weight.device, dtype=model_config.dtype)[None]
+    try:
+        model.compute_logits(state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    name = type(model).__name__
+    if len(calls) != 1 or not isinstance(getattr(calls[0][0], "weight", None), Tensor):
+        raise ValueError(f"the teacher ({name}) has no single output layer; use teacher_signal='recompute'")
+    layer, given, bias = calls[0]
+    if layer.weight.shape[1:] != state.shape[1:] or not torch.equal(given, state):
+        raise ValueError(
+            f"the teacher ({name}) changes its hidden state before the output layer, or has quantized it; use "
+            "teacher_signal='recompute'"
+        )
+    return layer, bias  # vLLM adds no bias of the layer that it is not given

@@ -1,0 +1,197 @@
+"""Checks on the two models that need no weights: files, tokenizers, architectures that cannot be sampled or synced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+if TYPE_CHECKING:
+    from osd.engine.config import PairConfig
+
+# The number of experts in a configuration of transformers; 0, 1 or absent in a dense model.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentLayout:
+    """The parameters of the engine's student.
+
+    Attributes:
+        shapes: of every parameter, by its name in transformers (a shared one under its first name).
+        on_disk: the name in a checkpoint, which vLLM reads, by the name in transformers.
+    """
+
+    shapes: dict[str, torch.Size]
+    on_disk: dict[str, str]
+
+
+def check_models(config: PairConfig) -> None:
+    """Raise before any weights load if the pair cannot sample.
+
+    Raises:
+        ValueError: a model that cannot be found, or that vLLM does not have; a student with experts beside a dense teacher; or
+            tokenizers that differ (naming the first id that does). Vocabularies padded to different sizes are fine: ids
+            beyond the shared ones are never drawn.
+    """
+    teacher, student = (_config(config, side) for side in ("teacher", "student"))
+    for side, found in (("teacher", teacher), ("student", student)):
+        _check_implemented(side, getattr(config, side), found, config.side_kwargs(side))
+    if experts(student) and not experts(teacher):
+        raise ValueError(
+            f"student={config.student!r} is a mixture of experts ({experts(student)} of them) and teacher={config.teacher!r} "
+            "is dense: vLLM prepares for experts by the teacher's configuration alone. Use a dense student, or a teacher with "
+            "experts"
+        )
+    if any(config.side_kwargs(side).get("skip_tokenizer_init") for side in ("teacher", "student")):
+        return  # the caller works in token ids, and vouches that they mean the same to both
+    check_same_ids(*(_load(AutoTokenizer, config, side).get_vocab() for side in ("teacher", "student")))
+
+
+def check_student_can_train(config: PairConfig) -> StudentLayout | None:
+    """Raise before any weights load if a trained student could not be synced into this pair; return its parameters.
+
+    Returns:
+        None if they cannot be known: the engine arguments change the architecture, or transformers cannot build it.
+
+    Raises:
+        ValueError: a student with experts, a quantized one, or one whose weights transformers rearranges when it loads them.
+    """
+    student, kwargs = _config(config, "student"), config.side_kwargs("student")
+    if experts(student):
+        raise ValueError(
+            f"student={config.student!r} is a mixture of experts ({experts(student)} of them): transformers and vLLM store "
+            "experts differently, and a synced student did not agree with the trained one. Train a dense student (the teacher "
+            "may have experts)"
+        )
+    quantization = kwargs.get("quantization") or getattr(student, "quantization_config", None)
+    if quantization or kwargs.get("load_format") in ("bitsandbytes", "gguf"):
+        raise ValueError(
+            f"student={config.student!r} is quantized ({quantization or kwargs['load_format']}): every sync replaces its "
+            "weights by the trained ones, which are not. Start from the unquantized checkpoint and quantize the trained student"
+        )
+    return student_layout(config)
+
+
+def student_layout(config: PairConfig) -> StudentLayout | None:
+    """Build the student without weights, for its parameters; see :func:`check_student_can_train`."""
+    from transformers.modeling_utils import set_zero3_state  # not public
+
+    kwargs = config.side_kwargs("student")
+    if kwargs.get("hf_overrides"):
+        return None
+    trust = kwargs.get("trust_remote_code", False)
+    try:
+        with torch.device("meta"), set_zero3_state():  # under DeepSpeed's ZeRO-3 too: whole, and nothing initialized
+            model = AutoModelForCausalLM.from_config(_config(config, "student"), trust_remote_code=trust)
+    except ValueError:  # no causal language model of this configuration; vLLM may know one
+        return None
+    return StudentLayout(
+        shapes={name: parameter.shape for name, parameter in model.named_parameters()},
+        on_disk=_names_on_disk(model, config.student),
+    )
+
+
+def _names_on_disk(model: Any, student: str) -> dict[str, str]:
+    from transformers.core_model_loading import revert_weight_conversion  # not public
+
+    parameters = dict(model.named_parameters())
+    saved = {id(tensor): name for name, tensor in revert_weight_conversion(model, parameters).items()}
+    if rearranged := [name for name, parameter in parameters.items() if id(parameter) not in saved]:
+        raise ValueError(
+            f"student={student!r} ({type(model).__name__}): transformers rearranges {len(rearranged)} of its weights when it "
+            f"loads them ({rearranged[0]}, ...), and vLLM reads them as they are in the checkpoint. OSD cannot sync this "
+            "architecture; train another student"
+        )
+    return {name: saved[id(parameter)] for name, parameter in parameters.items()}
+
+
+def shared_vocabulary(config: PairConfig) -> int:
+    """The number of token ids that both models have logits for."""
+    return min(_config(config, side).get_text_config().vocab_size for side in ("teacher", "student"))
+
+
+def end_ids(config: PairConfig) -> list[int]:
+    """Every token id that ends a completion: those that the student's files declare, then those of the teacher's."""
+    found: dict[int, None] = {}
+    for side in ("student", "teacher"):
+        declared = _declared_end(config, side)
+        found |= dict.fromkeys([declared] if isinstance(declared, int) else declared or [])
+    return list(found)
+
+
+def _declared_end(config: PairConfig, side: str) -> int | list[int] | None:
+    options = {key: value for key, value in config.side_kwargs(side).items() if key in ("revision", "trust_remote_code")}
+    try:
+        declared = GenerationConfig.from_pretrained(getattr(config, side), **options).eos_token_id
+    except OSError:  # no generation_config.json
+        declared = None
+    return declared if declared is not None else getattr(_config(config, side).get_text_config(), "eos_token_id", None)
+
+
+def experts(config: Any) -> int:
+    """The number of experts of a model with this (transformers) configuration; 0 for a dense one."""
+    text = config.get_text_config()
+    counts = [getattr(text, name, None) or 0 for name in _EXPERTS]
+    most = max(max(count) if isinstance(count, (list, tuple)) else count for count in counts)
+    return most if most > 1 else 0
+
+
+def _check_implemented(side: str, model: str, config: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse an architecture that vLLM does not have and cannot run from its transformers code."""
+    from osd.engine.backend.configuration import supported_architectures
+
+    names = getattr(config, "architectures", None) or []
+    if not names or set(names) & supported_architectures():
+        return
+    if (code := getattr(config, "auto_map", None)) and "AutoModel" not in code:
+        raise ValueError(
+            f"{side}={model!r}: vLLM has no {names[0]} of its own, and loads remote code as an AutoModel, which auto_map in "
+            "config.json does not name; add the class of the model without its output layer there"
+        )
+    if kwargs.get("model_impl") == "vllm":
+        raise ValueError(
+            f"{side}={model!r}: vLLM has no {names[0]} of its own, and model_impl='vllm' allows nothing else; set "
+            "vllm_model_impl='auto' (in engine_kwargs: model_impl='auto') to run the model's transformers code in vLLM"
+        )
+
+
+def _config(config: PairConfig, side: str) -> Any:
+    return _load(AutoConfig, config, side)
+
+
+def _load(auto_class: Any, config: PairConfig, side: str) -> Any:
+    kwargs, model = config.side_kwargs(side), getattr(config, side)
+    name = (kwargs.get("tokenizer") if auto_class is AutoTokenizer else None) or model
+    if not name:
+        raise ValueError(
+            f"{side}={name!r}: the model was made in memory, and vLLM loads models from files. Call save_pretrained(folder) "
+            "for the model and its tokenizer, and pass the folder (or set model.name_or_path to it)"
+        )
+    options = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        what = "tokenizer" if auto_class is AutoTokenizer else "config.json"
+        raise ValueError(
+            f"{side} model {name!r}: no {what} could be loaded ({str(error).splitlines()[0]}). Give a folder with "
+            "config.json, weights and tokenizer, or the id of a model that can be downloaded."
+        ) from error
+
+
+def check_same_ids(teacher: dict[str, int], student: dict[str, int]) -> None:
+    """Refuse two vocabularies (token -> id) that give an id different meanings.
+
+    Raises:
+        ValueError: naming the first id that differs and what it is on each side.
+    """
+    if teacher == student:
+        return
+    by_id = [{token_id: token for token, token_id in vocabulary.items()} for vocabulary in (teacher, student)]
+    first = min(i for i in by_id[0].keys() | by_id[1].keys() if by_id[0].get(i) != by_id[1].get(i))
+    raise ValueError(
+        f"teacher and student have different tokenizers: id {first} is {by_id[0].get(first)!r} to the teacher and "
+        f"{by_id[1].get(first)!r} to the student. q* mixes the two distributions id by id, so both need the same tokenizer."
+    )

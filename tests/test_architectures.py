@@ -1,0 +1,123 @@
+"""Teachers and students of other architectures: output layers by any name, renamed weights, remote code."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from osd.engine.engine import PairConfig, PairEngine
+from tests.test_generation import NOISE, disagreement, gaps_over_training
+from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
+from tests.training import build_trainer
+from trainers.divergence import token_logprobs
+from trainers.lm_head import head_of
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = [[7, 8, 9], [10, 11]]
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.2,
+)
+KINDS = {
+    "Gemma2": dict(final_logit_softcapping=2.0, sliding_window=256, head_dim=32, query_pre_attn_scalar=32),
+    "Cohere": dict(logit_scale=0.25, tie_word_embeddings=True),
+    "GPTNeoX": dict(rotary_pct=1.0),
+    "Granite": dict(logits_scaling=3.0, embedding_multiplier=4.0),
+    "Phi": {},
+}
+
+
+def model_of(path, kind):
+    save_tokenizer(path, 64)
+    torch.manual_seed(5)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **KINDS[kind])
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recorded_states_and_the_engines_layer_give_the_teachers_distribution(tiny_pair, tmp_path, kind):
+    teacher = model_of(tmp_path, kind)
+    kwargs = tiny_engine_kwargs()
+    with PairEngine(PairConfig(teacher=teacher, student=str(tiny_pair[1]), engine_kwargs=kwargs)) as engine:
+        reference = AutoModelForCausalLM.from_pretrained(teacher, attn_implementation="eager").eval()
+        head = head_of(*engine.teacher_lm_head(), reference.config)
+        prompts = [pair_prompt(ids) for ids in PROMPTS]
+        completions = engine.generate(prompts, sampling={"max_tokens": 8}, hidden=True)
+        for completion in completions:
+            hidden_TH = completion.record.teacher_hidden_TH.to(head.weight_VH)
+            logp_T = token_logprobs(hidden_TH, head, torch.tensor(completion.token_ids, device=hidden_TH.device), 1.0).cpu()
+            torch.testing.assert_close(logp_T, completion.record.logp_teacher, rtol=0, atol=NOISE)
+        assert disagreement(reference, PROMPTS, completions, "logp_teacher") < NOISE
+
+
+def pair_prompt(ids):
+    from osd.engine.engine import PairPrompt
+
+    return PairPrompt(teacher_token_ids=ids, student_token_ids=ids)
+
+
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+class MyConfig(LlamaConfig):
+    model_type = "my_llama"
+class MyModel(LlamaModel):
+    config_class = MyConfig
+class MyForCausalLM(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+CLASSES = {"AutoConfig": "my.MyConfig", "AutoModel": "my.MyModel", "AutoModelForCausalLM": "my.MyForCausalLM"}
+
+
+def remote_model(path, classes):
+    tiny_model(path, seed=2)
+    (path / "my.py").write_text(REMOTE_CODE)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": "my_llama", "architectures": ["MyForCausalLM"], "auto_map": classes}
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def test_a_student_of_remote_code_is_trained(tiny_pair, tmp_path):
+    fields = {
+        "teacher_model_name_or_path": str(tiny_pair[0]),
+        "trust_remote_code": True,
+        "model_init_kwargs": {"trust_remote_code": True},
+        "engine_kwargs": tiny_engine_kwargs(),
+    }
+    part = remote_model(tmp_path / "part", {name: place for name, place in CLASSES.items() if name != "AutoModel"})
+    with pytest.raises(ValueError, match=r"loads remote code as an AutoModel, which auto_map in config\.json does not name"):
+        build_trainer(None, part, tmp_path, **fields)
+    trainer = build_trainer(None, remote_model(tmp_path / "student", CLASSES), tmp_path, **fields)
+    try:
+        assert max(gaps_over_training(trainer)) < NOISE
+    finally:
+        trainer.close()
+
+
+def test_a_gpt_neox_student_is_trained_from_another_teacher_and_a_wrong_head_is_seen(tmp_path, monkeypatch):
+    teacher, student = str(tiny_model(tmp_path / "teacher")), model_of(tmp_path / "student", "GPTNeoX")
+    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
+        assert max(gaps_over_training(build_trainer(engine, student, tmp_path))) < NOISE
+        lora = LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM")
+        assert max(gaps_over_training(build_trainer(engine, student, tmp_path, peft_config=lora))) < NOISE
+        # Planted: an architecture that scales its logits under a name that OSD does not know.
+        monkeypatch.setattr("trainers.lm_head.logit_scale", lambda config: 2.0)
+        with pytest.raises(RuntimeError, match=r"differ from those it sampled with by .* Use teacher_signal='recompute'"):
+            build_trainer(engine, student, tmp_path).train()
