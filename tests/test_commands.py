@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
 import tomllib
 from dataclasses import fields
@@ -17,6 +19,7 @@ from osd.data import configs
 from osd.data.settings import CompareConfig, GenerateConfig
 from osd.report import requirements
 from tests.fake_pair import FakePair
+from tests.tiny import tiny_engine_kwargs
 from trainers import train_osd
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +140,28 @@ def test_loading_says_what_loads_and_how_long_it_took(tmp_path, capsys):
     with terminal.Loading("x", quiet=True):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_a_real_run_prints_only_our_lines(tmp_path, tiny_pair):
+    """Run the installed script as a user does: none of the test's variables are set, the engine has processes of its own."""
+    script, data = tmp_path / "osd", tmp_path / "in.jsonl"
+    script.write_text("from osd.cli import main\nif __name__ == '__main__':\n    main()\n")
+    data.write_text('{"prompt": "w7 w8"}\n' * 4)
+    given = {"teacher_model_name_or_path": tiny_pair[0], "model_name_or_path": tiny_pair[1], "max_completion_length": 4}
+    given |= {"input": data, "output": tmp_path / "out", "engine_kwargs": json.dumps(tiny_engine_kwargs())}
+    hidden = ("VLLM_", "PYTHONWARNINGS", "TORCH_CPP")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    done = subprocess.run(
+        [sys.executable, script, "generate", *(str(text) for item in given.items() for text in (f"--{item[0]}", item[1]))],
+        env=variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip() for line in re.split(r"[\r\n]", done.stderr) if line.strip()]
+    ours = re.compile(r"\d+/\d+ samples|loading teacher |still loading after |loaded in ")
+    assert [line for line in lines if not ours.match(line)] == []
 
 
 # -- configs ------------------------------------------------------------------------------------------------------------
