@@ -249,8 +249,8 @@ def planned_pair(model: Any, teacher_model: Any, args: OSDConfig, engine: PairEn
     student = model if isinstance(model, str) else model.name_or_path
     kwargs: dict[str, Any] = args.pair_kwargs()
     pair = PairConfig(teacher=teacher, student=student, mixing=args.mixing(), **kwargs)
-    check_student_can_train(pair)
     check_models(pair)
+    check_student_can_train(pair)
     return pair
 
 
