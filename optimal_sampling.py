@@ -1,4 +1,4 @@
-"""The project's earlier import path: ``from optimal_sampling import OptimalSamplingV1``."""
+"""Earlier import path of the project: ``from optimal_sampling import OptimalSamplingV1``."""
 
 from osd.sampler import OptimalSamplingOutput, OptimalSamplingV1, save_alpha_history
 

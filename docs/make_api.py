@@ -29,17 +29,21 @@ def page() -> str:
     from osd.engine.engine import PairCompletion, PairConfig, PairEngine, PairPrompt
     from osd.engine.request import PairOptions
     from osd.generation import GeneratedBatch, OSDGeneration
-    from osd.sampler import OptimalSamplingOutput, OptimalSamplingV1, save_alpha_history
+    from osd.output import OptimalSample, OptimalSamplingOutput, save_alpha_history
+    from osd.sampler import OptimalSamplingV1
     from trainers import OSDConfig, OSDTrainer
-    from trainers.train_osd import DataArguments
+    from trainers.data import DataArguments
 
     parts = [HEAD]
-    parts += [_class("osd", OptimalSamplingV1), _class("osd", OptimalSamplingOutput), _class("osd", MixingConfig)]
-    parts += [_class("osd", TokenRecord), _function("osd.sampler", save_alpha_history)]
+    parts += [
+        _class("osd", cls) for cls in (OptimalSamplingV1, OptimalSamplingOutput, OptimalSample, MixingConfig, TokenRecord)
+    ]
+    parts += [_function("osd", save_alpha_history)]
     parts += [_class("osd", OSDGeneration), _class("osd.generation", GeneratedBatch)]
-    parts += [_class("osd.engine.engine", cls) for cls in (PairEngine, PairConfig, PairPrompt, PairCompletion)]
+    parts += [_class("osd", cls) for cls in (PairEngine, PairConfig, PairPrompt)]
+    parts += [_class("osd.engine.engine", PairCompletion)]
     parts += [_class("osd.engine.request", PairOptions), _class("trainers", OSDTrainer), _options("trainers", OSDConfig)]
-    parts += [_options("trainers.train_osd", DataArguments)]
+    parts += [_options("trainers.data", DataArguments)]
     parts += [_command("osd generate", GenerateConfig), _command("osd compare", CompareConfig)]
     return "\n".join(parts)
 

@@ -1,7 +1,7 @@
 """OSD: optimal sampling distillation.
 
-Every token is drawn from q* ∝ π_θ^(1-α)·π_t^α, with α chosen per token so that q* is equally far, in KL, from the student
-π_θ and the teacher π_t; both models decode together inside one vLLM engine, each reading its own prompt.
+Every token is drawn from q* ∝ π_θ^(1-α)·π_t^α. α is chosen per token so that q* is equally far, in KL, from the student π_θ and
+the teacher π_t. Both models decode together inside one vLLM engine, each with its own prompt.
 
 The names below are loaded on first use, so that ``import osd`` imports neither vLLM nor TRL.
 """
@@ -13,15 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from osd.core import MixingConfig, TokenRecord
+    from osd.engine.engine import PairConfig, PairEngine, PairPrompt
     from osd.generation import OSDGeneration
-    from osd.sampler import OptimalSamplingOutput, OptimalSamplingV1
+    from osd.output import OptimalSample, OptimalSamplingOutput, save_alpha_history
+    from osd.sampler import OptimalSamplingV1
     from trainers import OSDConfig, OSDTrainer
 
 _HOME = {
     "MixingConfig": "osd.core",
     "TokenRecord": "osd.core",
-    "OptimalSamplingOutput": "osd.sampler",
+    "OptimalSample": "osd.output",
+    "OptimalSamplingOutput": "osd.output",
     "OptimalSamplingV1": "osd.sampler",
+    "save_alpha_history": "osd.output",
+    "PairConfig": "osd.engine.engine",
+    "PairEngine": "osd.engine.engine",
+    "PairPrompt": "osd.engine.engine",
     "OSDGeneration": "osd.generation",
     "OSDConfig": "trainers",
     "OSDTrainer": "trainers",
@@ -31,9 +38,14 @@ __all__ = [
     "OSDConfig",
     "OSDGeneration",
     "OSDTrainer",
+    "OptimalSample",
     "OptimalSamplingOutput",
     "OptimalSamplingV1",
+    "PairConfig",
+    "PairEngine",
+    "PairPrompt",
     "TokenRecord",
+    "save_alpha_history",
 ]
 __version__ = "0.1.0"
 

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import current_process
+from typing import TYPE_CHECKING, Any
+
+from osd.core import suggest
+from osd.terminal import silence_libraries
+
+if TYPE_CHECKING:
+    from osd.data.settings import CompareConfig, GenerateConfig
+
+if current_process().name != "MainProcess":  # a process that the engine spawned imports the `osd` script, before vLLM
+    silence_libraries()
 
 HELP = """\
 usage: osd COMMAND [--help] ...
@@ -13,20 +25,22 @@ Semi-on-policy data from two models: every token drawn from q* ∝ π_θ^(1-α) 
 
 commands:
   generate   sample completions for a file of prompts, with log-probabilities and α of every token
-  inspect    one HTML page about the data that `generate` wrote
-  compare    teacher, student, linear mixture and q* on the same prompts: is it worth it for this pair?
+  inspect    write one HTML page about the data that `generate` wrote
+  compare    sample the same prompts from teacher, student, linear mixture and q*: is it worth it for this pair?
+  train      train the student on samples from q*, under accelerate
+  env        print versions and devices, for a bug report
 
 start here:
-  osd generate --config configs/math_qa.yaml --input problems.jsonl --output data/
+  osd generate --config math_qa --input problems.jsonl --output data/ --dry_run
+  osd generate --config math_qa --input problems.jsonl --output data/
   osd inspect data/
+  osd train --config math_qa
   osd COMMAND --help
-
-Training has an entry of its own: accelerate launch trainers/train_osd.py --config configs/math_qa.yaml
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; what the user got wrong ends in one line on stderr and status 2, a run without data in 1."""
+    """Run one command. A user's mistake ends in one line on stderr and status 2; a failed run in status 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -38,20 +52,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     command, *rest = arguments
     if command not in COMMANDS:
-        sys.exit(_refused("", f"unknown command {command!r}; use {', '.join(COMMANDS)}"))
-    # Set before vLLM is imported; its own log would tear the progress bar.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        near = suggest(command, COMMANDS)
+        sys.exit(_refused("", f"unknown command {command!r}{near}; use {', '.join(COMMANDS)}"))
+    if command != "env":  # it shows the variables that the user has set
+        silence_libraries()
     try:
         COMMANDS[command](rest)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         if os.environ.get("OSD_TRACEBACK"):
             raise
         sys.exit(_refused(command, str(error)))
-    except OSError as error:  # a full disk, say
+    except (OSError, RuntimeError) as error:  # a full disk, an engine that does not start
         if os.environ.get("OSD_TRACEBACK"):
             raise
-        sys.exit(f"osd {command}: failed: {error}{_going_on(command)}")
+        sys.exit(f"osd {command}: failed: {error}{_going_on(command)} (OSD_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:
         print(f"\nosd {command}: interrupted{_going_on(command)}", file=sys.stderr)
         sys.exit(130)
@@ -75,26 +89,36 @@ def _generate(argv: Sequence[str]) -> None:
         argv,
         training_keys=_training_keys,
         prog="osd generate",
-        description="Sample completions from q* into sharded files, with everything that was known of every token.",
+        description="Sample completions from q* into sharded files, with the record of every token.",
     )
     from osd.data.generate import NothingUsable, generate
     from osd.data.pair import EnginePair
 
+    if settings.dry_run:
+        return _dry_run(settings, EnginePair)
     try:
         counts = generate(settings, EnginePair)
     except NothingUsable as error:
         sys.exit(f"osd generate: failed: {error}")
     removed = "".join(f"\n  {count} removed by {name}" for name, count in counts.removed.items())
     rejected = f"\n  {counts.rejected} rejected, see rejected.jsonl" if counts.rejected else ""
-    print(
+    _say(
+        settings.quiet,
         f"{counts.drawn} samples of {counts.tokens} tokens drawn, mean α {counts.alpha_mean:.3f}\n"
-        f"  {counts.kept} kept in {settings.output}{removed}{rejected}"
+        f"  {counts.kept} kept in {settings.output}{removed}{rejected}\n"
+        + (
+            f"next: osd inspect {shlex.quote(settings.output or '')}"
+            if counts.kept
+            else "next: change the filters or the prompts"
+        ),
     )
+    return None
 
 
 def _compare(argv: Sequence[str]) -> None:
     from osd.data.parse import parse
     from osd.data.settings import CompareConfig
+    from osd.report.requirements import check_packages
 
     settings = parse(
         CompareConfig,
@@ -103,34 +127,83 @@ def _compare(argv: Sequence[str]) -> None:
         prog="osd compare",
         description="Sample the same prompts from student, teacher, linear mixtures and q*, and score them with both models.",
     )
+    check_packages("osd compare")
     from osd.data.comparison import compare, sentence
     from osd.data.generate import NothingUsable
     from osd.data.pair import EnginePair
 
+    if settings.dry_run:
+        return _dry_run(settings, EnginePair)
     try:
         result = compare(settings, EnginePair)
     except NothingUsable as error:
         sys.exit(f"osd compare: failed: {error}")
     headline, reasons = sentence(result)
-    print(f"{headline}\n{reasons}\n{settings.output}/compare.html, compare.png, compare.json")
+    rejected = f"{len(result['rejected'])} rows were rejected, compare.json says why\n" if result["rejected"] else ""
+    _say(
+        settings.quiet,
+        f"{headline}\n{reasons}\n{rejected}{settings.output}/compare.html, compare.png, compare.json\n"
+        f"next: open {settings.output}/compare.html in a browser; `osd train` with the same config trains a student",
+    )
+    return None
+
+
+def _dry_run(settings: GenerateConfig | CompareConfig, start_pair: Any) -> None:
+    from osd.data.dry_run import dry_run
+
+    for shown in dry_run(settings, start_pair):
+        print(shown)
+    print("nothing was sampled; without --dry_run the run starts", file=sys.stderr)
 
 
 def _inspect(argv: Sequence[str]) -> None:
     from argparse import ArgumentParser
     from pathlib import Path
 
-    parser = ArgumentParser(
-        prog="osd inspect", description="One HTML page about data that `osd generate` wrote.", allow_abbrev=False
+    from osd.data.parse import strict
+    from osd.report.requirements import check_packages
+
+    parser = strict(ArgumentParser)(
+        prog="osd inspect", description="Write one HTML page about data that `osd generate` wrote.", allow_abbrev=False
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a .parquet or .jsonl file, or a whole output folder")
     parser.add_argument("--output", type=Path, metavar="PAGE", help="the page to write [inspect.html in the folder]")
     parser.add_argument("--shown", type=int, default=200, metavar="N", help="completions on the page, at most [200]")
+    parser.add_argument(
+        "--answer_match",
+        metavar="HOW",
+        help="when a completion is right: final, exact, contains, math, regex or module:function [as in run.json, else final]",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
     flags = parser.parse_args(argv)
     if flags.shown < 1:
         raise ValueError(f"shown={flags.shown} must be at least 1")
+    check_packages("osd inspect")
     from osd.data.inspection import inspect
 
-    print(inspect(flags.file, flags.output, shown=flags.shown))
+    page = inspect(flags.file, flags.output, shown=flags.shown, answer_match=flags.answer_match)
+    if not flags.quiet:
+        print(page)
+        print("next: open the page in a browser", file=sys.stderr)
+
+
+def _train(argv: Sequence[str]) -> None:
+    from osd.launch import train
+
+    train(argv)
+
+
+def _env(argv: Sequence[str]) -> None:
+    from osd.environment import report
+
+    if argv:
+        raise ValueError(f"unknown argument {argv[0]!r}; `osd env` takes none")
+    print(report())
+
+
+def _say(quiet: bool, text: str) -> None:
+    if not quiet:
+        print(text)
 
 
 def _training_keys() -> set[str]:
@@ -139,4 +212,10 @@ def _training_keys() -> set[str]:
     return training_keys()
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"generate": _generate, "inspect": _inspect, "compare": _compare}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "generate": _generate,
+    "inspect": _inspect,
+    "compare": _compare,
+    "train": _train,
+    "env": _env,
+}

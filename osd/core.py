@@ -1,22 +1,25 @@
-"""The nouns of the project: how two policies are mixed, and what is kept of every token.
+"""Basic data types of the project: the mixing configuration and the per-token record.
 
-Imports nothing else of ours. Shape suffixes: T tokens of one completion, R record columns (RECORD_FIELDS),
-H the teacher's hidden size. All logarithms are natural.
+Imports no other module of the project, and torch only when a record is made. Shape suffixes: T tokens of one completion,
+R record columns (RECORD_FIELDS), H the teacher's hidden size. All logarithms are natural.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ALPHA_METHODS = ("kl_symmetry", "ess_balance", "entropy", "reverse_kl_symmetry", "fixed")
 MIXTURES = ("geometric", "linear")
-# Methods whose condition does not mention the geometric family, so that they mean something for a linear one.
+# The conditions of the other methods hold for the geometric mixture only.
 _LINEAR_METHODS = ("entropy", "fixed")
 
 RECORD_FIELDS = (
@@ -33,28 +36,48 @@ RECORD_FIELDS = (
 )
 
 
-def _suggest(given: object, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(given), known, n=1)
+def suggest(given: object, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the known name that is closest to `given`, or "" if none is close."""
+    close = difflib.get_close_matches(str(given), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingConfig:
-    """How alpha, the teacher's weight, is chosen for each token, and what it weighs.
+    """Mixing options: the method and the bounds of α, the teacher's weight of each token, and the kind of mixture.
 
-    alpha_method: one of ALPHA_METHODS.
-    fixed_alpha: alpha of the "fixed" method, in [alpha_min, alpha_max]; 0 is the student, 1 the teacher.
-    alpha_min, alpha_max: bounds of alpha, 0 <= alpha_min <= alpha_max <= 1.
-    mixture: "geometric", q ∝ pi_theta^(1-alpha) pi_t^alpha, or "linear", q = (1-alpha) pi_theta + alpha pi_t.
+    The five options are declared only here. The sampler, the trainer and the command line take their defaults and help texts
+    from here (`mixing_option`, `MixingConfig.of`).
 
-    Raises ValueError on anything else; warns when fixed_alpha is set and another method ignores it.
+    Attributes:
+        alpha_method: one of ALPHA_METHODS.
+        fixed_alpha: α of the "fixed" method, in [alpha_min, alpha_max]; 0 is the student, 1 the teacher.
+        alpha_min, alpha_max: bounds of α, 0 <= alpha_min <= alpha_max <= 1.
+        mixture: "geometric", q ∝ π_θ^(1-α) π_t^α, or "linear", q = (1-α) π_θ + α π_t.
+
+    Raises:
+        ValueError: any other value, naming the field. (A fixed_alpha that another method ignores is a warning.)
     """
 
-    alpha_method: str = "kl_symmetry"
-    fixed_alpha: float = 0.5
-    alpha_min: float = 0.0
-    alpha_max: float = 1.0
-    mixture: str = "geometric"
+    alpha_method: str = _option(
+        "kl_symmetry",
+        "Method that chooses α, the teacher's weight, for every token: 'kl_symmetry' (both KL divergences from q* are equal), "
+        "'ess_balance', 'entropy', 'reverse_kl_symmetry', or 'fixed'.",
+    )
+    fixed_alpha: float = _option(
+        0.5, "α under alpha_method='fixed', in [0, 1]: 0 samples from the student alone, 1 from the teacher alone."
+    )
+    alpha_min: float = _option(0.0, "Lower bound of α, in [0, alpha_max].")
+    alpha_max: float = _option(1.0, "Upper bound of α, in [alpha_min, 1].")
+    mixture: str = _option(
+        "geometric",
+        "'geometric': q* ∝ π_θ^(1-α) π_t^α. 'linear': q* = (1-α) π_θ + α π_t, the baseline of other papers "
+        "(alpha_method 'fixed' or 'entropy' only).",
+    )
 
     def __post_init__(self) -> None:
         self._check_choice("alpha_method", ALPHA_METHODS)
@@ -71,7 +94,7 @@ class MixingConfig:
     def _check_choice(self, name: str, known: tuple[str, ...]) -> None:
         given = getattr(self, name)
         if given not in known:
-            raise ValueError(f"{name}={given!r} is unknown{_suggest(given, known)}; use one of {', '.join(known)}")
+            raise ValueError(f"{name}={given!r} is unknown{suggest(given, known)}; use one of {', '.join(known)}")
 
     def _check_weight(self, name: str) -> None:
         given = getattr(self, name)
@@ -96,17 +119,39 @@ class MixingConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, accepted by from_dict."""
+        """Return plain values that from_dict accepts."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "MixingConfig":
-        """The configuration with these fields, the others at their defaults. Raises ValueError on an unknown key."""
-        known = tuple(field.name for field in dataclasses.fields(cls))
+    def from_dict(cls, values: Mapping[str, Any]) -> MixingConfig:
+        """Make a configuration with these fields and the defaults of the others. Raises ValueError on an unknown key."""
         for key in values:
-            if key not in known:
-                raise ValueError(f"unknown mixing option {key!r}{_suggest(key, known)}; use {', '.join(known)}")
+            if key not in MIXING_OPTIONS:
+                raise ValueError(
+                    f"unknown mixing option {key!r}{suggest(key, MIXING_OPTIONS)}; use {', '.join(MIXING_OPTIONS)}"
+                )
         return cls(**values)
+
+    @classmethod
+    def of(cls, options: object) -> MixingConfig:
+        """Make a configuration from the attributes of the same names of any object (a trainer's or a command's settings).
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        return cls(**{name: getattr(options, name) for name in MIXING_OPTIONS})
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(MixingConfig)}
+MIXING_OPTIONS = tuple(_FIELDS)
+
+
+def mixing_option(name: str) -> Any:
+    """Return a dataclass field with the default and the help text of this option of `MixingConfig`.
+
+    For settings classes that have the option too: ``alpha_max: float = mixing_option("alpha_max")``.
+    """
+    return dataclasses.field(default=_FIELDS[name].default, metadata=dict(_FIELDS[name].metadata))
 
 
 def _column(name: str) -> property:
@@ -116,11 +161,12 @@ def _column(name: str) -> property:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenRecord:
-    """What the sampler kept of one completion of T tokens.
+    """Per-token record of one completion of T tokens.
 
-    values_TR: [T, R] float32, columns in RECORD_FIELDS order.
-    teacher_hidden_TH: the teacher's final hidden states, [T, H], or None when they were not asked for.
-    weights_version: number of weight syncs the student had received when it sampled these tokens.
+    Attributes:
+        values_TR: [T, R] float32, columns in RECORD_FIELDS order.
+        teacher_hidden_TH: the teacher's final hidden states, [T, H], or None when they were not asked for.
+        weights_version: number of weight syncs the student had received when it sampled these tokens.
     """
 
     values_TR: torch.Tensor
@@ -128,6 +174,8 @@ class TokenRecord:
     weights_version: int
 
     def __post_init__(self) -> None:
+        import torch
+
         values, hidden = self.values_TR, self.teacher_hidden_TH
         if values.ndim != 2 or values.shape[1] != len(RECORD_FIELDS) or values.dtype != torch.float32:
             raise ValueError(
@@ -152,11 +200,11 @@ class TokenRecord:
         return len(self.values_TR)
 
     def chernoff_gap(self, config: MixingConfig) -> torch.Tensor:
-        """|KL(q||pi_theta) - KL(q||pi_t)| at the tokens where the two should agree; [n] float32, n <= T.
+        """Return |KL(q||pi_theta) - KL(q||pi_t)| at the tokens where the two must agree; [n] float32, n <= T.
 
-        With alpha_method "kl_symmetry", an alpha strictly inside its bounds is the Chernoff point, where both
-        divergences equal the Chernoff information. Any other method, and any clamped token, promises nothing:
-        those are left out. An alpha that is off by e shows as a gap of e * Var_q[log pi_t/pi_theta].
+        With alpha_method "kl_symmetry", an alpha strictly inside its bounds is the Chernoff point: both divergences
+        equal the Chernoff information. Tokens at a bound, and all tokens of other methods, are left out. An error e in
+        alpha gives a gap of e * Var_q[log pi_t/pi_theta].
         """
         if config.alpha_method != "kl_symmetry" or config.mixture != "geometric":
             return self.values_TR.new_empty(0)

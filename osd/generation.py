@@ -18,13 +18,16 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl.trainer.utils import ensure_master_addr_port
 
 from osd.engine.validate_models import check_student_can_train, end_ids
+from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
+from osd.sampling_args import DROP_IN, FIELDS, checked_fields
+from osd.terminal import Loading, models
 from osd.weight_sync import LiveStudent
 
 if TYPE_CHECKING:
@@ -104,6 +107,9 @@ class OSDGeneration(LiveStudent):
         max_completion_length: int = 16,
         generation_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        own = (max_completion_length, temperature, top_p, top_k, min_p, repetition_penalty)
+        extra = checked_fields(dict(zip(FIELDS, own, strict=True)), generation_kwargs or {}, refused=DROP_IN)
+        forget_warnings()
         if on_error not in ("raise", "keep"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
         self.pair = pair
@@ -126,7 +132,7 @@ class OSDGeneration(LiveStudent):
             repetition_penalty=repetition_penalty,
             max_completion_length=max_completion_length,
             enable_sleep_mode=enable_sleep_mode,
-            generation_kwargs=dict(generation_kwargs or {}),
+            generation_kwargs=extra,
         )
 
     def _init_vllm(self) -> None:
@@ -142,7 +148,9 @@ class OSDGeneration(LiveStudent):
             kwargs = self.pair.engine_kwargs | self._process_kwargs(self.pair.engine_kwargs.get("seed", 0))
             if self.enable_sleep_mode:
                 kwargs["enable_sleep_mode"] = True
-            self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
+            loaded = models(teacher=self.pair.teacher, student=self.pair.student)
+            with Loading(loaded, quiet=not self.accelerator.is_main_process):
+                self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
         else:
             self.engine = self.pair
         self._sleep()
@@ -214,7 +222,11 @@ class OSDGeneration(LiveStudent):
 
     @contextmanager
     def teacher_reads(
-        self, prompts: Iterable[Prompt | list[int]] | None, *, alpha: float | Sequence[float | None] | None = None
+        self,
+        prompts: Iterable[Prompt] | None,
+        *,
+        alpha: float | Sequence[float | None] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[None]:
         """Give the teacher its own prompts, and α if `alpha` is given, in the next `generate` call of this block.
 
@@ -223,23 +235,20 @@ class OSDGeneration(LiveStudent):
                 or token ids. None, and no block at all: the teacher reads the student's prompts.
             alpha: the teacher's weight, one for all or one per prompt; 0 samples from the student alone, as evaluation
                 should. None: the mixing's own.
+            chat_template_kwargs: arguments of the teacher's chat template (give it those that the trainer gives the student's).
 
         Raises:
             ValueError: a prompt that is empty or cannot be rendered.
         """
         if self._teacher_side is not None:
             raise RuntimeError("teacher_reads() is already in effect; it cannot be nested")
-        self._teacher_side = _TeacherSide(None if prompts is None else self._teacher_ids(prompts), alpha)
+        check_template_kwargs(kwargs := dict(chat_template_kwargs or {}))
+        teacher_ids = None if prompts is None else encode_all(self.engine.tokenizer, list(prompts), **kwargs)
+        self._teacher_side = _TeacherSide(teacher_ids, alpha)
         try:
             yield
         finally:
             self._teacher_side = None
-
-    def _teacher_ids(self, prompts: Iterable[Prompt | list[int]]) -> list[list[int]]:
-        prompts = list(prompts)
-        to_encode = [cast(Prompt, prompt) for prompt in prompts if not _is_token_ids(prompt)]
-        encoded = iter(encode_all(self.engine.tokenizer, to_encode))
-        return [prompt if _is_token_ids(prompt) else next(encoded) for prompt in prompts]
 
     def generate(
         self,
@@ -268,6 +277,7 @@ class OSDGeneration(LiveStudent):
             raise ValueError("OSD distils text models; remove the dataset's image columns")
         if not self._synced:
             raise RuntimeError("the student's engine does not have the trainer's weights; call sync_weights() first")
+        check_special_tokens(self.processing_class, prompts)
         teacher_prompts, alpha = self._take_teacher_side(prompts)
         start = time.perf_counter()
         self.engine.wake_up()
@@ -330,10 +340,6 @@ class OSDGeneration(LiveStudent):
         if failed and self.on_error == "raise":
             first = next(iter(failed))
             raise RuntimeError(f"{len(failed)} of {len(completions)} completions failed; number {first}: {failed[first]}")
-
-
-def _is_token_ids(prompt: Prompt | list[int]) -> TypeGuard[list[int]]:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
 
 
 def _check_colocated(pair: PairConfig) -> None:

@@ -1,20 +1,30 @@
-"""Prompt pairs: what the teacher and the student each read before the completion that they share.
+"""Prompt pairs: the text, messages or token ids that teacher and student each read before the completion they share.
 
-A prompt is plain text or a conversation (a list of messages with "role" and "content"). This module gives each side its
-own: a system prompt, a chat template, privileged context that only the teacher sees. It knows tokenizers, not models:
-token ids come out, and nothing here imports vLLM, TRL or torch.
+A prompt is plain text, a conversation (a list of messages with "role" and "content"), or token ids. This module gives each
+side its own: a system prompt, a chat template, privileged context that only the teacher sees. It works on tokenizers, not on
+models: it returns token ids, and imports neither vLLM, TRL nor torch.
 
     row ──teacher_prompt()──▶ prompt ──for_side()──▶ prompt with its system message ──encode()──▶ token ids
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import Formatter
-from typing import Any
+from typing import Any, cast
 
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message]
+from osd.prompt_checks import (
+    Message,
+    Prompt,
+    check_not_rendered,
+    check_prompt,
+    check_special_tokens,
+    conversation,
+    is_conversation,
+    is_token_ids,
+)
+
+__all__ = ["Message", "Prompt", "check_prompt", "is_conversation", "is_token_ids"]
 
 PROMPT_COLUMN = "prompt"
 TEACHER_PROMPT_COLUMN = "teacher_prompt"
@@ -24,65 +34,45 @@ PRIVILEGED_COLUMN = "privileged_context"
 DEFAULT_PRIVILEGED_TEMPLATE = "{prompt}\n\nReference, for you only:\n{privileged_context}"
 
 
-def is_conversation(prompt: Any) -> bool:
-    """Whether `prompt` is a list of messages (as opposed to plain text)."""
-    return not isinstance(prompt, str) and isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)
-
-
-def for_side(prompt: Prompt, *, system_prompt: str | None = None, chat: bool = False) -> Prompt:
+def for_side(prompt: Prompt, *, system_prompt: str | None = None, chat: bool = False) -> str | list[dict[str, Any]]:
     """Give a prompt one side's system prompt.
 
-    A conversation's own system message is replaced. Plain text has no roles: with `chat` it becomes a conversation of
-    one user message, and without it the system prompt goes before it, separated by an empty line.
+    The system message of a conversation is replaced; the conversation is cleaned as by
+    :func:`osd.prompt_checks.conversation`. Plain text has no roles: with `chat` it becomes a conversation of one user
+    message, and without it the system prompt goes before it, separated by an empty line.
 
     Raises:
-        ValueError: the prompt is empty, or neither text nor messages.
+        ValueError: the prompt is empty, or neither text nor messages, or has assistant messages only.
     """
     check_prompt(prompt)
+    if is_token_ids(prompt):
+        raise ValueError(f"a prompt of token ids cannot be rendered; give text or a list of messages: {prompt!r:.200}")
     if isinstance(prompt, str):
         if chat:
             return for_side([{"role": "user", "content": prompt}], system_prompt=system_prompt)
         return f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
+    messages = conversation(cast(Sequence[Message], prompt))
     if not system_prompt:
-        return list(prompt)
-    rest = prompt[1:] if prompt[0]["role"] == "system" else prompt
+        return messages
+    rest = messages[1:] if messages[0]["role"] == "system" else messages
     return [{"role": "system", "content": system_prompt}, *rest]
 
 
-def check_prompt(prompt: Any) -> None:
-    """Refuse what cannot be a prompt.
-
-    Raises:
-        ValueError: an empty prompt, or something that is neither text nor a list of text messages.
-    """
-    if prompt is None or (isinstance(prompt, (str, Sequence)) and not len(prompt)):
-        raise ValueError(f"the prompt is empty ({prompt!r}); give text, or a list of messages")
-    if isinstance(prompt, str):
-        return
-    if not is_conversation(prompt) or not all("role" in m and "content" in m for m in prompt):
-        raise ValueError(
-            f"a prompt is text or a list of messages with 'role' and 'content', not {type(prompt).__name__}: {prompt!r:.200}"
-        )
-    for message in prompt:
-        if message["content"] is not None and not isinstance(message["content"], str):
-            raise ValueError(f"only text messages are supported; this one has content {message['content']!r:.200}")
-
-
 def encode(tokenizer: Any, prompt: Prompt, **chat_template_kwargs: Any) -> list[int]:
-    """Token ids of one prompt, exactly as TRL's trainers tokenize it.
+    """Return the token ids of one prompt, exactly as TRL's trainers tokenize it.
 
     Text goes through the tokenizer with the special tokens that it adds by itself. A conversation goes through the chat
-    template with the generation prompt, and `chat_template_kwargs` reach the template.
+    template with the generation prompt, and `chat_template_kwargs` reach the template. Token ids are returned as they are.
 
     Raises:
-        ValueError: a conversation that the tokenizer's chat template refuses, or a tokenizer that has none; a prompt of no
-            tokens.
+        ValueError: a conversation that the chat template of the tokenizer refuses, or a tokenizer without a template; a prompt
+            of no tokens.
     """
     return encode_all(tokenizer, [prompt], **chat_template_kwargs)[0]
 
 
 def encode_all(tokenizer: Any, prompts: Sequence[Prompt], **chat_template_kwargs: Any) -> list[list[int]]:
-    """`encode` of each of these prompts, in as few calls as that takes: a fast tokenizer spreads a call over the cores.
+    """Encode each of these prompts, in as few tokenizer calls as possible: a fast tokenizer spreads a call over the cores.
 
     Raises:
         ValueError: as `encode`.
@@ -90,14 +80,26 @@ def encode_all(tokenizer: Any, prompts: Sequence[Prompt], **chat_template_kwargs
     for prompt in prompts:
         check_prompt(prompt)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    conversations = [[dict(message) for message in prompt] for prompt in prompts if not isinstance(prompt, str)]
-    of_texts = iter(tokenizer(text=texts)["input_ids"] if texts else ())
-    of_chats = iter(_apply_chat_template(tokenizer, conversations, chat_template_kwargs) if conversations else ())
-    token_ids = [list(next(of_texts if isinstance(prompt, str) else of_chats)) for prompt in prompts]
+    chats = [conversation(cast(Sequence[Message], prompt)) for prompt in prompts if is_conversation(prompt)]
+    of_texts = iter(_tokenize(tokenizer, texts) if texts else ())
+    of_chats = iter(_apply_chat_template(tokenizer, chats, chat_template_kwargs) if chats else ())
+    token_ids = [
+        list(next(of_texts if isinstance(prompt, str) else of_chats)) if not is_token_ids(prompt) else list(map(int, prompt))  # type: ignore[arg-type]
+        for prompt in prompts
+    ]
     for prompt, ids in zip(prompts, token_ids, strict=True):
         if not ids:
             raise ValueError(f"the prompt {prompt!r:.200} has no tokens; a model needs at least one to continue from")
+    check_special_tokens(tokenizer, token_ids)
     return token_ids
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if tokenizer is None:
+        raise ValueError("the engine has no tokenizer (skip_tokenizer_init); give prompts as token ids")
+    return _of_all(
+        lambda some: tokenizer(text=some)["input_ids"], texts, "the tokenizer does not take this text ({error}): {item!r:.200}"
+    )
 
 
 def _apply_chat_template(tokenizer: Any, conversations: list[list[dict[str, Any]]], kwargs: dict[str, Any]) -> list[list[int]]:
@@ -106,17 +108,30 @@ def _apply_chat_template(tokenizer: Any, conversations: list[list[dict[str, Any]
             f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, so a conversation cannot be "
             "rendered; give plain-text prompts, or a model with a chat template"
         )
-    from jinja2 import TemplateError
-
+    for messages in conversations:
+        check_not_rendered(tokenizer, messages)
     kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **kwargs}
+    return _of_all(
+        lambda some: tokenizer.apply_chat_template(some, **kwargs)["input_ids"],
+        conversations,
+        "the chat template does not take this conversation ({error}): {item!r:.200}",
+    )
+
+
+def _of_all(call: Callable[[list[Any]], list[list[int]]], items: list[Any], complaint: str) -> list[list[int]]:
+    """Call a tokenizer once for all items; if it fails, raise a ValueError that names the item.
+
+    Templates and tokenizers raise errors of many types: a template that refuses a system message (TemplateError), one that
+    adds text to a number (TypeError), half of a surrogate pair.
+    """
     try:
-        return tokenizer.apply_chat_template(conversations, **kwargs)["input_ids"]
-    except TemplateError:
-        for chat in conversations:  # some templates refuse a system message, or two user messages in a row
+        return call(items)
+    except Exception:
+        for item in items:
             try:
-                tokenizer.apply_chat_template(chat, **kwargs)
-            except TemplateError as error:
-                raise ValueError(f"the chat template does not take this conversation ({error}): {chat!r:.200}") from error
+                call([item])
+            except Exception as error:
+                raise ValueError(complaint.format(error=error, item=item)) from error
         raise
 
 
@@ -124,7 +139,7 @@ def _apply_chat_template(tokenizer: Any, conversations: list[list[dict[str, Any]
 
 
 def template_fields(template: str) -> frozenset[str]:
-    """Names of the columns that a template uses.
+    """Return the names of the columns that a template uses.
 
     Raises:
         ValueError: a field that is not a plain column name, or braces that are not a field.
@@ -150,9 +165,9 @@ def _template_help(template: str, problem: str) -> str:
 
 
 def privileged_template_for(columns: Iterable[str], template: str | None) -> str | None:
-    """The template that builds the teacher's prompts from rows with these columns; None if none is needed.
+    """Return the template that builds the teacher's prompts from rows with these columns; None if none is needed.
 
-    Call it with a dataset's columns before anything is loaded: it finds every mistake that rows could reveal later.
+    Call it with the columns of a dataset before anything is loaded: it finds every mistake that rows could reveal later.
 
     Raises:
         ValueError: no `prompt` column; a template that names a missing column; two ways to build the teacher's prompt.
@@ -179,28 +194,46 @@ def privileged_template_for(columns: Iterable[str], template: str | None) -> str
 
 
 def teacher_prompt(row: Mapping[str, Any], template: str | None = None) -> Prompt:
-    """The teacher's prompt of a dataset row, before its system prompt.
+    """Return the teacher's prompt of a dataset row, before its system prompt.
 
-    It is the row's `teacher_prompt`; or its `prompt` with the template's text in place of it (of a conversation: in place
-    of the last user message, which is also what `{prompt}` stands for); or plainly its `prompt`.
+    - With a `teacher_prompt` column: that.
+    - With a template: the template's text in place of `prompt`. In a conversation it replaces the last user message, which
+      `{prompt}` stands for.
+    - Otherwise: `prompt`.
 
     Raises:
-        ValueError: a field of the template that is missing from this row or None in it; no user message to fill.
+        ValueError: a field of the template that is missing from this row or None in it; blank text in all of the template's
+            columns; a `prompt` that is none; no user message to fill.
     """
     if TEACHER_PROMPT_COLUMN in row:
+        if row[TEACHER_PROMPT_COLUMN] is None:
+            raise ValueError(f"{TEACHER_PROMPT_COLUMN!r} is empty (None) in this row; write it, or drop the row")
         return row[TEACHER_PROMPT_COLUMN]
-    prompt = row[PROMPT_COLUMN]
+    prompt: Any = row.get(PROMPT_COLUMN)
+    check_prompt(prompt)
     if template is None:
         return prompt
+    _check_not_blank(template, row)
     if isinstance(prompt, str):
-        return fill(template, {**row, PROMPT_COLUMN: prompt})
+        return fill(template, row)
+    if is_token_ids(prompt):
+        raise ValueError(f"a prompt of token ids has no text for the template {template!r}; give text or messages")
     last = _last_user_message(prompt)
     filled = {**prompt[last], "content": fill(template, {**row, PROMPT_COLUMN: prompt[last]["content"]})}
     return [*prompt[:last], filled, *prompt[last + 1 :]]
 
 
+def _check_not_blank(template: str, row: Mapping[str, Any]) -> None:
+    """Refuse a row whose teacher would silently read no more than the student: an empty cell of a CSV file, say."""
+    names = sorted(template_fields(template) - {PROMPT_COLUMN})
+    if names and all(isinstance(row.get(name), str) and not row[name].strip() for name in names):
+        raise ValueError(
+            f"{', '.join(map(repr, names))} is blank in this row, but the teacher's template needs it; write it or drop the row"
+        )
+
+
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template's text with a row's columns in place of its fields.
+    """Return the template's text with the columns of a row in place of its fields.
 
     Raises:
         ValueError: a field that is missing from this row, or None in it, or that its format (``{price:.2f}``) does not fit.
@@ -213,7 +246,7 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
         )
     try:
         return template.format(**row)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a value's own __format__ may raise anything
         raise ValueError(f"the template {template!r} does not fit this row ({error}): {dict(row)!r:.200}") from error
 
 

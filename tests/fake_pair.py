@@ -1,4 +1,4 @@
-"""A pair without models: what it draws depends on the seed and the prompts alone, in microseconds.
+"""A pair without models, whose draws depend on the seed and the prompts alone and take microseconds.
 
 ``python -m tests.fake_pair generate --flags`` is `osd generate` with it, for tests that start and kill processes.
 """
@@ -30,7 +30,7 @@ def tokenizer():
 
 
 class FakePair:
-    """Stands for `osd.data.pair.EnginePair`; `started` counts how often one was asked to sample."""
+    """Replaces `osd.data.pair.EnginePair`; `started` counts the calls of `sample`."""
 
     started = 0
 

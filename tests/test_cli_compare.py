@@ -1,4 +1,4 @@
-"""`osd compare`: every arm is what its name says, its figures are those of its tokens, and the verdict follows from them."""
+"""`osd compare`: the arms, the figures of their tokens, and the verdict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from osd import cli
 from osd.core import RECORD_FIELDS
-from osd.data import comparison
+from osd.data import comparison, verdict
 from osd.data.comparison import compare, sentence
 from osd.data.generate import NothingUsable
 from osd.data.settings import CompareConfig
@@ -42,12 +42,15 @@ def config(tmp_path, rows=ROWS, **given):
 
 
 def made_up(worth, far, *, prompts=400, accuracy=True, noise=0.3, seed=0):
-    """Samples of one token each whose arms have these means; the arms share each prompt's luck."""
+    """Scores of samples of one token each whose arms have these means; the arms share each prompt's luck."""
     chance = np.random.default_rng(seed)
     luck, spread = chance.random(prompts), chance.normal(0, noise, prompts)
-    drawn = {}
-    for name in worth:
-        drawn[name] = [
+    return comparison._scores(made_samples(worth, far, luck, spread, accuracy=accuracy))
+
+
+def made_samples(worth, far, luck, spread, *, accuracy=True):
+    return {
+        name: [
             {
                 "id": f"row{i}",
                 "num_tokens": 1,
@@ -60,32 +63,112 @@ def made_up(worth, far, *, prompts=400, accuracy=True, noise=0.3, seed=0):
                 "answer": "42" if accuracy else None,
                 "completion": "42" if luck[i] < worth[name] else "41",
             }
-            for i in range(prompts)
+            for i in range(len(luck))
         ]
-    return comparison._scores(drawn)
+        for name in worth
+    }
 
 
 FAR = {"student": 0.0, "linear 0.5": 0.5, "q*": 0.2, "teacher": 1.0}
+NEAR = FAR | {"linear 0.5": 0.2}
+HEADLINES = {
+    "yes": "Worth it: q*",
+    "mixing": "Worth it to mix, undecided how",
+    "linear": "Not worth it: a linear mixture is measurably better",
+    "no": "Not worth it: q* gains less",
+    "undecided": "Undecided: q* gains about as much",
+    "no lead": "The teacher is not measurably better",
+    "no lead, but q*": "The teacher is not measurably better than the student here, but q* is",
+    "too few": "Undecided: fewer than 10 prompts",
+}
 
 
 @pytest.mark.parametrize(
-    ("worth", "expected"),
+    ("expected", "worth", "far"),
     [
-        ({"student": 0.2, "linear 0.5": 0.5, "q*": 0.6, "teacher": 0.8}, "yes"),
-        ({"student": 0.2, "linear 0.5": 0.5, "q*": 0.22, "teacher": 0.8}, "no"),
-        ({"student": 0.2, "linear 0.5": 0.5, "q*": 0.35, "teacher": 0.8}, "undecided"),
-        ({"student": 0.5, "linear 0.5": 0.5, "q*": 0.5, "teacher": 0.5}, "no lead"),
-        ({"student": 0.6, "linear 0.5": 0.5, "q*": 0.5, "teacher": 0.4}, "no lead"),
+        ("yes", {"student": 0.2, "linear 0.5": 0.5, "q*": 0.6, "teacher": 0.8}, FAR),
+        ("yes", {"student": 0.2, "linear 0.5": 0.5, "q*": 0.9, "teacher": 0.8}, FAR),
+        ("yes", {"student": 0.2, "q*": 0.6, "teacher": 0.8}, FAR),  # no linear mixture
+        ("mixing", {"student": 0.2, "linear 0.5": 0.6, "q*": 0.6, "teacher": 0.8}, NEAR),
+        ("linear", {"student": 0.2, "linear 0.5": 0.8, "q*": 0.6, "teacher": 0.8}, NEAR),
+        (
+            "linear",
+            {"student": 0.2, "linear 0.5": 0.78, "q*": 0.45, "teacher": 0.8},
+            FAR | {"linear 0.5": 0.4},
+        ),  # further, better
+        ("linear", {"student": 0.2, "linear 0.5": 0.9, "q*": 0.65, "teacher": 0.6}, FAR | {"linear 0.5": 0.15, "q*": 0.9}),
+        ("no", {"student": 0.2, "linear 0.5": 0.5, "q*": 0.22, "teacher": 0.8}, FAR),
+        ("no", {"student": 0.4, "linear 0.5": 0.5, "q*": 0.2, "teacher": 0.8}, FAR),  # worse than the student
+        ("undecided", {"student": 0.2, "linear 0.5": 0.5, "q*": 0.35, "teacher": 0.8}, FAR),
+        ("no lead", {"student": 0.5, "linear 0.5": 0.5, "q*": 0.5, "teacher": 0.5}, FAR),
+        ("no lead", {"student": 0.6, "linear 0.5": 0.5, "q*": 0.5, "teacher": 0.4}, FAR),
+        ("no lead, but q*", {"student": 0.5, "linear 0.5": 0.5, "q*": 0.8, "teacher": 0.5}, FAR),
     ],
 )
-def test_the_verdict(worth, expected):
-    result = made_up(worth, FAR)
+def test_the_verdict(expected, worth, far):
+    result = made_up(worth, {name: far[name] for name in worth})
     assert result["quality"] == "accuracy"
     assert result["verdict"]["worth_it"] == expected
     headline, reasons = sentence(result)
-    start = {"yes": "Worth it", "no": "Not worth it", "undecided": "Undecided", "no lead": "The teacher is not"}[expected]
-    assert headline.startswith(start)
+    assert headline.startswith(HEADLINES[expected])
     assert "400 prompts" in reasons
+    assert "No student was trained" in reasons
+
+
+def test_the_verdict_on_the_teachers_log_probability():
+    worth = {"student": -2.0, "linear 0.5": -1.2, "q*": -1.4, "teacher": -1.0}
+    assert made_up(worth, NEAR, accuracy=False)["verdict"]["worth_it"] == "linear"
+    assert made_up(worth | {"linear 0.5": -1.7}, NEAR, accuracy=False)["verdict"]["worth_it"] == "yes"
+
+
+def test_few_prompts_decide_nothing():
+    worth = {"student": 0.0, "linear 0.5": 0.0, "q*": 1.0, "teacher": 1.0}
+    result = made_up(worth, FAR, prompts=9)
+    assert result["verdict"]["worth_it"] == "too few"
+    assert sentence(result)[0].startswith(HEADLINES["too few"])
+    assert made_up(worth, FAR, prompts=40)["verdict"]["worth_it"] == "yes"
+
+
+def test_equal_arms_rarely_win():
+    """Of 40 comparisons in which q* equals three mixtures, a verdict for or against q* is a false alarm."""
+    worth = {"student": 0.2, **{f"linear {w}": 0.6 for w in (0.25, 0.5, 0.75)}, "q*": 0.6, "teacher": 0.8}
+    far = dict.fromkeys(worth, 0.2) | {"student": 0.0, "teacher": 1.0}
+    rng = np.random.default_rng(1)
+    false = 0
+    for _ in range(40):
+        drawn = luckless(worth, far, rng, prompts=100)
+        false += comparison._scores(drawn)["verdict"]["worth_it"] in ("linear", "yes")
+    assert false <= 6  # 5 % of 40 are 2; more than 6 is a chance of 4e-3
+
+
+def luckless(worth, far, rng, prompts):
+    """Samples as of `made_up`, each arm with luck of its own."""
+    arms = {name: made_samples({name: worth[name]}, far, rng.random(prompts), rng.normal(0, 0.3, prompts)) for name in worth}
+    return {name: samples[name] for name, samples in arms.items()}
+
+
+def test_no_right_answer_of_eight_has_a_wilson_interval():
+    result = made_up({"student": 0.0, "linear 0.5": 0.5, "q*": 0.5, "teacher": 1.0}, FAR, prompts=8)
+    [student, *_, teacher] = result["arms"]
+    low, high = student["accuracy_interval"]
+    assert (low, high) == pytest.approx((0, 0.3244), abs=1e-3)
+    assert teacher["accuracy_interval"] == pytest.approx([1 - 0.3244, 1], abs=1e-3)
+    assert teacher["finished_interval"] == pytest.approx([1 - 0.3244, 1], abs=1e-3)
+
+
+def test_equal_samples_of_a_prompt_count_once():
+    """Four equal samples of each of 25 prompts say as much as one of each; four independent ones say more."""
+
+    def width(agree):
+        rng = np.random.default_rng(0)
+        right = np.repeat(rng.random((25, 1)), 4, axis=1) if agree else rng.random((25, 4))
+        sums = np.zeros((25, len(verdict.SUMS)))
+        sums[:, verdict.SUMS.index("correct")], sums[:, verdict.SUMS.index("scored")] = (right < 0.5).sum(axis=1), 4
+        low, high = verdict._share_interval(sums, "correct", "scored")
+        return high - low
+
+    assert width(agree=True) == pytest.approx(0.36, abs=0.02)
+    assert width(agree=False) < 0.25
 
 
 def test_the_shares_are_those_of_the_table():
@@ -100,7 +183,7 @@ def test_the_shares_are_those_of_the_table():
     assert verdict["over_linear"] == pytest.approx(got["q*"]["accuracy"] - on_the_line)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_cover_the_true_accuracy():
     """Of 60 made-up comparisons, 95 % intervals should hold the true accuracy in 57; fewer than 51 is a chance of 1e-3."""
     worth = {"student": 0.3, "linear 0.5": 0.4, "q*": 0.5, "teacher": 0.6}
     held = 0
@@ -116,6 +199,7 @@ def test_without_right_answers_the_teacher_judges(worth):
     for accuracy in (True, False):  # no answer right tells nobody apart, and neither do no answers
         result = made_up({name: min(value, 0.0) - 1 for name, value in arms.items()}, FAR, accuracy=accuracy)
         assert result["quality"] == "logp_teacher"
+        assert ("No completion has the right answer" in sentence(result)[1]) is accuracy
 
 
 # -- the run, without models --------------------------------------------------------------------------------------------
@@ -178,7 +262,7 @@ def test_bad_rows_and_failed_completions_are_left_out_of_every_arm(tmp_path):
         assert seen[0][0] not in set(pd.read_parquet(path)["id"])
 
 
-def test_a_hundred_rows_are_read_unless_told(tmp_path):
+def test_100_rows_are_read_by_default(tmp_path):
     rows = [{"question": f"w{7 + i % 50}", "answer": f"w{i}"} for i in range(130)]
     assert compare(config(tmp_path, rows), FakePair)["prompts"] == 100
     assert compare(config(tmp_path, rows, limit=120), FakePair)["prompts"] == 120
@@ -201,12 +285,12 @@ def test_bad_settings_are_refused(tmp_path, given, message):
 def test_the_progress_bar_names_the_arm_that_is_being_drawn(tmp_path, monkeypatch):
     shown = []
 
-    class Bar(comparison.tqdm):
+    class Bar(comparison.SampleBar):
         def update(self, n=1):
             shown.append(self.desc)
             return super().update(n)
 
-    monkeypatch.setattr(comparison, "tqdm", Bar)
+    monkeypatch.setattr(comparison, "SampleBar", Bar)
     compare(config(tmp_path), FakePair)
     assert [shown[i] for i in range(0, len(shown), len(ROWS))] == [arm.name for arm in comparison.arms(config(tmp_path))]
     assert len(shown) == 6 * len(ROWS)
@@ -220,8 +304,8 @@ def test_nothing_usable_fails(tmp_path):
 # -- real models --------------------------------------------------------------------------------------------------------
 
 
-def test_every_arm_is_what_its_name_says(tmp_path, tiny_pair, capfd):
-    """With tiny models, through the command: one engine for all arms, told by their records."""
+def test_records_of_real_models_match_each_arm(tmp_path, tiny_pair, capfd):
+    """Run the command with tiny models and check the records of every arm."""
     settings = config(tmp_path)
     kwargs = json.dumps(tiny_engine_kwargs(async_scheduling=False))
     flags = ["--teacher_model_name_or_path", tiny_pair[0], "--model_name_or_path", tiny_pair[1], "--engine_kwargs", kwargs]

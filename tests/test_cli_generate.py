@@ -1,25 +1,17 @@
-"""`osd generate`: what is read, what is drawn, what is written, and what a kill can take away (nothing).
+"""`osd generate`: settings, prompts, samples, filters, the command and real models.
 
-Most tests use a pair without models (tests/fake_pair.py), whose draws depend on the seed and the prompts alone; the last
-ones start the command with real tiny models.
+Most tests use a pair without models (tests/fake_pair.py), whose draws depend on the seed and the prompts alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import datasets
-import pandas as pd
 import pytest
 import yaml
 
@@ -27,215 +19,27 @@ from osd import cli
 from osd.core import RECORD_FIELDS
 from osd.data import generate as running
 from osd.data import grading, writer
-from osd.data.generate import NothingUsable, generate
+from osd.data.generate import generate
 from osd.data.parse import parse
 from osd.data.requests import sample_seed
 from osd.data.samples import SCHEMA
 from osd.data.settings import GenerateConfig
 from tests.fake_pair import FakePair
-from tests.tiny import tiny_engine_kwargs, tiny_model
-
-ROOT = Path(__file__).parent.parent
-ROWS = [{"question": f"w{i} w{i + 1}", "answer": f"w{i % 7 + 20}"} for i in range(7, 30)]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def config(tmp_path, **given):
-    settings = dict(
-        model_name_or_path="student",
-        teacher_model_name_or_path="teacher",
-        prompt_column="question",
-        privileged_template="{prompt} {answer}",
-        max_completion_length=6,
-        num_samples=2,
-        shard_size=5,
-        batch_size=3,
-        output=str(tmp_path / "out"),
-    )
-    if "input" not in given:
-        given["input"] = str(write_rows(tmp_path / "in.jsonl", ROWS))
-    return GenerateConfig(**{**settings, **given})
-
-
-def read_output(folder):
-    files = sorted(Path(folder).glob("data-*"))
-    frames = [pd.read_parquet(f) if f.suffix == ".parquet" else pd.read_json(f, lines=True, dtype=False) for f in files]
-    return [row for frame in frames for row in frame.to_dict("records")]
-
-
-def keys(samples):
-    return [(sample["id"], sample["sample"]) for sample in samples]
-
-
-def content(samples):
-    """What was drawn, by id and sample."""
-    return {(s["id"], s["sample"]): (s["seed"], list(s["token_ids"]), s["teacher_prompt"]) for s in samples}
-
-
-def rejected(folder):
-    return [json.loads(line) for line in (Path(folder) / "rejected.jsonl").read_text().splitlines()]
-
-
-# -- input --------------------------------------------------------------------------------------------------------------
-
-
-def write_as(kind, tmp_path):
-    path = tmp_path / f"rows.{kind}"
-    if kind == "jsonl":
-        return write_rows(path, ROWS)
-    if kind == "json":
-        path.write_text(json.dumps(ROWS))
-    elif kind == "csv":
-        pd.DataFrame(ROWS).to_csv(path, index=False)
-    elif kind == "parquet":
-        pd.DataFrame(ROWS).to_parquet(path)
-    elif kind == "saved":
-        datasets.Dataset.from_list(ROWS).save_to_disk(path)
-    elif kind == "splits":
-        datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(path)
-    elif kind == "folder":
-        path.mkdir()
-        write_rows(path / "train.jsonl", ROWS)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved", "splits", "folder"])
-def test_every_format_gives_the_same_data(tmp_path, kind):
-    expected = config(tmp_path, output=str(tmp_path / "expected"))
-    generate(expected, FakePair)
-    settings = config(tmp_path, input=str(write_as(kind, tmp_path)))
-    counts = generate(settings, FakePair)
-    assert (counts.kept, counts.rejected) == (2 * len(ROWS), 0)
-    assert content(read_output(settings.output)) == content(read_output(expected.output))
-
-
-def test_bad_rows_are_rejected_with_the_reason_and_the_run_goes_on(tmp_path):
-    lines = [json.dumps(row) for row in ROWS[:4]]
-    lines[1:1] = ["{not json", "[1, 2]", json.dumps({"question": "w7"}), json.dumps({"question": "", "answer": "w8"})]
-    lines.append(json.dumps({"question": "w9 " * 50, "answer": "w9"}))
-    path = tmp_path / "in.jsonl"
-    path.write_text("\n".join(lines))
-    settings = config(tmp_path, input=str(path), num_samples=1)
-    failing = generate_id(ROWS[0])
-    counts = generate(settings, lambda settings: FakePair(settings, fails=(failing,)))
-    found = {entry["row"]: entry["reason"] for entry in rejected(settings.output)}
-    for row, reason in [
-        (0, "NaN in the student's logits"),
-        (1, "it is not JSON"),
-        (2, "not an object with columns: [1, 2]"),
-        (3, "needs 'answer'"),
-        (4, "the prompt is empty"),
-        (8, "the prompt has 51 tokens"),
-    ]:
-        assert reason in found.pop(row)
-    assert found == {}
-    assert (counts.rejected, counts.drawn, counts.kept) == (6, 3, 3)
-    assert len(read_output(settings.output)) == 3
-
-
-def test_what_no_tokenizer_chat_template_or_file_takes_is_rejected_and_the_run_goes_on(tmp_path):
-    """Each of these once ended the run in a traceback, at the same row again when it was resumed."""
-    chat = tmp_path / "chat.jinja"
-    chat.write_text(
-        "{% for m in messages %}{% if m['content'].startswith('w8') %}{{ raise_exception('no w8 here') }}{% endif %}"
-        "{{ m['content'] }}{% endfor %}"
-    )
-    lines = ['{"question": "w7 \\ud800", "answer": "w8"}', '{"question": "w7", "answer": "w8", "other": "\\ud800"}']
-    lines += ['{"question": "w8", "answer": "w8"}', '{"question": "w9", "answer": "w8"}', '{"question": "w9", "answer": NaN}']
-    path = tmp_path / "in.jsonl"
-    path.write_text("\n".join(lines))
-    given = {"enable_chat_template": True, "student_chat_template": str(chat), "num_samples": 1}
-    settings = config(tmp_path, input=str(path), **given)
-    assert generate(settings, FakePair).kept == 1
-    reasons = [entry["reason"] for entry in rejected(settings.output)]
-    for reason, words in zip(
-        reasons, ("half of a surrogate", "half of a surrogate", "no w8 here", "needs 'answer'"), strict=True
-    ):
-        assert words in reason
-
-
-def test_a_reference_that_says_nothing_is_rejected_where_a_filter_needs_it(tmp_path):
-    rows = [{"question": "w7", "answer": answer} for answer in ("####", " ", r"\boxed{}", "w8")]
-    path = str(write_rows(tmp_path / "x.jsonl", rows))
-    settings = config(tmp_path, input=path, answer_column="answer", filter_answer="contains", num_samples=1)
-    counts = generate(settings, FakePair)
-    assert (counts.rejected, counts.drawn) == (3, 1)
-    assert {entry["reason"] for entry in rejected(settings.output)} == {
-        "it has no 'answer' (answer_column), which filter_answer needs"
-    }
-
-
-def test_long_fields_of_a_csv_are_read(tmp_path):
-    path = tmp_path / "in.csv"
-    path.write_text(f"question,answer\nw7,{'w8 ' * 50_000}\n")
-    settings = config(tmp_path, input=str(path), privileged_template=None, num_samples=1)
-    assert generate(settings, FakePair).kept == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.csv", "question\nw7 é\n".encode("latin-1"), "is not CSV in UTF-8"),
-        ("x.csv", b"question,question\nw7,w8\n", "has several columns named 'question'"),
-        ("x.parquet", b"PAR1", "is not a whole Parquet file"),
-        ("x.json", b'{"question": "w7"}', "is not a list of objects"),
-        ("x.jsonl", b"\n", "has no rows"),
-    ],
+from tests.generate_run import (
+    ROOT,
+    ROWS,
+    SIZES,
+    config,
+    content,
+    finish,
+    flags,
+    keys,
+    kill_until_done,
+    launch,
+    read_output,
+    write_rows,
 )
-def test_input_that_cannot_be_read_is_named(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"input='.*{name}' {message}"):
-        generate(config(tmp_path, input=str(path)), FakePair)
-
-
-def generate_id(row):
-    from osd.data.reader import _digest
-
-    return _digest(row)[:16]
-
-
-def test_csv_lines_of_another_width_are_rejected(tmp_path):
-    path = tmp_path / "in.csv"
-    path.write_text("question,answer\nw7,w8\nw9\nw10,w11,w12\n")
-    settings = config(tmp_path, input=str(path), num_samples=1)
-    assert generate(settings, FakePair).kept == 1
-    assert [entry["reason"][:18] for entry in rejected(settings.output)] == ["it has fewer field", "it has more fields"]
-
-
-def test_a_second_row_of_the_same_id_is_rejected(tmp_path):
-    rows = [{"question": "w7", "answer": "w8", "name": name} for name in ("a", "b", "a")]
-    settings = config(tmp_path, input=str(write_rows(tmp_path / "x.jsonl", rows)), id_column="name", num_samples=1)
-    assert generate(settings, FakePair).kept == 2
-    [entry] = rejected(settings.output)
-    assert (entry["row"], entry["id"]) == (2, "a-2")
-    assert "ids must differ" in entry["reason"]
-
-
-def test_repeated_rows_without_ids_are_different_samples(tmp_path):
-    settings = config(tmp_path, input=str(write_rows(tmp_path / "x.jsonl", ROWS[:1] * 3)), num_samples=1)
-    generate(settings, FakePair)
-    samples = read_output(settings.output)
-    assert len({s["id"] for s in samples}) == len({s["seed"] for s in samples}) == 3
-
-
-@pytest.mark.parametrize("lines", ["{no\n{json\n", '{"question": ""}\n{"question": "", "answer": "w8"}\n'])
-def test_a_run_with_every_row_bad_fails(tmp_path, lines):
-    path = tmp_path / "in.jsonl"
-    path.write_text(lines)
-    settings = config(tmp_path, input=str(path), num_samples=1)
-    FakePair.started = 0
-    with pytest.raises(NothingUsable, match="all 2 rows were rejected"):
-        generate(settings, FakePair)
-    assert FakePair.started == 0
-    assert len(rejected(settings.output)) == 2
-    with pytest.raises(NothingUsable):  # and it does not come right by asking again
-        generate(dataclasses.replace(settings, resume=True), FakePair)
-
+from tests.tiny import tiny_engine_kwargs, tiny_model
 
 # -- what is refused before a model loads -------------------------------------------------------------------------------
 
@@ -256,7 +60,7 @@ def test_a_run_with_every_row_bad_fails(tmp_path, lines):
         ({"output": f"{__file__}/out"}, "cannot be a folder"),
     ],
 )
-def test_what_does_not_fit_the_input_is_refused(tmp_path, given, message):
+def test_settings_that_do_not_fit_the_input_are_refused(tmp_path, given, message):
     def no_pair(settings):
         raise AssertionError("the models were started")
 
@@ -282,9 +86,9 @@ def test_what_does_not_fit_the_input_is_refused(tmp_path, given, message):
         ({"output": None}, "output is not set"),
         ({"model_name_or_path": None}, "model_name_or_path is not set"),
         ({"engine_kwargs": "dtype"}, "engine_kwargs='dtype' is not a mapping"),
-        ({"temperature": float("nan")}, "temperature=nan is no temperature"),
+        ({"temperature": float("nan")}, "temperature=nan must be 0 \\(greedy\\) or"),
         ({"seed": -1}, "seed=-1 is not a whole number from 0 to 4294967295"),
-        ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization=1.5 is no share"),
+        ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization=1.5 must be a share"),
         ({"vllm_max_model_length": 6}, "max_completion_length=6 leaves no room for a prompt in vllm_max_model_length=6"),
         ({"engine_kwargs": {"max_model_len": 6}}, "leaves no room for a prompt"),
         ({"privileged_template": None, "teacher_templates": []}, r"teacher_templates=\[\] has no template"),
@@ -304,7 +108,7 @@ def test_bad_settings_are_refused(tmp_path, given, message):
 # -- prompts ------------------------------------------------------------------------------------------------------------
 
 
-def test_each_side_reads_its_own_template_and_columns_have_further_names(tmp_path):
+def test_each_side_has_its_own_template_and_columns_have_aliases(tmp_path):
     settings = config(
         tmp_path,
         columns={"problem": "question"},
@@ -371,7 +175,7 @@ def test_another_seed_gives_other_samples_and_every_sample_has_its_own(tmp_path)
 # -- output -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_says_everything_that_was_known(tmp_path):
+def test_a_sample_has_every_column_of_the_schema(tmp_path):
     settings = config(tmp_path, answer_column="answer", alpha_max=0.8)
     generate(settings, FakePair)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -390,7 +194,7 @@ def test_a_sample_says_everything_that_was_known(tmp_path):
         assert (sample["teacher_model"], sample["student_model"], sample["weights_version"]) == ("teacher", "student", 0)
 
 
-def test_jsonl_holds_the_same_as_parquet(tmp_path):
+def test_jsonl_and_parquet_hold_the_same_samples(tmp_path):
     both = [config(tmp_path, output=str(tmp_path / kind), format=kind) for kind in ("parquet", "jsonl")]
     for settings in both:
         generate(settings, FakePair)
@@ -404,7 +208,7 @@ def test_json_has_no_infinities():
     assert line == {"logq": [-0.5, None, None]}
 
 
-def test_the_hash_is_of_what_makes_the_data(tmp_path):
+def test_the_config_hash_changes_with_settings_that_change_the_data(tmp_path):
     def hash_of(**given):
         settings = config(tmp_path, **given)
         return running.describe(settings, running.read_rows(settings, limit=None), 1)["config_hash"]
@@ -475,7 +279,7 @@ def test_answers(completion, answer, contained, matched):
     assert grading.matches(completion, answer) == matched
 
 
-def test_the_progress_bar_says_what_became_of_the_samples_and_how_long_it_takes(tmp_path, capsys):
+def test_the_progress_bar_shows_counts_and_times(tmp_path, capsys):
     rows = [*ROWS[:10], {"question": "", "answer": "w8"}]
     path = str(write_rows(tmp_path / "x.jsonl", rows))
     settings = config(tmp_path, input=path, filter_min_tokens=3)
@@ -492,233 +296,12 @@ def test_the_progress_bar_says_what_became_of_the_samples_and_how_long_it_takes(
     assert removed
 
 
-# -- kills and resuming -------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
-
-
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_kill_at_every_step_of_writing_loses_at_most_a_shard(tmp_path, monkeypatch, kind):
-    """Stop before each system call that completes a file, resume, and compare with an undisturbed run."""
-    rows = [*ROWS[:2], {"question": "", "answer": "w8"}, *ROWS[2:4]]
-    path = str(write_rows(tmp_path / "x.jsonl", rows))
-    undisturbed = config(tmp_path, input=path, output=str(tmp_path / "undisturbed"), format=kind, shard_size=4)
-    generate(undisturbed, FakePair)
-    expected = keys(read_output(undisturbed.output)), rejected(undisturbed.output)
-    calls = []
-
-    def counted(name):
-        real = getattr(os, name)
-
-        def call(*args, **kwargs):
-            calls.append(name)
-            if len(calls) == kill_at:
-                raise Killed
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in ("replace", "fsync", "truncate"):
-        monkeypatch.setattr(writer.os, name, counted(name))
-    kill_at = 10**9
-    generate(config(tmp_path, input=path, format=kind, shard_size=4), FakePair)
-    steps = len(calls)
-    assert steps > 20
-    for kill_at in range(1, steps + 1):
-        shutil.rmtree(tmp_path / "out")
-        calls.clear()
-        settings = config(tmp_path, input=path, format=kind, shard_size=4)
-        with pytest.raises(Killed):
-            generate(settings, FakePair)
-        before = keys(read_output(settings.output)) if (tmp_path / "out").exists() else []
-        assert before == expected[0][: len(before)]  # only whole shards are ever visible
-        kill_at = 10**9
-        counts = generate(dataclasses.replace(settings, resume=True), FakePair)
-        assert (keys(read_output(settings.output)), rejected(settings.output)) == expected
-        assert (counts.kept, counts.rejected) == (len(expected[0]), len(expected[1]))
-        assert not list((tmp_path / "out").rglob("*.part"))
-
-
-def launch(*argv, module="tests.fake_pair", **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-m", module, *map(str, argv)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process, timeout=300):
-    out, _ = process.communicate(timeout=timeout)
-    return process.returncode, out
-
-
-def flags(settings, *names):
-    """The command line of some settings."""
-    argv = []
-    for name in ("model_name_or_path", "teacher_model_name_or_path", "prompt_column", "privileged_template", "input", *names):
-        argv += [f"--{name}", str(getattr(settings, name))]
-    return argv
-
-
-SIZES = ("max_completion_length", "num_samples", "shard_size", "batch_size", "output")
-
-
-def kill_until_done(argv, moments, folder, **environment):
-    """Run, kill at a random moment after the first shard, resume, ... and at last let it finish; returns its output."""
-    for moment in moments:
-        done = len(list(Path(folder).glob("data-*")))
-        process = launch(*argv, "--resume", **environment)
-        while len(list(Path(folder).glob("data-*"))) == done and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    status, out = finish(launch(*argv, "--resume", **environment))
-    assert status == 0, out
-    return out
-
-
-def test_sigkill_at_random_moments(tmp_path):
-    settings = config(tmp_path, num_samples=12, shard_size=4, batch_size=2)
-    expected = config(tmp_path, num_samples=12, shard_size=4, batch_size=2, output=str(tmp_path / "expected"))
-    generate(expected, FakePair)
-    moments = [random.Random(7).uniform(0, 0.15) for _ in range(3)]
-    argv = ["generate", *flags(settings, *SIZES)]
-    kill_until_done(argv, moments, settings.output, FAKE_SECONDS="0.005")
-    samples = read_output(settings.output)
-    assert keys(samples) == keys(read_output(expected.output))
-    assert content(samples) == content(read_output(expected.output))
-
-
-def begun(tmp_path):
-    """A run that was killed after its second shard."""
-
-    class Dying(FakePair):
-        def sample(self, requests, *args, **kwargs):
-            if len(self.sizes) == 4:
-                raise Killed
-            return super().sample(requests, *args, **kwargs)
-
-    settings = config(tmp_path)
-    with pytest.raises(Killed):
-        generate(settings, Dying)
-    assert len(read_output(settings.output)) == 10
-    return settings
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"seed": 1}, "made with seed=42, and this run has seed=1"),
-        ({"shard_size": 6}, "made with shard_size=5, and this run has shard_size=6"),
-        ({"temperature": 0.5}, "made with temperature=1.0, and this run has temperature=0.5"),
-        ({"engine_kwargs": {"dtype": "float32"}}, "made with engine_kwargs=None, and this run has engine_kwargs={'dtype'"),
-        ({"shard": "0/2"}, "made with processes=1, and this run has processes=2"),
-        ({"teacher_model_name_or_path": "other"}, "made with teacher_model_name_or_path='teacher'"),
-    ],
-)
-def test_resuming_with_another_setting_is_refused_by_name(tmp_path, given, message):
-    settings = begun(tmp_path)
-    FakePair.started = 0
-    with pytest.raises(ValueError, match=message):
-        generate(dataclasses.replace(settings, resume=True, **given), FakePair)
-    assert FakePair.started == 0
-    assert len(read_output(settings.output)) == 10
-
-
-def test_resuming_with_other_rows_is_refused(tmp_path):
-    settings = begun(tmp_path)
-    write_rows(tmp_path / "in.jsonl", ROWS[1:])
-    with pytest.raises(ValueError, match="made with input rows="):
-        generate(dataclasses.replace(settings, resume=True), FakePair)
-
-
-def test_resuming_may_change_what_does_not_change_the_data(tmp_path):
-    settings = begun(tmp_path)
-    moved = shutil.copy(tmp_path / "in.jsonl", tmp_path / "moved.jsonl")
-    resumed = dataclasses.replace(settings, resume=True, batch_size=50, vllm_gpu_memory_utilization=0.3, input=str(moved))
-    assert generate(resumed, FakePair).kept == 2 * len(ROWS)
-
-
-def test_a_run_is_not_overwritten_without_resume(tmp_path):
-    settings = begun(tmp_path)
-    with pytest.raises(ValueError, match="add --resume"):
-        generate(settings, FakePair)
-
-
-def test_a_run_that_never_wrote_a_shard_may_be_corrected(tmp_path):
-    class Refusing(FakePair):
-        def sample(self, *args, **kwargs):
-            raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        generate(config(tmp_path), Refusing)
-    assert generate(config(tmp_path, engine_kwargs={"max_model_len": 64}), FakePair).kept == 2 * len(ROWS)
-
-
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    settings = config(tmp_path)
-    first = generate(settings, FakePair)
-    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    FakePair.started = 0
-    assert generate(dataclasses.replace(settings, resume=True), FakePair) == first
-    assert FakePair.started == 0
-    assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-
-
-# -- several processes --------------------------------------------------------------------------------------------------
-
-
-def test_processes_share_the_work_and_their_outputs_merge(tmp_path):
-    rows = [*ROWS[:9], {"question": "", "answer": "w8"}, *ROWS[9:]]
-    path = str(write_rows(tmp_path / "x.jsonl", rows))
-    alone = config(tmp_path, input=path, output=str(tmp_path / "alone"))
-    counts = generate(alone, FakePair)
-    shared = config(tmp_path, input=path)
-    parts = [generate(dataclasses.replace(shared, shard=f"{i}/3"), FakePair) for i in (2, 0, 1)]
-    assert all(part.kept for part in parts)
-    merged = read_output(shared.output)
-    assert len(merged) == len(set(keys(merged))) == counts.kept
-    assert content(merged) == content(read_output(alone.output))
-    assert rejected(shared.output) == rejected(alone.output)
-    summaries = [json.loads((Path(folder) / "summary.json").read_text()) for folder in (alone.output, shared.output)]
-    for name, value in summaries[0].items():
-        assert summaries[1][name] == (value if name == "removed" else pytest.approx(value, rel=1e-9))
-
-
-def test_the_launchers_place_and_gpus(monkeypatch):
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "x"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert running.process_place(gpus_each=2) == (3, 4)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7"
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} & set(os.environ)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert running.process_place() == (0, 1)
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ
-
-
-def test_launched_processes_share_the_work(tmp_path):
-    """Two processes of torchrun, which is what `accelerate launch` starts on several GPUs."""
-    settings = config(tmp_path)
-    argv = ["--nproc_per_node", "2", "-m", "tests.fake_pair", "generate", *flags(settings, *SIZES)]
-    status, out = finish(launch(*argv, module="torch.distributed.run"))
-    assert status == 0, out
-    samples = read_output(settings.output)
-    assert len(samples) == len(set(keys(samples))) == 2 * len(ROWS)
-    assert {path.name[5:19] for path in (tmp_path / "out").glob("data-*")} == {"00000-of-00002", "00001-of-00002"}
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["kept"] == 2 * len(ROWS)
-
-
 # -- the command --------------------------------------------------------------------------------------------------------
 
 
-def test_help_is_quick_and_imports_no_torch():
+def test_help_imports_no_torch():
     code = "import sys, osd.cli; osd.cli.main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert time.perf_counter() - start < 5
     for word in ("generate", "inspect", "compare"):
         assert word in done.stdout
     assert not {"torch", "vllm", "transformers", "trl"} & set(done.stderr.split())
@@ -730,7 +313,7 @@ def test_help_of_a_command_lists_every_setting_and_imports_no_torch(command):
         "import sys, osd.cli\ntry: osd.cli.main(sys.argv[1:])\n"
         "except SystemExit as e: print(e.code, *sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, command, "--help-all"], cwd=ROOT, capture_output=True, text=True)
     settings_class = GenerateConfig if command == "generate" else cli_compare_config()
     for field in dataclasses.fields(settings_class):
         assert f"--{field.name} " in done.stdout
@@ -784,7 +367,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_only_the_shard(tmp_path, monkeyp
     assert generate(dataclasses.replace(settings, resume=True), FakePair).kept == 2 * len(ROWS)
 
 
-def test_every_row_bad_ends_with_status_1(tmp_path):
+def test_a_run_without_usable_rows_ends_with_status_1(tmp_path):
     settings = config(tmp_path, input=str(write_rows(tmp_path / "x.jsonl", [{"question": "", "answer": "w8"}])))
     status, out = finish(launch("generate", *flags(settings, "output")))
     assert status == 1
@@ -825,7 +408,7 @@ def real(tmp_path, tiny_pair):
     return settings, path
 
 
-def test_real_models_draw_the_same_whatever_the_batch(tmp_path, real):
+def test_real_models_draw_the_same_in_batches_of_any_size(tmp_path, real):
     from osd.data.pair import EnginePair
 
     settings, _ = real
@@ -855,7 +438,7 @@ def test_models_with_different_tokenizers_are_refused_and_nothing_is_written(tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_an_engine_that_does_not_start_is_no_fault_of_the_rows(tmp_path, real, monkeypatch):
+def test_a_failed_engine_start_rejects_no_rows(tmp_path, real, monkeypatch):
     from osd.data.pair import EnginePair
     from osd.engine import engine
 

@@ -1,4 +1,4 @@
-"""`osd inspect`: the page's numbers against the data, its bounded size, and that a browser runs it."""
+"""`osd inspect`: the numbers of the page against the data, its bounded size, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_most_extreme_tokens_are_found(tmp_path):
     assert "".join(tokens).startswith(extreme.before + extreme.token) or extreme.place > statistics.CONTEXT
 
 
-def test_jsonl_gives_the_same_page_as_parquet_and_survives_zero_probabilities(tmp_path):
+def test_jsonl_and_parquet_with_zero_probabilities_give_the_same_page(tmp_path):
     rows = samples(20)
     rows[3]["logp_theta"][0] = -math.inf
     rows[3]["kl_theta"][0] = math.inf
@@ -145,7 +145,7 @@ def test_no_markup_of_a_completion_reaches_the_page(tmp_path):
     )
 
 
-def test_the_page_is_bounded_whatever_the_data(tmp_path):
+def test_the_size_of_the_page_is_bounded(tmp_path):
     """Ten times the data makes no larger page; long completions and prompts are cut."""
     sizes = []
     for count in (250, 2500):
@@ -160,7 +160,7 @@ def test_the_page_is_bounded_whatever_the_data(tmp_path):
     assert "long ones are cut after 2000 tokens" in page.read_text()
 
 
-def test_ticks_say_what_they_mark_and_one_tall_bar_does_not_flatten_the_rest(tmp_path):
+def test_tick_labels_and_the_cut_of_a_tall_bar(tmp_path):
     from matplotlib import pyplot as plt
 
     axes = plt.figure().subplots()
@@ -173,7 +173,7 @@ def test_ticks_say_what_they_mark_and_one_tall_bar_does_not_flatten_the_rest(tmp
     assert axes.texts[0].get_text() == "90 % ↑"
 
 
-def test_the_page_of_a_run_says_what_became_of_its_samples(tmp_path):
+def test_the_page_of_a_run_shows_its_counts(tmp_path):
     save(tmp_path / "data-00000-of-00001-000000.parquet", samples(5))
     counts = {"drawn": 1209, "kept": 5, "rejected": 2, "removed": {"filter_answer": 1204}}
     (tmp_path / "summary.json").write_text(json.dumps(counts))
@@ -206,7 +206,7 @@ def test_completions_are_drawn_evenly(tmp_path):
         ("x.parquet", b"not parquet", "is not a Parquet file"),
         ("x.jsonl", b'{"id": 1}\n', "completion 0: it has no 'tokens'"),
         ("x.jsonl", b'\n{"id": 1, "tok', "line 2 is not JSON"),
-        ("x.jsonl", b"[1]\n", "it is no mapping"),
+        ("x.jsonl", b"[1]\n", "it is not a mapping"),
         ("x.jsonl", b'{"id": 1, "tokens": ["a"], "alpha": []}\n', "it has 1 tokens and 0 entries in 'alpha'"),
         ("x.txt", b"hello", "is neither .parquet nor .jsonl"),
         ("folder/readme", b"hello", "has no data"),
@@ -222,7 +222,7 @@ def test_other_files_are_refused(tmp_path, name, content, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_command_says_where_the_page_is(tmp_path, capsys):
+def test_the_command_prints_the_path_of_the_page(tmp_path, capsys):
     save(tmp_path / "data-00000-of-00001-000000.parquet", samples(5))
     cli.main(["inspect", str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "inspect.html")
@@ -242,3 +242,15 @@ def test_a_browser_renders_the_completions_a_few_at_a_time(tmp_path):
     assert 20 <= len(cards) < 120
     assert re.search(r'class="tok"[^>]*style="background: rgb', done.stdout)
     assert "<script>alert" not in done.stdout
+
+
+def test_the_page_marks_right_answers_by_the_runs_answer_match(tmp_path):
+    rows = [row | {"completion": "The answer is: 408", "answer": "408" if i else "409"} for i, row in enumerate(samples(8))]
+    save(tmp_path / "data-00000-of-00001-000000.parquet", rows)
+    page = inspect(tmp_path)
+    assert [sample["ok"] for sample in page_data(page)["samples"]] == [False, *[True] * 7]
+    assert "right (7 of 8; 95 %: 52.9% to 97.8%)" in page.read_text()
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"answer_match": "exact"}}))
+    assert not any(sample["ok"] for sample in page_data(inspect(tmp_path))["samples"])
+    assert page_data(inspect(tmp_path, answer_match="math"))["samples"][1]["ok"]
+    assert "95 %: 0.0% to 32.4%" in inspect(tmp_path).read_text()

@@ -17,7 +17,8 @@ from osd.data.parse import parse as parse_data
 from osd.data.settings import CompareConfig, GenerateConfig
 from trainers import OSDConfig
 from trainers._compat import check_trl
-from trainers.train_osd import DataArguments, load_data, parse, training_keys
+from trainers.data import DataArguments, load_data
+from trainers.train_osd import parse, training_keys
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
 CPU = ["--use_cpu", "true", "--bf16", "false"]
@@ -74,7 +75,7 @@ def test_the_commands_of_the_usage_page_parse(tmp_path, monkeypatch):
             settings = parse_data(settings_class, argv, training_keys=set)
             assert settings.teacher_template_list()[1].startswith("{prompt}")
     for key in re.findall(r"`--(\w+)", text):
-        assert key in data_keys() | {"input", "num_processes", "help"}, key
+        assert key in data_keys() | {"input", "num_processes", "help", "config"}, key
 
 
 def test_each_command_reads_its_own_keys(tmp_path):
@@ -151,7 +152,7 @@ def test_an_unknown_flag_is_refused():
 
 
 def test_the_model_and_the_data_must_be_named(tmp_path):
-    with pytest.raises(ValueError, match="dataset_name and model_name_or_path must be set"):
+    with pytest.raises(ValueError, match=r"dataset_name \(or datasets\) and model_name_or_path must be set"):
         parse(["--output_dir", str(tmp_path), *CPU])
 
 
@@ -231,8 +232,8 @@ def test_a_weight_without_effect_warns(tmp_path):
         ({"alpha_max_end": 0.0}, "alpha_max_end=0.0 has no effect without alpha_schedule"),
         ({"privilege_gap_tokens": 8}, "privilege_gap_tokens=8 has no effect without privilege_gap_steps"),
         ({"num_iterations": 2, "save_strategy": "no"}, "num_iterations=2 without importance_correction trains on samples of"),
-        ({"importance_correction": "prefix", "top_p": 0.9}, "with top_p=0.9: what top_p never samples"),
-        ({"importance_correction": "prefix", "generation_kwargs": {"top_k": 5}}, "with top_k=5: what top_k never samples"),
+        ({"importance_correction": "prefix", "top_p": 0.9}, "with top_p=0.9: tokens that top_p excludes get no weight"),
+        ({"importance_correction": "prefix", "generation_kwargs": {"top_k": 5}}, "top_k=5: tokens that top_k excludes get"),
     ],
 )
 def test_what_has_no_effect_or_stays_biased_warns(tmp_path, given, message):
@@ -301,7 +302,7 @@ def test_a_local_file_and_another_prompt_column(tmp_path):
     [
         ({"dataset_name": "absent.jsonl"}, False, "'absent.jsonl' does not exist"),
         ({"prompt_column": "nothing"}, False, "prompt_column='nothing' cannot be renamed"),
-        ({}, True, r"no split \['test'\]"),
+        ({}, True, "no evaluation set: set dataset_test_name or test_split_size"),
     ],
 )
 def test_data_that_is_not_there_is_refused(tmp_path, given, evaluate, message):

@@ -215,8 +215,8 @@ def tiny_world(tiny_pair, tmp_path, monkeypatch, engines):
     (tmp_path / "configs").mkdir()
     for path in (ROOT / "configs").glob("*.yaml"):
         (tmp_path / "configs" / path.name).write_text(substituted(path.read_text()))
-    if (ROOT / "configs" / "accelerate").is_dir():
-        (tmp_path / "configs" / "accelerate").symlink_to(ROOT / "configs" / "accelerate")
+    (tmp_path / "configs" / "accelerate").symlink_to(ROOT / "configs" / "accelerate")
+    monkeypatch.setattr("osd.data.configs.ROOT", tmp_path / "configs")
     return substituted
 
 
@@ -296,11 +296,24 @@ class Runner:
 def run_osd(arguments: list[str]) -> None:
     from osd.cli import main
 
+    if arguments[0] == "train":
+        return run_train(arguments[1:])
     try:
         main(cut(arguments))
     except SystemExit as end:
         if end.code:
             raise AssertionError(f"osd {arguments}: {end.code}") from end
+
+
+def run_train(arguments: list[str]) -> None:
+    """Train in this process. tests/test_commands.py checks what `osd train` launches."""
+    from osd.data.configs import find
+    from osd.launch import _split
+
+    launch, rest = _split(arguments)
+    if "accelerate_config" in launch:
+        find(launch.accelerate_config, folder="accelerate")
+    run_accelerate(["launch", "trainers/train_osd.py", *rest])
 
 
 def cut(arguments: list[str]) -> list[str]:

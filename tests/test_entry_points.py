@@ -63,9 +63,10 @@ def launch(*arguments):
     return run("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "trainers/train_osd.py", *arguments)
 
 
-def test_accelerate_launch_trains_evaluates_and_saves(config, tmp_path, tiny_pair):
-    status, out, err = launch("--config", config, "--learning_rate", "1e-2")
+def test_osd_train_launches_trains_evaluates_and_saves(config, tmp_path, tiny_pair):
+    status, out, err = run("-m", "osd", "train", "--config", config, "--learning_rate", "1e-2")
     assert status == 0, out + err
+    assert f"trained model in {tmp_path / 'out'}; next: " in out
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert [entry["engine/weights_version"] for entry in state["log_history"] if "engine/weights_version" in entry] == [1, 2]
     assert [entry["eval_alpha/max"] for entry in state["log_history"] if "eval_alpha/max" in entry] == [0]

@@ -12,21 +12,27 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each may import what stands before it, and itself.
 LAYERS = [
+    "osd.terminal",
     "osd.core",
     "osd.log_partition",
     "osd.alpha",
     "osd.mixing",
     "osd.kernels",
+    "osd.sampling_args",
+    "osd.prompt_checks",
     "osd.prompts",
     "osd.engine",
     "osd.adapters",
     "osd.sync_check",
     "osd.weight_sync",
     "osd.generation",
+    "osd.output",
     "osd.sampler",
     "osd.report",
     "osd.data",
     "trainers",
+    "osd.environment",
+    "osd.launch",
     "osd.cli",
     "osd.__main__",
 ]
@@ -71,3 +77,10 @@ def test_both_import_paths_give_the_same_class():
     from osd import OptimalSamplingV1
 
     assert older is OptimalSamplingV1
+
+
+def test_every_exported_name_is_there():
+    import osd
+
+    assert set(osd.__all__) == set(osd._HOME)
+    assert all(getattr(osd, name).__name__ == name for name in osd.__all__)

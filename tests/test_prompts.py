@@ -58,7 +58,7 @@ def test_an_empty_prompt_is_refused(prompt):
 
 
 @pytest.mark.parametrize("prompt", [7, ["w7"], [{"role": "user"}]])
-def test_what_is_not_a_prompt_is_refused(prompt):
+def test_other_types_are_refused(prompt):
     with pytest.raises(ValueError, match="a prompt is text or a list of messages"):
         for_side(prompt)
 
@@ -68,13 +68,13 @@ def test_images_in_messages_are_refused():
         for_side([{"role": "user", "content": [{"type": "image"}]}])
 
 
-def test_encode_is_what_trl_does(tokenizer):
+def test_encode_equals_trls_tokenization(tokenizer):
     assert encode(tokenizer, "w7 w8") == tokenizer(text=["w7 w8"])["input_ids"][0] == [7, 8]
     rendered = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert encode(tokenizer, CHAT) == rendered["input_ids"] == [1, 5, 7, 8, 2, 1, 6]
 
 
-def test_encode_all_is_encode_of_each(tokenizer):
+def test_encode_all_equals_encode_of_each(tokenizer):
     prompts = ["w7 w8", CHAT, "w9", [*CHAT, {"role": "assistant", "content": "w3"}, {"role": "user", "content": "w4 w5"}]]
     assert encode_all(tokenizer, prompts) == [encode(tokenizer, prompt) for prompt in prompts]
     assert encode_all(tokenizer, []) == []
@@ -82,7 +82,7 @@ def test_encode_all_is_encode_of_each(tokenizer):
         encode_all(tokenizer, ["w7", "   "])
 
 
-def test_the_conversation_that_a_template_refuses_is_named(tokenizer):
+def test_a_refused_conversation_is_named(tokenizer):
     template = "{% if messages[0]['content'] == 'w9' %}{{ raise_exception('not nine') }}{% endif %}w3"
     with pytest.raises(ValueError, match=r"does not take this conversation \(not nine\).*w9"):
         encode_all(tokenizer, [CHAT, [{"role": "user", "content": "w9"}]], chat_template=template)

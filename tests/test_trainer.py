@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DistillationTrainer
 
+from osd.core import MixingConfig
 from tests.test_generation import disagreement, gaps_over_training
 from tests.tiny import tiny_engine_kwargs
 from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
@@ -190,7 +191,7 @@ def test_privileged_context_in_a_conversation(make, engine, monkeypatch):
 def teacher_hidden_by_transformers(teacher, trainer, output):
     """The teacher's hidden states on its own prompts, [B, T, H], by transformers."""
     hidden = torch.zeros(*output["completion_ids"].shape, teacher.config.hidden_size, device=DEVICE)
-    prompts = trainer._teacher_ids(ROWS[: len(hidden)])
+    prompts = trainer._renderer.teacher_ids(ROWS[: len(hidden)])
     for i, prompt in enumerate(prompts):
         completion = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
         with torch.no_grad():
@@ -463,7 +464,8 @@ def test_a_run_without_a_teacher_is_refused(tmp_path):
 
 
 def test_a_quantized_student_is_refused(tmp_path):
-    refused(tmp_path, "quantization_config is not supported", quantization_config=object())
+    refused(tmp_path, "quantization_config: a quantized student is not supported", quantization_config=object())
+    refused(tmp_path, r"model_init_kwargs\['load_in_4bit'\]: a quan", fields={"model_init_kwargs": {"load_in_4bit": True}})
 
 
 def test_missing_models_are_refused(tmp_path, tiny_pair):
@@ -499,13 +501,16 @@ def test_an_unknown_engine_argument_is_refused(tmp_path, tiny_pair):
 
 
 def test_a_running_engine_must_be_the_one_that_was_configured(make, tmp_path, engine, tiny_pair):
-    with pytest.raises(ValueError, match="the running engine mixes with"):
-        make(alpha_method="entropy")
     with pytest.raises(ValueError, match="the running engine's teacher is"):
         make(teacher_model_name_or_path="another")
 
 
+def test_a_running_engine_takes_the_trainers_mixing(make, engine):
+    make(alpha_method="entropy", alpha_max=0.5, max_steps=1).train()
+    assert engine.mixing == MixingConfig(alpha_method="entropy", alpha_max=0.5)
+
+
 def test_a_prompt_too_long_for_the_engine_is_refused_before_sampling(make):
-    rows = [{"prompt": " ".join(["w7"] * 300)}] * 4
-    with pytest.raises(ValueError, match="student's prompt has 300 tokens"):
-        make([{**row, "teacher_prompt": "w7"} for row in rows]).train()
+    rows = [*ROWS, {"prompt": " ".join(["w7"] * 300), "teacher_prompt": "w7"}]
+    with pytest.raises(ValueError, match=r"1 of 17 rows .* is row 16: the student's prompt has 300 tokens, .* of 256 tokens"):
+        make(rows)

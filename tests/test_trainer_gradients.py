@@ -8,8 +8,8 @@ import torch
 from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import trainers.passes as passes
 import trainers.privilege_gap as privilege_module
-import trainers.trainer as trainer_module
 from tests.test_generation import logp
 from tests.tiny import tiny_engine_kwargs
 from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
@@ -68,7 +68,7 @@ def test_the_recorded_and_the_recomputed_teacher_agree(make, fields):
     recorded, recompute = make(**fields), make(teacher_signal="recompute", **fields)
     batch, _ = sampled(recorded)
     completions = recorded.vllm_generation.last_batch.completions
-    prompts = recorded._teacher_ids(ROWS[:8])
+    prompts = recorded._renderer.teacher_ids(ROWS[:8])
     plain = [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
 
     def recomputed(teacher_prompts):
@@ -120,7 +120,7 @@ def test_the_configured_divergence_is_what_is_minimised(make, teacher, kind):
     total, tokens, clipped = 0.0, 0, 0
     for i, row in enumerate(ROWS[:8]):
         completion = batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
-        prompts = (batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(), trainer._teacher_ids([row])[0])
+        prompts = (batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(), trainer._renderer.teacher_ids([row])[0])
         with torch.no_grad():
             q, p = (
                 (model(torch.tensor([ids + completion], device=DEVICE)).logits[0, len(ids) - 1 : -1] / 0.8).softmax(-1)
@@ -274,7 +274,7 @@ def test_reused_samples_are_weighted_towards_the_student_as_it_is_now(make, monk
         return importance_weights(logp_theta_BT, logp_draw_BT, mask_BT, **kwargs)
 
     trainer = reuse(make, max_steps=4, temperature=0.8)
-    monkeypatch.setattr(trainer_module, "importance_weights", spying)
+    monkeypatch.setattr(passes, "importance_weights", spying)
     compute_loss, checks = trainer.compute_loss, []
 
     def live_logp(batch):
@@ -308,10 +308,10 @@ def test_a_student_that_did_not_move_weighs_as_it_was_recorded(make, monkeypatch
         seen.append(logp_theta_BT)
         return importance_weights(logp_theta_BT, logp_draw_BT, mask_BT, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "importance_weights", spying)
+    monkeypatch.setattr(passes, "importance_weights", spying)
     trainer = reuse(make, max_steps=2, bf16=True, learning_rate=0.0, gradient_accumulation_steps=2)
-    now, computed = trainer._logp_now, []
-    trainer._logp_now = lambda *args: (computed.append(now(*args)), computed[-1])[1]
+    now, computed = passes._logprobs, []
+    monkeypatch.setattr(passes, "_logprobs", lambda *args: (computed.append(now(*args)), computed[-1])[1])
     recorded, compute_loss = [], trainer.compute_loss
     trainer.compute_loss = lambda model, inputs, **kwargs: (
         recorded.append(inputs["logp_theta"]),
@@ -389,9 +389,8 @@ def test_a_row_can_ask_for_the_student_alone(make):
 
 
 def test_a_mix_that_is_no_truth_value_is_refused(make):
-    trainer = make([{**row, "mix": "no"} for row in ROWS])
     with pytest.raises(ValueError, match="the dataset's column 'mix' has 'no'; use true, or false"):
-        trainer.train()
+        make([*ROWS, {**ROWS[0], "mix": "no"}])
 
 
 def test_only_the_first_tokens_are_mixed(make):
@@ -413,7 +412,9 @@ def test_the_gap_is_what_the_teachers_own_prompt_is_worth(make, teacher):
     gaps = []
     for i, (row, completion) in enumerate(zip(ROWS[:8], completions, strict=True)):
         plain = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
-        with_it, without = (logp(teacher, ids, completion.token_ids) for ids in (trainer._teacher_ids([row])[0], plain))
+        with_it, without = (
+            logp(teacher, ids, completion.token_ids) for ids in (trainer._renderer.teacher_ids([row])[0], plain)
+        )
         gaps.append(with_it - without)
     gap = torch.cat(gaps)
     assert gap.abs().mean() > 0.05

@@ -1,7 +1,6 @@
-"""Every name of TRL's that OSD relies on and TRL keeps private: an upgrade fails here first, in words.
+"""Names private to TRL that OSD uses: an upgrade of TRL that changes one fails here first.
 
-When one of these fails, the sentence says what OSD does with the name; change that place, then this test, then
-`trainers/_compat.py`.
+The message of a failed assertion says how OSD uses the name. Change that place, then this test, then `trainers/_compat.py`.
 """
 
 import inspect
@@ -32,7 +31,7 @@ def source(function):
     return re.sub(r"\s+", " ", inspect.getsource(function))
 
 
-# -- trl.generation.vllm_generation: what OSDGeneration inherits and replaces --------------------------------------------
+# -- trl.generation.vllm_generation: inherited and replaced by OSDGeneration ---------------------------------------------
 
 
 def test_the_generators_constructor_takes_what_osd_gives_it():
@@ -87,13 +86,17 @@ def test_the_walk_merges_adapters_before_and_unmerges_them_after():
     )
 
 
-# -- trl.trainer.distillation_trainer: what OSDTrainer overrides ---------------------------------------------------------
+# -- trl.trainer.distillation_trainer: overridden by OSDTrainer ----------------------------------------------------------
 
 
 def test_the_overridden_methods_have_their_signatures():
     assert parameters(DistillationTrainer._generate_and_score_completions) == ["self", "inputs"]
     assert parameters(DistillationTrainer._compute_loss) == ["self", "unwrapped_student", "inputs", "num_items_in_batch"]
     assert parameters(DistillationTrainer._set_signature_columns_if_needed) == ["self"]
+    assert parameters(DistillationTrainer._tokenize_prompts) == ["self", "prompts"]
+    assert "return prompt_ids, images, multimodal_fields" in source(DistillationTrainer._tokenize_prompts)
+    assert parameters(DistillationTrainer.prediction_step)[:4] == ["self", "model", "inputs", "prediction_loss_only"]
+    assert parameters(Trainer._save) == ["self", "output_dir", "state_dict"], "OSDTrainer repairs the generation config there"
     assert parameters(DistillationTrainer.log) == ["self", "logs", "start_time"]
     assert parameters(DistillationTrainer._get_last_hidden_state)[:5] == [
         "self",

@@ -1,4 +1,4 @@
-"""A trainer of tiny models on a running engine, and what its tests look at."""
+"""A trainer of tiny models on a running engine, and helpers of its tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "teacher_prompt": f"w50 w{i} w51"}
 
 
 def build_trainer(
-    engine, student, output_dir, rows=ROWS, *, trainer_class=None, eval_dataset=None, callbacks=None, peft_config=None, **fields
+    engine,
+    student,
+    output_dir,
+    rows=ROWS,
+    *,
+    model=None,
+    processing_class=None,
+    trainer_class=None,
+    eval_dataset=None,
+    callbacks=None,
+    peft_config=None,
+    **fields,
 ):
     from trainers import OSDConfig, OSDTrainer
 
@@ -31,7 +42,8 @@ def build_trainer(
     }
     data = Dataset.from_list(rows) if isinstance(rows, list) else rows
     return (trainer_class or OSDTrainer)(
-        model=str(student),
+        model=model or str(student),
+        processing_class=processing_class,
         args=OSDConfig(**settings),
         train_dataset=data,
         eval_dataset=eval_dataset,

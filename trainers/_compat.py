@@ -1,7 +1,7 @@
-"""The one version gate for TRL, and a patch.
+"""The version gate for TRL, and a patch of torch.
 
-The trainer subclasses TRL's and relies on names that TRL keeps private. They are listed in `tests/test_trl_contract.py`, which
-fails first, in words, when TRL changes one of them.
+The trainer subclasses TRL's trainer and uses names that are private to TRL. `tests/test_trl_contract.py` lists them and fails
+with an explanation when TRL changes one of them.
 """
 
 from importlib import metadata
@@ -31,16 +31,16 @@ def check_trl() -> str:
 
 
 def restore_numbered_cpus() -> None:
-    """Let a run of several CPU processes resume.
+    """Let runs of several CPU processes resume.
 
-    Symptom: "don't know how to restore data location of UntypedStorage (tagged with cpu:0)". accelerate gives each of them
-    the device `cpu:<rank>`, to which transformers maps the optimizer's state, and torch knows only `cpu`. Versions: accelerate
-    1.15, transformers 5.17, torch 2.13. To be removed when tests/test_trl_contract.py says that torch can do it.
+    Symptom: "don't know how to restore data location of UntypedStorage (tagged with cpu:0)". Cause: accelerate gives each
+    process the device `cpu:<rank>`, transformers maps the optimizer's state to it, and torch knows only `cpu`. Versions:
+    accelerate 1.15, transformers 5.17, torch 2.13. Remove it when the test of it in tests/test_trl_contract.py fails.
     """
     import torch
 
     def restore(storage: Any, location: str) -> Any:
         return storage if location.startswith("cpu:") else None
 
-    priority = 97  # a number of our own: torch cannot sort two of the same
+    priority = 97  # unique: torch cannot sort two equal ones
     torch.serialization.register_package(priority, lambda storage: None, restore)

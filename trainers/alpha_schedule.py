@@ -1,4 +1,4 @@
-"""What changes over a run of training: α's bounds, and which completions are mixed at all."""
+"""Mixing over a run of training: a schedule of α's bounds, and rows that are sampled from the student alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHAPES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaSchedule:
-    """The mixing at every optimizer step: the bounds of α and its fixed value move from `start` to `end`.
+    """Mixing of every optimizer step: the bounds of α and its fixed value go from `start` to `end`.
 
     Attributes:
-        start, end: alike but for `alpha_min`, `alpha_max` and `fixed_alpha`.
-        shape: "constant" stays at `start`; "linear"; "cosine" is slow at both ends.
-        steps: optimizer steps until `end` is reached; None: all of the run's.
+        start, end: equal except for `alpha_min`, `alpha_max` and `fixed_alpha`.
+        shape: "constant" (no change), "linear", or "cosine" (slow at both ends).
+        steps: optimizer steps from `start` to `end`; None: all steps of the run.
     """
 
     start: MixingConfig
@@ -30,12 +30,12 @@ class AlphaSchedule:
     steps: int | None = None
 
     def at(self, step: int, max_steps: int) -> MixingConfig:
-        """The mixing for completions that are sampled before optimizer step `step` (from 0) of `max_steps`."""
+        """Return the mixing of completions sampled before optimizer step `step` (from 0) of `max_steps`."""
         if self.shape == "constant":
             return self.start
         progress = min(1.0, step / max(1, self.steps or max_steps))
         weight = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
-        # This form keeps the order of the bounds under rounding: both factors are shared and not negative.
+        # This form keeps the order of the bounds under rounding, because both factors are the same for all and not negative.
         return replace(
             self.start,
             **{
@@ -45,7 +45,7 @@ class AlphaSchedule:
         )
 
     def metrics(self, mixing: MixingConfig) -> dict[str, float]:
-        """What moves, as it is in `mixing`."""
+        """Return the scheduled values of `mixing`, by metric name."""
         if self.shape == "constant":
             return {}
         names = ("fixed_alpha",) if mixing.alpha_method == "fixed" else ("alpha_min", "alpha_max")
@@ -53,21 +53,26 @@ class AlphaSchedule:
 
 
 def unmixed(rows: Sequence[Mapping[str, Any]], mix_fraction: float, *, seed: str) -> list[float | None] | None:
-    """α of the completion of each row: 0, the student alone, where its `mix` column is false, and of the others with
-    probability 1 - `mix_fraction`; None (as configured) elsewhere.
+    """Draw α for the completion of each row: 0 (the student alone) or None (as configured).
 
-    None for all of them if every one is mixed. Depends on nothing but its arguments, so that a resumed run draws the same.
+    α is 0 where the `mix` column is false, and with probability 1 - `mix_fraction` elsewhere. Returns None if every completion
+    is mixed. Depends on its arguments alone, so that a resumed run draws the same.
 
     Raises:
         ValueError: a `mix` that is neither true nor false.
     """
     draw = random.Random(seed)
-    alphas = [None if _wants_mixing(row) and draw.random() < mix_fraction else 0.0 for row in rows]
+    alphas = [None if wants_mixing(row) and draw.random() < mix_fraction else 0.0 for row in rows]
     return None if all(alpha is None for alpha in alphas) else alphas
 
 
-def _wants_mixing(row: Mapping[str, Any]) -> bool:
-    wanted = row.get(MIX_COLUMN, True)
-    if not isinstance(wanted, bool):
+def wants_mixing(row: Mapping[str, Any]) -> bool:
+    """Return whether the completion of a row may be drawn from q*: its `mix`, or True where it has none.
+
+    Raises:
+        ValueError: a `mix` that is neither true nor false.
+    """
+    wanted = row.get(MIX_COLUMN)
+    if wanted is not None and not isinstance(wanted, bool):
         raise ValueError(f"the dataset's column {MIX_COLUMN!r} has {wanted!r}; use true, or false for the student alone")
-    return wanted
+    return wanted is not False

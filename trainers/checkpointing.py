@@ -1,7 +1,7 @@
-"""A resumed run goes on as the run that was broken off: whole checkpoints only, the same models and mixing, the same order.
+"""Checkpoints of a run: only whole ones, with the same models, mixing and order of prompts, are resumed.
 
-Beside every checkpoint lies RUN_FILE: what the run is made with, and how often it had synced its weights. It is written last,
-so a checkpoint that has it is whole; one that a killed process left half written has not, and is never resumed from.
+RUN_FILE in a checkpoint holds the models and the mixing of the run, and the number of weight syncs. It is written last: a
+checkpoint without it was left by a killed process and is never resumed from.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _SAMPLING = (
 
 
 def run_of(model: Any, pair: PairConfig | PairEngine, args: OSDConfig) -> dict[str, Any]:
-    """What makes a run the run it is: both models, by name and shape, and how q* is made. Plain values, for JSON.
+    """Return the identity of a run as plain values for JSON: both models, by name and shape, and the mixing.
 
     Args:
-        model: the student as the trainer was given it.
-        pair: as `planned_pair` returned it.
+        model: the student as given to the trainer.
+        pair: the return value of `planned_pair`.
     """
-    config: Any = getattr(pair, "config", pair)  # an engine knows what it was started with
+    config: Any = getattr(pair, "config", pair)  # of a running engine
     student = {**config.engine_kwargs, **config.student_kwargs}
     teacher = {**config.engine_kwargs, **config.teacher_kwargs}
     return {
@@ -60,17 +60,17 @@ def _named(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shape(name: str, config: Any) -> dict[str, Any]:
-    # Only the last part of a path: a folder of models may be somewhere else when the run goes on.
+    # Only the last part of a path: the models may be in another folder when the run is resumed.
     text = config.get_text_config()
     return {"name": Path(name).name, **{key: getattr(text, key, None) for key in _SHAPE}}
 
 
 def check_same_run(checkpoint: str | Path, run: dict[str, Any]) -> int:
-    """Return the weights version that the run had reached at this checkpoint.
+    """Return the weights version of the run at this checkpoint.
 
     Raises:
-        ValueError: a checkpoint that is not whole or not of an OSDTrainer; or of a run with another model or mixing, naming
-            what differs.
+        ValueError: a checkpoint that is not whole or not of an OSDTrainer; one of a run with another model or mixing, naming
+            the difference.
     """
     path = Path(checkpoint) / RUN_FILE
     if not path.is_file():
@@ -92,11 +92,16 @@ def check_same_run(checkpoint: str | Path, run: dict[str, Any]) -> int:
 
 
 def resolve(resume: str | bool | None, output_dir: str | None) -> str | None:
-    """The checkpoint to resume from. "last" is the newest whole one in `output_dir`, or None (the beginning) without one.
+    """Return the checkpoint to resume from, or None to begin.
+
+    Args:
+        resume: a folder; "last" for the newest whole checkpoint in `output_dir`, or None if there is none; True for the newest.
 
     Raises:
-        ValueError: True (the newest whole one) where there is none.
+        ValueError: True without a whole checkpoint.
     """
+    if str(resume).lower() in ("true", "false"):  # of the command line
+        resume = str(resume).lower() == "true"
     if resume not in (True, LAST):
         return resume or None  # type: ignore[return-value]
     folders = [path.parent for path in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{RUN_FILE}")]
@@ -107,9 +112,9 @@ def resolve(resume: str | bool | None, output_dir: str | None) -> str | None:
 
 @contextmanager
 def marked_when_whole(trainer: OSDTrainer, folder: Path, run: dict[str, Any], weights_version: int) -> Iterator[None]:
-    """Around the writing of one checkpoint: RUN_FILE is absent until every process has written its part.
+    """Keep RUN_FILE out of a checkpoint until every process has written its part, then write it.
 
-    Older checkpoints are rotated away only after that; transformers would do it before the new one is known to be whole.
+    Older checkpoints are deleted after that; transformers would delete them before the new one is whole.
     """
     args, path = trainer.args, folder / RUN_FILE
     limit, args.save_total_limit = args.save_total_limit, None
@@ -129,14 +134,20 @@ def marked_when_whole(trainer: OSDTrainer, folder: Path, run: dict[str, Any], we
 
 
 class EpochSampler(RepeatSampler):
-    """TRL's sampler, whose order depends on the epoch and not on how many epochs this process has been through.
+    """TRL's sampler with an order that depends on the epoch alone.
 
-    TRL's draws a permutation at the start of every epoch from one generator, so a run that is resumed in its third epoch
-    would go through the prompts in the order of the first.
+    TRL's sampler draws a permutation at the start of every epoch from one generator, so a run that is resumed in its third
+    epoch would use the order of the first.
     """
 
     def __init__(self, like: Any, *, times: int, epoch: Callable[[], int]) -> None:
-        """`like` is TRL's own sampler; `times`, how much oftener than it this one repeats a batch; `epoch`, from 0."""
+        """Copy TRL's sampler.
+
+        Args:
+            like: TRL's sampler.
+            times: factor on its repetitions of a batch.
+            epoch: returns the current epoch, from 0.
+        """
         super().__init__(
             like.data_source,
             mini_repeat_count=like.mini_repeat_count,

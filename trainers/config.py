@@ -1,4 +1,4 @@
-"""OSDConfig: TRL's DistillationConfig, with how α is chosen, what only the teacher reads, and the paired engine."""
+"""OSDConfig: TRL's DistillationConfig with options for α, the prompts of each side and the paired engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
-from osd.core import MixingConfig
+from osd.core import MixingConfig, mixing_option
 from trainers.alpha_schedule import AlphaSchedule
 from trainers.divergence import Divergence
 from trainers.validation import check
@@ -15,15 +15,14 @@ from trainers.validation import check
 
 @dataclass
 class OSDConfig(DistillationConfig):
-    """Every field of [`trl.DistillationConfig`] (and of `transformers.TrainingArguments`), and these.
+    """Fields of [`trl.DistillationConfig`] and `transformers.TrainingArguments`, plus OSD's own.
 
-    TRL's `beta` (of `divergence="jsd"`), `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
-    `max_completion_length` and `generation_kwargs` keep their meaning; those of sampling shape draws from q*, and
-    `temperature` also divides the logits in the loss. `vllm_gpu_memory_utilization` and `vllm_max_model_length` are those
-    of the pair.
+    TRL's fields keep their meaning. The sampling fields shape draws from q*; `temperature` also divides the logits in the loss.
+    `vllm_gpu_memory_utilization` and `vllm_max_model_length` apply to the pair. `trainers/fields.py` lists the fields that are
+    refused and those that have no effect.
 
     Raises:
-        ValueError: on construction, before any model loads, naming the field, what was given and what to do.
+        ValueError: on construction, before any model loads, naming the field, the value and the fix.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 (transformers' own form)
@@ -46,38 +45,23 @@ class OSDConfig(DistillationConfig):
         },
     )
 
-    # How q* is made
-    alpha_method: str = field(
-        default="kl_symmetry",
-        metadata={
-            "help": "How the teacher's weight α is chosen for every token: 'kl_symmetry' (both KL divergences from q* "
-            "are equal), 'ess_balance', 'entropy', 'reverse_kl_symmetry', or 'fixed'."
-        },
-    )
-    fixed_alpha: float = field(
-        default=0.5,
-        metadata={
-            "help": "The teacher's weight under alpha_method='fixed', in [0, 1]: 0 samples from the student alone, "
-            "1 from the teacher alone."
-        },
-    )
-    alpha_min: float = field(default=0.0, metadata={"help": "Lower bound of α, in [0, alpha_max]."})
-    alpha_max: float = field(default=1.0, metadata={"help": "Upper bound of α, in [alpha_min, 1]."})
-    mixture: str = field(
-        default="geometric",
-        metadata={"help": "'geometric': q* ∝ π_θ^(1-α) π_t^α. 'linear': q* = (1-α) π_θ + α π_t, the baseline of other papers."},
-    )
+    # Mixing
+    alpha_method: str = mixing_option("alpha_method")
+    fixed_alpha: float = mixing_option("fixed_alpha")
+    alpha_min: float = mixing_option("alpha_min")
+    alpha_max: float = mixing_option("alpha_max")
+    mixture: str = mixing_option("mixture")
 
     alpha_schedule: str = field(
         default="constant",
         metadata={
-            "help": "How α's bounds and fixed_alpha move over training to their *_end: 'constant' (they do not), 'linear' or "
-            "'cosine'. Annealing alpha_max to 0 goes from the teacher's company to the student alone."
+            "help": "Path of alpha_min, alpha_max and fixed_alpha to their *_end values over training: 'constant' (no change), "
+            "'linear' or 'cosine'. alpha_max_end=0 ends with the student alone."
         },
     )
-    alpha_min_end: float | None = field(default=None, metadata={"help": "alpha_min at the end; default: it does not move."})
-    alpha_max_end: float | None = field(default=None, metadata={"help": "alpha_max at the end; default: it does not move."})
-    fixed_alpha_end: float | None = field(default=None, metadata={"help": "fixed_alpha at the end; default: it does not move."})
+    alpha_min_end: float | None = field(default=None, metadata={"help": "alpha_min at the end; default: no change."})
+    alpha_max_end: float | None = field(default=None, metadata={"help": "alpha_max at the end; default: no change."})
+    fixed_alpha_end: float | None = field(default=None, metadata={"help": "fixed_alpha at the end; default: no change."})
     alpha_schedule_steps: int | None = field(
         default=None,
         metadata={"help": "Optimizer steps until the end of the alpha schedule; default: all of the run's."},
@@ -96,7 +80,7 @@ class OSDConfig(DistillationConfig):
         },
     )
 
-    # What each side reads
+    # Prompts
     teacher_system_prompt: str | None = field(
         default=None,
         metadata={"help": "System prompt that only the teacher reads; replaces the one in the data."},
@@ -115,9 +99,18 @@ class OSDConfig(DistillationConfig):
     privileged_template: str | None = field(
         default=None,
         metadata={
-            "help": "What the teacher reads in place of the student's prompt (of its last user message), with dataset "
-            "columns in braces: '{prompt}\\n\\nThe answer is {answer}.' A literal brace is written twice. Default: the "
-            "dataset's `teacher_prompt` column, or `privileged_context` appended to the prompt, or the prompt itself."
+            "help": "The teacher's prompt (of a conversation: its last user message), with dataset columns in braces: "
+            "'{prompt}\\n\\nThe answer is {answer}.' A literal brace is written twice. Default: the dataset's "
+            "`teacher_prompt` column, or `privileged_context` appended to the prompt, or the prompt itself."
+        },
+    )
+
+    drop_bad_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop rows that cannot be rendered, or that are too long for either model, with a warning. Default: refuse "
+            "the dataset and name the first of them. Every row is checked before a model loads; rows of a stream when they are "
+            "read."
         },
     )
 
@@ -125,7 +118,7 @@ class OSDConfig(DistillationConfig):
     teacher_signal: str = field(
         default="recorded",
         metadata={
-            "help": "Where the loss gets the teacher from: 'recorded' (what the engine computed while sampling; no second "
+            "help": "Source of the teacher in the loss: 'recorded' (computed by the engine while sampling; no second "
             "teacher) or 'recompute' (a transformers teacher in the trainer, loaded with teacher_model_init_kwargs)."
         },
     )
@@ -141,13 +134,13 @@ class OSDConfig(DistillationConfig):
         default=None,
         metadata={
             "help": "The largest divergence of one token, in nats: above it a token counts as this much and has no gradient. "
-            "Keeps what only a privileged teacher could know from dominating. Default: no limit."
+            "Limits tokens that only a privileged teacher can know. Default: no limit."
         },
     )
     importance_correction: str = field(
         default="none",
         metadata={
-            "help": "Weight tokens from what was sampled towards what the student alone would sample: 'none'; 'token' (the "
+            "help": "Importance weights from the sampled distribution towards the student's own: 'none'; 'token' (the "
             "ratio of the token before: biased, low variance); 'prefix' (the product of the ratios of all tokens before: "
             "unbiased); 'sequence' (the product over the completion: unbiased, more variance). See trainers/importance.py."
         },
@@ -163,12 +156,12 @@ class OSDConfig(DistillationConfig):
     privilege_gap_steps: int = field(
         default=0,
         metadata={
-            "help": "Every this many optimizer steps (if it is one that samples), log how much the teacher's own prompt "
-            "changes its log-probabilities of the sampled tokens (`privilege/gap`, nats per token). 0: never."
+            "help": "Interval in optimizer steps (those that sample) to log how much the teacher's own prompt changes its "
+            "log-probabilities of the sampled tokens (`privilege/gap`, nats per token). 0: never."
         },
     )
     privilege_gap_tokens: int = field(
-        default=64, metadata={"help": "Tokens per process that the gap is measured on; each is one request of one token."}
+        default=64, metadata={"help": "Tokens per process to measure the gap on; each is one request of one token."}
     )
 
     # The paired engine
@@ -185,56 +178,47 @@ class OSDConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Where a process sees several GPUs, transformers would wrap the student in torch's DataParallel; its engine is on one.
+        # transformers would wrap the student in torch's DataParallel on several GPUs; the engine uses one.
         self._n_gpu = min(self.n_gpu, 1)
         check(self)
 
     def mixing(self) -> MixingConfig:
-        """How α is chosen and the policies are mixed.
+        """Return the mixing of the first step.
 
         Raises:
             ValueError: an unknown method or mixture, or bounds that are crossed or outside [0, 1].
         """
-        return MixingConfig(
-            alpha_method=self.alpha_method,
-            fixed_alpha=self.fixed_alpha,
-            alpha_min=self.alpha_min,
-            alpha_max=self.alpha_max,
-            mixture=self.mixture,
-        )
+        return MixingConfig.of(self)
 
     def schedule(self) -> AlphaSchedule:
-        """The mixing at every optimizer step.
+        """Return the mixing of every optimizer step.
 
         Raises:
-            ValueError: as `mixing`, at either end; a schedule with nowhere to go.
+            ValueError: as `mixing`, at either end; a schedule without an end value.
         """
         start, end = self.mixing(), self.mixing()
         if self.alpha_schedule != "constant":
-            moving = {
-                name: getattr(self, f"{name}_end")
-                for name in ("alpha_min", "alpha_max", "fixed_alpha")
-                if getattr(self, f"{name}_end") is not None
-            }
+            names = ("alpha_min", "alpha_max", "fixed_alpha")
+            ends = {name: value for name in names if (value := getattr(self, f"{name}_end")) is not None}
             wanted = ("fixed_alpha",) if self.alpha_method == "fixed" else ("alpha_min", "alpha_max")
-            if not set(wanted) & set(moving):
-                names = " or ".join(f"{name}_end" for name in wanted)
+            if not set(wanted) & set(ends):
+                fix = " or ".join(f"{name}_end" for name in wanted)
                 raise ValueError(
                     f"alpha_schedule={self.alpha_schedule!r} has nothing to move with alpha_method={self.alpha_method!r}; set "
-                    f"{names}, or alpha_schedule='constant'"
+                    f"{fix}, or alpha_schedule='constant'"
                 )
             try:
-                end = replace(start, **moving)
+                end = replace(start, **ends)
             except ValueError as error:
                 raise ValueError(f"at the end of the alpha schedule, {error}") from None
         return AlphaSchedule(start=start, end=end, shape=self.alpha_schedule, steps=self.alpha_schedule_steps)
 
     def loss_divergence(self) -> Divergence:
-        """What the loss minimises at each token."""
+        """Return the divergence that the loss minimises at each token."""
         return Divergence(kind=self.divergence, beta=self.beta, skew=self.skew, temperature=self.temperature, clip=self.kl_clip)
 
     def pair_kwargs(self) -> dict[str, dict[str, Any]]:
-        """`engine_kwargs`, `teacher_kwargs` and `student_kwargs` of the paired engine."""
+        """Return `engine_kwargs`, `teacher_kwargs` and `student_kwargs` of `PairConfig`."""
         engine = {
             "gpu_memory_utilization": self.vllm_gpu_memory_utilization,
             "max_num_seqs": self._largest_batch(),
@@ -244,30 +228,34 @@ class OSDConfig(DistillationConfig):
         }
         if self.vllm_max_model_length is not None:
             engine["max_model_len"] = self.vllm_max_model_length
-        teacher = {} if self.teacher_model_revision is None else {"revision": self.teacher_model_revision}
+        revisions = {"teacher": self.teacher_model_revision, "student": self.student_init_kwargs().get("revision")}
+        teacher, student = ({} if value is None else {"revision": value} for value in revisions.values())
         return {
             "engine_kwargs": engine | self._mapping("engine_kwargs"),
             "teacher_kwargs": teacher | self._mapping("teacher_engine_kwargs"),
-            "student_kwargs": self._mapping("student_engine_kwargs"),
+            "student_kwargs": student | self._mapping("student_engine_kwargs"),
         }
 
     def sampling_kwargs(self) -> dict[str, Any]:
-        """TRL's `generation_kwargs`: further `vllm.SamplingParams` arguments."""
-        return self._mapping("generation_kwargs")
+        """Return further `vllm.SamplingParams` arguments: `generation_kwargs` and the regular expression."""
+        kwargs = self._mapping("generation_kwargs")
+        if self.vllm_structured_outputs_regex is not None:
+            kwargs["structured_outputs"] = {"regex": self.vllm_structured_outputs_regex}
+        return kwargs
 
-    def model_kwargs(self) -> dict[str, Any]:
-        """TRL's `model_init_kwargs`: arguments of the student's `from_pretrained`."""
+    def student_init_kwargs(self) -> dict[str, Any]:
+        """Return TRL's `model_init_kwargs`: arguments of `from_pretrained` for the student."""
         return self._mapping("model_init_kwargs")
 
-    def teacher_kwargs(self) -> dict[str, Any]:
-        """TRL's `teacher_model_init_kwargs`: arguments of `from_pretrained` for the teacher of `teacher_signal="recompute"`."""
+    def teacher_init_kwargs(self) -> dict[str, Any]:
+        """Return TRL's `teacher_model_init_kwargs`: arguments of `from_pretrained` for the teacher of "recompute"."""
         return self._mapping("teacher_model_init_kwargs")
 
     def _mapping(self, name: str) -> dict[str, Any]:
-        value = getattr(self, name)
-        if isinstance(value, str):  # the command line's JSON is parsed by now, if it was an object
+        value = getattr(self, name) or {}
+        if not isinstance(value, dict):  # a JSON object on the command line is parsed by now
             raise ValueError(f'{name}={value!r} is not a JSON object; write it as {{"key": value}}')
-        return dict(value or {})
+        return dict(value)
 
     def _largest_batch(self) -> int:
         train = self.per_device_train_batch_size * self.gradient_accumulation_steps

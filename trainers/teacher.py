@@ -97,7 +97,7 @@ class RecomputedTeacher:
         kwargs = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             kwargs["device_map"] = None  # as in TRL: "auto" would spread it over every process's devices
-        model = create_model_from_path(path, **kwargs | args.teacher_kwargs())
+        model = create_model_from_path(path, **kwargs | args.teacher_init_kwargs())
         if trainer.is_deepspeed_enabled:
             self.model = prepare_deepspeed(model, trainer.accelerator)
         else:

@@ -1,24 +1,25 @@
-"""OSDTrainer: on-policy distillation from q*, the optimal mixture of teacher and student, sampled fresh at every step.
+"""OSDTrainer: on-policy distillation from q*, the optimal mixture of teacher and student, sampled anew at every step.
 
-One step of training, and where each part is:
-    α's bounds and what is mixed at this step             trainers.alpha_schedule
-    sync the student into its engine, sample from q*      osd.generation.OSDGeneration, called by TRL
+One step of training and its modules:
+    α's bounds, and rows without mixing                   trainers.alpha_schedule
+    both prompts of every row                             trainers.rows
+    sync of the student, sampling from q*                 osd.generation.OSDGeneration, called by TRL
     the teacher, from the record or computed again        trainers.teacher
-    weights from what was sampled towards π_θ             trainers.importance
+    importance weights towards π_θ                        trainers.passes, trainers.importance
     divergence between student and teacher                _compute_loss, trainers.losses, trainers.divergence
     α, KLs, cache hits, times, weights                    trainers.metrics, trainers.privilege_gap
 
-Of TRL's DistillationTrainer these are overridden, all of them private to TRL and pinned by tests/test_trl_contract.py:
-`_generate_and_score_completions`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`, `_save_checkpoint`,
-`_set_signature_columns_if_needed`; and the public `compute_loss`, `get_train_dataloader`, `evaluation_loop`, `train` and
-`log`.
+Overridden methods of TRL's DistillationTrainer, private to TRL and pinned by tests/test_trl_contract.py:
+`_generate_and_score_completions`, `_tokenize_prompts`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`,
+`_save_checkpoint`, `_save`, `_set_signature_columns_if_needed`. Overridden public methods: `compute_loss`,
+`get_train_dataloader`, `evaluation_loop`, `prediction_step`, `train` and `log`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,28 +32,19 @@ from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
 from osd.engine.backend.versions import setting
 from osd.generation import OSDGeneration
-from osd.prompts import (
-    PRIVILEGED_COLUMN,
-    PROMPT_COLUMN,
-    TEACHER_PROMPT_COLUMN,
-    encode_all,
-    for_side,
-    privileged_template_for,
-    teacher_prompt,
-    template_fields,
-)
+from osd.prompts import PRIVILEGED_COLUMN, PROMPT_COLUMN, TEACHER_PROMPT_COLUMN, template_fields
 from trainers.alpha_schedule import MIX_COLUMN, unmixed
-from trainers.checkpointing import EpochSampler, check_same_run, marked_when_whole, resolve, run_of
+from trainers.checkpointing import EpochSampler, check_same_run, marked_when_whole, resolve
 from trainers.completion_logging import log_completions
 from trainers.config import OSDConfig
-from trainers.divergence import token_logprobs
-from trainers.importance import importance_weights
-from trainers.lm_head import Head, gathered, head_of, on_shared_vocabulary
+from trainers.lm_head import head_of
 from trainers.losses import batch_loss, pad_column
 from trainers.metrics import batch_metrics, end_metrics, loss_metrics
+from trainers.passes import Pass, weigh
+from trainers.preparation import Plan, plan
 from trainers.privilege_gap import privilege_gap
+from trainers.saving import check_saving, repair_generation_config
 from trainers.teacher import start_teacher
-from trainers.validation import check_adapter, check_datasets, planned_pair, refuse_unsupported
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion, PairConfig, PairEngine
@@ -63,21 +55,26 @@ class OSDTrainer(DistillationTrainer):
 
     The dataset has a `prompt` column (text or conversation) and, for a teacher that knows more, `teacher_prompt`, or
     `privileged_context`, or any columns that `args.privileged_template` names; rows whose `mix` column is false are sampled
-    from the student alone. Both engines run in this process; the
-    teacher exists only there (unless `args.teacher_signal="recompute"` loads another). Evaluation samples from the student
-    alone.
+    from the student alone. Both engines run in this process; the teacher exists only there (unless
+    `args.teacher_signal="recompute"` loads another). Evaluation samples from the student alone.
+
+    Usable as a context manager; `close()` shuts the engine down.
 
     Args:
         model: the student: path, model id, or a loaded causal language model (also with PEFT).
         teacher_model: path or model id of the teacher; default: `args.teacher_model_name_or_path`.
         args: the configuration.
-        engine: a running `PairEngine` of these two models to use instead of starting one; the caller closes it.
-        train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config: as in TRL.
+        engine: a running `PairEngine` of these two models to use instead of starting one. The trainer sets its mixing; the
+            caller closes it.
+        processing_class: the student's tokenizer; the teacher reads with its own. Its end-of-sequence token ends completions,
+            as do those of the loaded student's generation config.
+        train_dataset, eval_dataset, callbacks, optimizers, peft_config: as in TRL.
         quantization_config, tools: refused.
 
     Raises:
-        ValueError: before any model loads: `tools`, a teacher that is not a path or id, no teacher, a dataset whose
-            columns do not fit the privileged template.
+        ValueError: before any model loads: `tools`, a teacher that is not a path or id, no teacher, a dataset whose columns do
+            not fit the privileged template, rows that cannot be used (see `args.drop_bad_rows`), an output folder that cannot
+            be written.
     """
 
     args: OSDConfig
@@ -109,14 +106,21 @@ class OSDTrainer(DistillationTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = OSDConfig(f"{name.split('/')[-1]}-OSD")
-        refuse_unsupported(tools=tools, quantization_config=quantization_config)
-        check_adapter(model, peft_config)
-        check_datasets(train_dataset, eval_dataset, args.privileged_template)
-        pair = planned_pair(model, teacher_model, args, engine)
-        self._run = run_of(model, pair, args)
-        if (checkpoint := resolve(args.resume_from_checkpoint, args.output_dir)) is not None:
-            check_same_run(checkpoint, self._run)
-        # With `use_vllm` set, TRL's constructor would build its own generator inline; ours is put in its place below.
+        planned = plan(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            teacher_model=teacher_model,
+            processing_class=processing_class,
+            engine=engine,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        train_dataset, eval_dataset = planned.datasets(train_dataset, eval_dataset)
+        self._renderer, self._run = planned.renderer, planned.run
+        # With `use_vllm` set, TRL's constructor would build its own generator inline; `_start` sets ours.
         with setting(args, use_vllm=False):
             super().__init__(
                 model=model,
@@ -124,24 +128,32 @@ class OSDTrainer(DistillationTrainer):
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
+                processing_class=planned.renderer.student_tokenizer,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
-        if self._is_vlm:
-            raise ValueError("OSD distils text models; this student has an image processor")
-        self._start_generation(pair).attach(self)
+        check_saving(self)
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
-        self._loss_sums: dict[str, torch.Tensor] = {}
-        self._logp_BT: torch.Tensor | None = None  # of the last pass, where samples are used again
-        self._earlier_syncs = 0  # of a resumed run, before it was broken off
-        engine = self.vllm_generation.engine
-        with self.vllm_generation.stays_awake():
-            engine.wake_up()
-            self._teacher = start_teacher(self, engine)
+        self._pass = Pass(counted=False)
+        self._earlier_syncs = 0  # of a resumed run, before it stopped
         for name in ("alpha", "token_ids"):
             self._logs[name] = deque(maxlen=self._logs["prompt"].maxlen)
+        self._start(planned)
+
+    def _start(self, planned: Plan) -> None:
+        """Start the engine, unless one is running; closes it again if anything after that fails."""
+        self.vllm_generation = self._start_generation(planned.pair)
+        try:
+            self.vllm_generation.attach(self)
+            engine = self.vllm_generation.engine
+            engine.set_mixing(self._schedule.start)
+            with self.vllm_generation.stays_awake():
+                engine.wake_up()
+                self._teacher = start_teacher(self, engine)
+        except BaseException:
+            self.close()
+            raise
 
     def _start_generation(self, pair: PairConfig | PairEngine) -> OSDGeneration:
         return OSDGeneration(
@@ -159,14 +171,30 @@ class OSDTrainer(DistillationTrainer):
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             max_completion_length=self.max_completion_length,
-            generation_kwargs=self.args.sampling_kwargs(),
+            generation_kwargs=self._sampling_kwargs(),
         )
 
+    def _sampling_kwargs(self) -> dict[str, Any]:
+        kwargs = self.args.sampling_kwargs()
+        if isinstance(structured := kwargs.get("structured_outputs"), dict):
+            from trl.generation.vllm_generation import StructuredOutputsParams
+
+            kwargs["structured_outputs"] = StructuredOutputsParams(**structured)
+        if not kwargs.get("ignore_eos"):
+            kwargs["stop_token_ids"] = sorted({*self.eos_token_ids, *(kwargs.get("stop_token_ids") or ())})
+        return kwargs
+
     def close(self) -> None:
-        """Shut the paired engine down, if this trainer started it, and give its memory back."""
+        """Shut the paired engine down and free its memory, if this trainer started it."""
         if self.vllm_generation.owns_engine:
             self.__dict__.pop("_teacher", None)  # it refers to the engine's memory
         self.vllm_generation.close()
+
+    def __enter__(self) -> OSDTrainer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
     # -- completions and their supervision ----------------------------------------------------------------------------
 
@@ -176,9 +204,9 @@ class OSDTrainer(DistillationTrainer):
 
     def _sampled_and_supervised(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        teacher_ids = self._teacher_ids(inputs)
+        teacher_ids = self._renderer.teacher_ids(inputs)
         self.vllm_generation.model = self.model  # FSDP1 wraps it anew when training begins
-        student_rows = [{**row, PROMPT_COLUMN: self._student_prompt(row)} for row in inputs]
+        student_rows = [{**row, PROMPT_COLUMN: self._renderer.student_prompt(row)} for row in inputs]
         with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(inputs, mode)):
             output = super()._generate_and_score_completions(student_rows)
         batch = self.vllm_generation.last_batch
@@ -202,7 +230,7 @@ class OSDTrainer(DistillationTrainer):
         return output
 
     def _alphas(self, inputs: list[dict[str, Any]], mode: str) -> float | list[float | None] | None:
-        """Set the mixing of this step, and return the weights of the completions that have their own."""
+        """Set the mixing of this step, and return α of the completions that have their own."""
         if mode == "eval":
             return 0.0  # evaluation measures the student's own completions
         self.vllm_generation.engine.set_mixing(self._schedule.at(self.state.global_step, self.state.max_steps))
@@ -210,7 +238,7 @@ class OSDTrainer(DistillationTrainer):
 
     @property
     def _step_seed(self) -> str:
-        """For draws that are to be the same again in a resumed run, and to leave the global random state alone."""
+        """Seed of draws that a resumed run repeats, and that leave the global random state unchanged."""
         return f"{self.args.seed} {self.state.global_step} {self.accelerator.process_index}"
 
     def _privilege_metrics(self, output: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -221,18 +249,12 @@ class OSDTrainer(DistillationTrainer):
         tokens = self.args.privilege_gap_tokens
         return privilege_gap(self.vllm_generation, self.accelerator, plain, tokens=tokens, seed=self._step_seed)
 
-    def _student_prompt(self, row: Mapping[str, Any]) -> Any:
-        args = self.args
-        return for_side(row[PROMPT_COLUMN], system_prompt=args.student_system_prompt, chat=args.enable_chat_template)
-
-    def _teacher_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
-        args = self.args
-        prompts = [teacher_prompt(row, privileged_template_for(row, args.privileged_template)) for row in rows]
-        prompts = [for_side(p, system_prompt=args.teacher_system_prompt, chat=args.enable_chat_template) for p in prompts]
-        return encode_all(self.vllm_generation.engine.tokenizer, prompts, **self.chat_template_kwargs)
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        # By the same code as the teacher's, which also takes texts and conversations in one batch.
+        return self._renderer.student_ids(prompts), None, {}
 
     def _recorded_columns(self, completions: list[PairCompletion], completion_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Batch-first tensors, which TRL shuffles and splits with the rest: `loss_mask`, `logp_theta`, `logp_draw`, [B, T].
+        """Return `loss_mask`, `logp_theta` and `logp_draw`, [B, T]: TRL shuffles and splits them with the rest of the batch.
 
         A completion that ended in an error is masked out whole.
         """
@@ -249,16 +271,14 @@ class OSDTrainer(DistillationTrainer):
     # -- the loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        self._logp_BT = None
-        self._is_counted = self.model.training or bool(inputs["num_items_in_batch"])
-        # accelerate wraps the model's forward method in autocast, and TRL puts the loss in that method's place: under TRL 1.16
-        # bf16=True computes in the dtype of the weights, float32 as a rule.
+        # accelerate wraps the model's forward method in autocast, and TRL 1.16 replaces that method by the loss.
+        # With bf16=True it would compute in the dtype of the weights, usually float32.
         with self.accelerator.autocast():
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self._logp_BT is not None:
-            inputs.setdefault("logp_at_first", self._logp_BT)  # not inside: DDP hands a copy of the inputs on
-        # Here, and not in _compute_loss: a collective inside the wrapped forward pass could hang.
-        metrics = loss_metrics(self._loss_sums, self.accelerator)
+        if self._pass.logp_BT is not None:
+            inputs.setdefault("logp_at_first", self._pass.logp_BT)  # not inside: DDP copies the inputs
+        # Not in _compute_loss: a collective inside the wrapped forward pass could hang.
+        metrics = loss_metrics(self._pass.sums, self.accelerator)
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
         return loss
@@ -276,7 +296,7 @@ class OSDTrainer(DistillationTrainer):
         student_hidden_BTH = student_hidden_BTH.to(lm_head.weight.device)
         student = head_of(lm_head.weight, getattr(lm_head, "bias", None), unwrapped_student.config)
         teacher_hidden_BTH, teacher = self._teacher.supervision(inputs)
-        weight_BT, weight_sums = self._importance_weights(student_hidden_BTH, student, teacher, inputs)
+        weight_BT, self._pass = weigh(self, student_hidden_BTH, student, teacher, inputs)
         result = batch_loss(
             student_hidden_BTH,
             teacher_hidden_BTH,
@@ -288,45 +308,8 @@ class OSDTrainer(DistillationTrainer):
             num_items_in_batch=num_items_in_batch,
         )
         clipped = {} if self._divergence.clip is None else {"clipped": result.clipped}
-        self._loss_sums = {"tokens": result.tokens, **clipped, **weight_sums}
+        self._pass.sums |= {"tokens": result.tokens, **clipped}
         return result.loss, result.entropy, result.tokens
-
-    def _importance_weights(
-        self, student_hidden_BTH: torch.Tensor, student: Head, teacher: Head, inputs: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Weights [B, T] towards the student as it is now, or None; and their sums, for the metrics."""
-        args, mask_BT = self.args, inputs["loss_mask"]
-        if args.importance_correction == "none" or not self.model.training:  # evaluation samples from the student itself
-            return None, {}
-        logp_theta_BT = inputs["logp_theta"]
-        if args.num_iterations > 1:
-            # How far the student has moved since it sampled, by the trainer's arithmetic both times: the engine's differs in
-            # bfloat16 by hundredths of a nat per token, which would be noise in every weight.
-            self._logp_BT = self._logp_now(student_hidden_BTH, student, teacher, inputs)
-            logp_theta_BT = logp_theta_BT + self._logp_BT - inputs.get("logp_at_first", self._logp_BT)
-        weight_BT, truncated_BT = importance_weights(
-            logp_theta_BT, inputs["logp_draw"], mask_BT, correction=args.importance_correction, clip=args.importance_clip
-        )
-        weight_N = weight_BT[mask_BT != 0].double()
-        sums = {
-            "weight": weight_N.sum(),
-            "weight_squared": weight_N.square().sum(),
-            "truncated": truncated_BT[mask_BT != 0].sum(),
-        }
-        return weight_BT.to(student_hidden_BTH.device), sums
-
-    @torch.no_grad()
-    def _logp_now(
-        self, student_hidden_BTH: torch.Tensor, student: Head, teacher: Head, inputs: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """log π_θ of the completion's tokens under the weights being trained, tempered as in sampling, [B, T]."""
-        student, _ = on_shared_vocabulary(gathered(student, student_hidden_BTH.dtype), teacher)
-        kept_BT = inputs["loss_mask"] != 0
-        hidden_NH, token_N = (x[kept_BT.to(x.device)] for x in (student_hidden_BTH, inputs["completion_ids"]))
-        logp_N = token_logprobs(hidden_NH, student, token_N.to(hidden_NH.device), self.vllm_generation.sampling_temperature)
-        logp_BT = torch.zeros_like(inputs["logp_draw"])
-        logp_BT[kept_BT] = logp_N.to(logp_BT.device)
-        return logp_BT
 
     # -- the same completions for several optimizer steps -------------------------------------------------------------
 
@@ -339,7 +322,7 @@ class OSDTrainer(DistillationTrainer):
         return super()._prepare_inputs(generation_batch)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        # Prompts come again as often as their completions are used.
+        # Prompts are repeated as often as their completions are used.
         sampler = super()._get_train_sampler(dataset)
         return EpochSampler(sampler, times=self.args.num_iterations, epoch=lambda: int(self.state.epoch or 0))
 
@@ -354,10 +337,10 @@ class OSDTrainer(DistillationTrainer):
         with setting(self, train_dataset=repeated, shuffle_dataset=False):
             return super().get_train_dataloader()
 
-    # -- breaking off and going on ------------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `train`; "last" resumes from the newest whole checkpoint in `output_dir`, if there is one.
+        """Train as transformers does; "last" resumes from the newest whole checkpoint in `output_dir`, if there is one.
 
         Raises:
             ValueError: a checkpoint that is not whole, or of a run with another model or another mixing.
@@ -367,6 +350,10 @@ class OSDTrainer(DistillationTrainer):
         if checkpoint is not None:
             self._earlier_syncs = check_same_run(checkpoint, self._run) - self.vllm_generation.engine.weights_version
         return super().train(checkpoint, *args, **kwargs)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        repair_generation_config(self.model)  # it may have been changed since the start
+        super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -386,9 +373,9 @@ class OSDTrainer(DistillationTrainer):
         return output
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        # A batch of which no token counts, on any process, has no loss; zero would make a broken student the best of all.
+        # A batch without a token that counts, on any process, has no loss; zero would make a broken student the best.
         loss, *rest = super().prediction_step(*args, **kwargs)
-        return loss if self._is_counted else None, *rest
+        return loss if self._pass.counted else None, *rest
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         wanted, self.log_completions = self.log_completions, False
@@ -400,7 +387,7 @@ class OSDTrainer(DistillationTrainer):
             log_completions(self)
 
     def _set_signature_columns_if_needed(self) -> None:
-        # With remove_unused_columns, what only the teacher reads is not unused.
+        # With remove_unused_columns, the columns that only the teacher reads stay.
         super()._set_signature_columns_if_needed()
         named = template_fields(self.args.privileged_template) if self.args.privileged_template else ()
         wanted = {*(self._signature_columns or ()), TEACHER_PROMPT_COLUMN, PRIVILEGED_COLUMN, MIX_COLUMN, *named}

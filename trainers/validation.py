@@ -5,11 +5,15 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import regex
 import torch
 
+from osd.prompt_checks import check_template_kwargs
 from osd.prompts import privileged_template_for, template_fields
+from osd.sampling_args import FIELDS, TRAINING, checked_fields
 from trainers.alpha_schedule import SHAPES
 from trainers.divergence import DIVERGENCES
+from trainers.fields import changed, check_fields, warn_beside_engine
 from trainers.importance import CORRECTIONS
 
 if TYPE_CHECKING:
@@ -18,20 +22,12 @@ if TYPE_CHECKING:
 
 TEACHER_SIGNALS = ("recorded", "recompute")
 
-# Fields of DistillationConfig that an OSD run cannot honour: (name, what to do instead).
-_REFUSED = (
-    ("vllm_server_base_url", "the student and the teacher are sampled in one engine inside the trainer's process"),
-    ("vllm_structured_outputs_regex", "structured outputs are not supported by the paired engine"),
-    ("cache_implementation", "completions come from vLLM, not from transformers"),
-    ("max_tool_calling_iterations", "tools are not supported"),
-)
-
 
 def check(args: OSDConfig) -> None:
-    """Check every field that OSD adds or cannot honour.
+    """Check every field that OSD adds, reads or cannot honour.
 
     Raises:
-        ValueError: naming the field, what was given and what to do.
+        ValueError: naming the field, the value and the fix.
     """
     _choices(args)
     _ranges(args)
@@ -39,8 +35,8 @@ def check(args: OSDConfig) -> None:
     args.pair_kwargs()
     _sampling(args)
     _importance(args)
-    _colocated(args)
-    _refused(args)
+    check_fields(args)
+    _combinations(args)
     _no_effect(args)
 
 
@@ -95,8 +91,8 @@ def _importance(args: OSDConfig) -> None:
         value = sampling.get(name, value)
         if value != off and not (name == "top_k" and value == -1):
             warnings.warn(
-                f"importance_correction={args.importance_correction!r} with {name}={value!r}: what {name} never samples, "
-                f"no weight can bring back, so the estimate stays biased; use {name}={off!r}",
+                f"importance_correction={args.importance_correction!r} with {name}={value!r}: tokens that {name} excludes "
+                f"get no weight, so the estimate stays biased; use {name}={off!r}",
                 stacklevel=5,
             )
 
@@ -113,13 +109,13 @@ def _no_effect(args: OSDConfig) -> None:
         ("alpha_schedule_steps", args.alpha_schedule != "constant", "alpha_schedule"),
         ("privilege_gap_tokens", args.privilege_gap_steps > 0, "privilege_gap_steps"),
     ):
-        if not used and getattr(args, name) != _default(args, name):
+        if not used and changed(args, name):
             warnings.warn(f"{name}={getattr(args, name)!r} has no effect without {unless}", stacklevel=5)
     between = args.save_steps >= 1 and args.save_steps % args.num_iterations != 0  # below 1 it is a share of the run
     if args.save_strategy == "steps" and between:
         warnings.warn(
-            f"save_steps={args.save_steps} is not a multiple of num_iterations={args.num_iterations}: a run resumed from "
-            "between two samplings samples again, and so leaves the unbroken run's path",
+            f"save_steps={args.save_steps} is not a multiple of num_iterations={args.num_iterations}: a run resumed between "
+            "two samplings samples again, and then differs from an unbroken run; use a multiple",
             stacklevel=5,
         )
 
@@ -132,31 +128,24 @@ def _sampling(args: OSDConfig) -> None:
         )
     if args.max_completion_length is None or args.max_completion_length < 1:
         raise ValueError(f"max_completion_length={args.max_completion_length} must be at least 1 token")
-    if args.sampling_kwargs().get("n", 1) != 1:
-        raise ValueError("generation_kwargs['n'] must be 1: TRL trains on one completion per prompt")
+    pattern = args.vllm_structured_outputs_regex
+    if pattern is not None:
+        if "structured_outputs" in (args.generation_kwargs or {}):
+            raise ValueError(
+                f"vllm_structured_outputs_regex={pattern!r} and generation_kwargs['structured_outputs'] are set; remove one"
+            )
+        try:
+            regex.compile(pattern)
+        except regex.error as error:
+            raise ValueError(f"vllm_structured_outputs_regex={pattern!r} is not a regular expression: {error}") from None
+    checked_fields({name: getattr(args, name) for name in FIELDS}, args.sampling_kwargs(), refused=TRAINING)
+    check_template_kwargs(args._mapping("chat_template_kwargs"))
 
 
-def _colocated(args: OSDConfig) -> None:
-    if not args.use_vllm:
-        raise ValueError("use_vllm=False: OSD samples from q* inside vLLM; leave it true")
-    if args.vllm_mode != "colocate":
-        raise ValueError(f"vllm_mode={args.vllm_mode!r}: only 'colocate' is supported, with the pair in the trainer")
-    if args.vllm_tensor_parallel_size != 1:
-        raise ValueError(
-            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: every process owns a whole pair on its own "
-            "device; use 1, and more processes instead"
-        )
+def _combinations(args: OSDConfig) -> None:
     if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
         raise ValueError("vllm_enable_sleep_mode=True needs an NVIDIA GPU, and there is none; leave it false")
-    if not args.ds3_gather_for_generation:
-        raise ValueError("ds3_gather_for_generation=False is not compatible with vLLM generation; leave it true")
-
-
-def _refused(args: OSDConfig) -> None:
-    for name, why in _REFUSED:
-        if getattr(args, name) != _default(args, name):
-            raise ValueError(f"{name}={getattr(args, name)!r} cannot be used: {why}")
-    if args.teacher_signal == "recorded" and args.teacher_kwargs():
+    if args.teacher_signal == "recorded" and args.teacher_init_kwargs():
         raise ValueError(
             f"teacher_model_init_kwargs={args.teacher_model_init_kwargs!r} cannot be used: no transformers teacher is "
             "loaded; use teacher_engine_kwargs, or teacher_signal='recompute'"
@@ -165,15 +154,11 @@ def _refused(args: OSDConfig) -> None:
         template_fields(args.privileged_template)
 
 
-def _default(args: OSDConfig, name: str) -> Any:
-    return args.__dataclass_fields__[name].default
-
-
-def refuse_unsupported(*, tools: Any, quantization_config: Any) -> None:
-    """Refuse what TRL's trainer can do and this one cannot.
+def refuse_unsupported(model: Any, args: OSDConfig, *, tools: Any, quantization_config: Any) -> None:
+    """Refuse features of TRL's trainer that OSDTrainer does not have.
 
     Raises:
-        ValueError: tools, or a quantized student.
+        ValueError: tools; a quantized student.
     """
     if tools:
         names = [getattr(tool, "__name__", tool) for tool in tools]
@@ -181,8 +166,20 @@ def refuse_unsupported(*, tools: Any, quantization_config: Any) -> None:
             f"tools={names!r} are not supported: a tool's answer would re-enter generation without the teacher's prompt. "
             "Train without tools, or use TRL's DistillationTrainer"
         )
-    if quantization_config is not None:
-        raise ValueError("quantization_config is not supported: the live student is copied into its engine at every step")
+    given = {
+        "quantization_config": quantization_config,
+        **{f"model_init_kwargs[{name!r}]": value for name, value in args.student_init_kwargs().items() if name in _QUANTIZED},
+        "model": None if isinstance(model, str) else getattr(model, "hf_quantizer", None),
+    }
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{name}: a quantized student is not supported, because its weights are copied into its engine at every step. "
+                "Load it unquantized, with peft_config (LoRA) to save memory"
+            )
+
+
+_QUANTIZED = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
 
 def check_adapter(model: Any, peft_config: Any) -> None:
@@ -224,7 +221,7 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, template: str | None) 
 
 
 def _columns(dataset: Any) -> list[str] | None:
-    """Column names of a dataset; None if there is no way to know them before rows are read."""
+    """Return the column names of a dataset, or None if they are not known before rows are read."""
     if dataset is None or not hasattr(dataset, "column_names"):
         return None
     if dataset.column_names is not None:
@@ -233,25 +230,38 @@ def _columns(dataset: Any) -> list[str] | None:
 
 
 def planned_pair(model: Any, teacher_model: Any, args: OSDConfig, engine: PairEngine | None) -> PairConfig | PairEngine:
-    """The pair to train with: the running `engine`, or the checked configuration of one to start.
+    """Return the pair to train with: the running `engine`, or the checked configuration of one to start.
 
     Raises:
         ValueError: no teacher, or one that is not a path or id; a model that cannot be found; tokenizers that differ;
-            engine arguments that vLLM does not have; a running engine of another teacher or another mixing.
+            engine arguments that vLLM does not have; a running engine of another teacher.
     """
     teacher = _teacher_path(teacher_model, args, engine)
     if engine is not None:
-        _check_running(engine, teacher, args)
+        if engine.config.teacher != teacher:
+            raise ValueError(
+                f"the running engine's teacher is {engine.config.teacher!r}, and the trainer was given {teacher!r}"
+            )
+        warn_beside_engine(args)
         return engine
     from osd.engine.engine import PairConfig
     from osd.engine.validate_models import check_models, check_student_can_train
 
-    student = model if isinstance(model, str) else model.name_or_path
     kwargs: dict[str, Any] = args.pair_kwargs()
-    pair = PairConfig(teacher=teacher, student=student, mixing=args.mixing(), **kwargs)
+    pair = PairConfig(teacher=teacher, student=_student_path(model), mixing=args.mixing(), **kwargs)
     check_models(pair)
     check_student_can_train(pair)
     return pair
+
+
+def _student_path(model: Any) -> str:
+    path = model if isinstance(model, str) else model.name_or_path
+    if not path:
+        raise ValueError(
+            f"model is a {type(model).__name__} without a path: its engine loads configuration and tokenizer from one. Save it "
+            "with save_pretrained, with its tokenizer, and load it from there"
+        )
+    return path
 
 
 def _teacher_path(teacher_model: Any, args: OSDConfig, engine: PairEngine | None) -> str:
@@ -266,11 +276,3 @@ def _teacher_path(teacher_model: Any, args: OSDConfig, engine: PairEngine | None
             "model id (a model changed in memory must be saved with save_pretrained first)"
         )
     return given
-
-
-def _check_running(engine: PairEngine, teacher: str, args: OSDConfig) -> None:
-    running = engine.config
-    if running.teacher != teacher:
-        raise ValueError(f"the running engine's teacher is {running.teacher!r}, and the trainer was given {teacher!r}")
-    if running.mixing != args.mixing():
-        raise ValueError(f"the running engine mixes with {running.mixing}, and the trainer's args say {args.mixing()}")

@@ -1,5 +1,5 @@
-"""Data generation: prompts in, scored semi-on-policy completions out; pages that show what came of it.
+"""Data generation: prompts in, scored semi-on-policy completions out, with pages that describe the result.
 
-`settings` and `parse` say what a run is, `reader` and `requests` turn rows into prompts of both sides, `writer` keeps what
-was sampled, `generate` and `comparison` are the two runs, `inspection` reads their files.
+`settings` and `parse` define a run, `reader` and `requests` turn rows into prompts of both sides, `writer` stores samples,
+`generate` and `comparison` are the two runs, `inspection` reads their files.
 """

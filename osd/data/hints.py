@@ -1,4 +1,4 @@
-"""Whether a value is of its setting's type: YAML gives whatever was written."""
+"""Types of settings, checked because YAML gives values of any type."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 @cache
 def hints(cls: Any) -> dict[str, Any]:
-    """The resolved type of every field of a settings class."""
+    """Return the resolved type of every field of a settings class."""
     return {name: hint for name, hint in get_type_hints(cls).items() if name in cls.__dataclass_fields__}
 
 
 def takes_mapping(hint: Any) -> bool:
-    """Whether a field is a mapping (which a flag gives as JSON)."""
+    """Return whether a field is a mapping, which a flag gives as JSON."""
     return any(get_origin(option) is dict for option in get_args(hint))
 
 
 def check_types(settings: Any) -> None:
-    """Refuse a value of another type than its field's.
+    """Refuse values that are not of their field's type.
 
     Raises:
         ValueError: naming the field, the value and the type.

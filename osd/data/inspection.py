@@ -1,4 +1,4 @@
-"""`osd inspect`: one HTML page about a file or folder of data, of bounded size whatever the data's."""
+"""`osd inspect`: write one HTML page about a file or folder of data. Its size is bounded for data of any size."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from osd.data import grading
 from osd.data.statistics import EARLY, NATS, PLACES, UNIT, Tally, TokenSums, data_files, tally
-from osd.data.writer import SUMMARY
+from osd.data.writer import RUN, SUMMARY
 from osd.report.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, svg
-from osd.report.pages import render, script_json, write
+from osd.report.pages import check_writable, render, script_json, write
 
 SHOWN_TOKENS = 60_000  # in all completions on the page: about 2 MB
 CUT = 2_000  # tokens of one completion
@@ -20,28 +21,39 @@ PROMPT_CUT = 6_000  # characters of a prompt
 EXTREMES, WORDS = 15, 15
 
 
-def inspect(path: Path, output: Path | None = None, *, shown: int = 200) -> Path:
-    """Write the page of a data set; returns where.
+def inspect(path: Path, output: Path | None = None, *, shown: int = 200, answer_match: str | None = None) -> Path:
+    """Write the page of a data set and return its path.
 
     Args:
         path: a Parquet or JSONL file, or an output folder of `osd generate`.
         output: the page. Default: inspect.html in the folder, or beside the file with its name.
-        shown: how many completions the page has, at most; fewer if they are long.
+        shown: largest number of completions on the page; fewer if they are long.
+        answer_match: when a completion is right. Default: as the run was told (run.json beside the data), else "final".
 
     Raises:
-        ValueError: no data there, or not that of `osd generate`.
+        ValueError: no data, data that `osd generate` did not write, an unknown `answer_match`, a page that cannot be written.
     """
     files = data_files(path)
-    result = tally(files, shown=shown, extremes=EXTREMES)
+    page = output or (path / "inspect.html" if path.is_dir() else path.with_suffix(".html"))
+    check_writable(page)
+    matcher = grading.matcher(answer_match or _answer_match((path if path.is_dir() else path.parent) / RUN))
+    result = tally(files, shown=shown, extremes=EXTREMES, matcher=matcher)
     if not result.tokens:
         raise ValueError(f"{str(path)!r} has no tokens to show")
-    page = output or (path / "inspect.html" if path.is_dir() else path.with_suffix(".html"))
     write(page, page_of(result, path.resolve().name, _became(path / SUMMARY)))
     return page
 
 
+def _answer_match(run: Path) -> str:
+    """Return the `answer_match` of the run that wrote the data."""
+    try:
+        return str(json.loads(run.read_text(encoding="utf-8"))["settings"]["answer_match"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "final"
+
+
 def _became(summary: Path) -> str | None:
-    """What a finished run says became of its samples; None where there is no summary beside the data."""
+    """Describe what happened to the samples of a finished run; None without a summary beside the data."""
     if not summary.is_file():
         return None
     counts = json.loads(summary.read_text(encoding="utf-8"))
@@ -51,7 +63,7 @@ def _became(summary: Path) -> str | None:
 
 
 def page_of(result: Tally, name: str, became: str | None = None) -> str:
-    """The page of a tally, with what became of the samples."""
+    """Render the page of a tally. `became` describes what happened to the samples of the run."""
     samples = _within_budget(result.shown)
     vocabulary: dict[str, int] = {}
     data = {"samples": [_compact(sample, vocabulary) for sample in samples], "vocab": list(vocabulary)}
@@ -67,8 +79,8 @@ def page_of(result: Tally, name: str, became: str | None = None) -> str:
         shown=len(samples),
         cut=CUT if any(len(sample["tokens"]) > CUT for sample in samples) else None,
         extremes=[
-            ("The teacher knew better: it gave them far more than the student", _by_score(result.teacher_side), "t"),
-            ("The student's own: it gave them far more than the teacher", _by_score(result.student_side), "s"),
+            ("Tokens that the teacher gave far more probability than the student", _by_score(result.teacher_side), "t"),
+            ("Tokens that the student gave far more probability than the teacher", _by_score(result.student_side), "s"),
         ],
         least=least,
         words=_words(result.by_token, least),
@@ -87,7 +99,7 @@ def _within_budget(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _compact(sample: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, Any]:
-    """A completion as the page's script reads it: short keys, few digits, every token text once in `vocabulary`."""
+    """Compact a completion for the page's script: short keys, few digits, every token text once in `vocabulary`."""
     theta, teacher = sample["logp_theta"][:CUT], sample["logp_teacher"][:CUT]
     gaps = [None if a is None or b is None else a - b for a, b in zip(teacher, theta, strict=True)]
     return {
@@ -98,6 +110,7 @@ def _compact(sample: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, An
         "ma": _rounded(_mean(sample["alpha"])),
         "mk": _rounded(_mean(sample["kl_theta"])),
         "answer": sample.get("answer"),
+        "ok": sample.get("right"),
         "sp": _cut(sample.get("student_prompt")),
         "tp": _cut(sample.get("teacher_prompt")),
         "t": [vocabulary.setdefault(text, len(vocabulary)) for text in sample["tokens"][:CUT]],
@@ -128,21 +141,21 @@ def _by_score(heap: list[Any]) -> list[Any]:
 
 
 def _words(by_token: dict[str, TokenSums], least: int) -> list[tuple[str, list[tuple[str, TokenSums]]]]:
-    """Tokens drawn often enough, those that the teacher favours most and those that the student does."""
+    """Return the tokens drawn at least `least` times that the teacher favours most, and those that the student does."""
     common = sorted(
         ((text, sums) for text, sums in by_token.items() if sums.count >= least and text),
         key=lambda item: item[1].gap / item[1].count,
     )
     favours_teacher = [item for item in reversed(common) if item[1].gap > 0][:WORDS]
     favours_student = [item for item in common if item[1].gap < 0][:WORDS]
-    return [("The teacher gives them more", favours_teacher), ("The student gives them more", favours_student)]
+    return [("Favoured by the teacher", favours_teacher), ("Favoured by the student", favours_student)]
 
 
 def _headline(result: Tally) -> list[tuple[str, str]]:
     def mean(name: str) -> float:
         return result.sums[name] / result.tokens
 
-    stopped = result.finish_reasons["stop"] / result.completions
+    scores = [_share(result.right, result.scored, "right")] if result.scored else []
     return [
         (f"{result.completions:,}", "completions"),
         (f"{result.tokens / result.completions:,.0f}", "tokens each, on average"),
@@ -153,15 +166,21 @@ def _headline(result: Tally) -> list[tuple[str, str]]:
         (f"{mean('ess_teacher'):.2f}", "mean ESS ratio against the teacher"),
         (f"{math.exp(-mean('logp_theta')):.2f}", "perplexity to the student"),
         (f"{math.exp(-mean('logp_teacher')):.2f}", "perplexity to the teacher"),
-        (f"{stopped:.0%}", "ended by themselves"),
+        _share(result.finish_reasons["stop"], result.completions, "ended by themselves"),
+        *scores,
     ]
+
+
+def _share(part: int, whole: int, label: str) -> tuple[str, str]:
+    low, high = grading.wilson(part, whole)
+    return f"{part / whole:.0%}", f"{label} ({part:,} of {whole:,}; 95 %: {low:.1%} to {high:.1%})"
 
 
 # -- plots --------------------------------------------------------------------------------------------------------------
 
 
 def _plots(result: Tally) -> list[tuple[str, str, str]]:
-    """(title, SVG, caption) of each."""
+    """Return title, SVG and caption of each plot."""
     h = result.histograms
     return [
         (
@@ -211,7 +230,7 @@ def _alpha(axes: Any, counts: np.ndarray) -> None:
 
 
 def _two(axes: Any, edges: np.ndarray, student: np.ndarray, teacher: np.ndarray, log: bool = False) -> None:
-    # One line lies on the other where the two agree: the dashes let both be seen.
+    # The two lines coincide where the sides agree; dashes show both.
     edges = np.concatenate([[edges[1] / 1.6], edges[1:]]) if log else edges
     axes.stairs(_shares(student), edges, fill=True, color=STUDENT, alpha=0.22)
     axes.stairs(_shares(student), edges, color=STUDENT, linewidth=2.6, alpha=0.8, label="student")
@@ -227,7 +246,7 @@ def _two(axes: Any, edges: np.ndarray, student: np.ndarray, teacher: np.ndarray,
 
 
 def _cut_the_tallest(axes: Any, edges: np.ndarray, shares: np.ndarray) -> None:
-    """Keep one bin that holds nearly everything from flattening all others; its share is written instead."""
+    """Cut a bin that holds nearly everything, so that the others stay visible, and write its share."""
     second, tallest = np.sort(shares)[-2:]
     if not 0 < 4 * second < tallest:
         return

@@ -1,4 +1,4 @@
-"""The paired engine as the data commands use it: checked first, its tokenizers at hand, its weights loaded when needed."""
+"""The paired engine of the data commands: models are checked first, weights load with the first request."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class Pair(Protocol):
-    """What the runs need of an engine; `EnginePair` is the real one."""
+    """Interface of the engine that runs need; `EnginePair` implements it."""
 
     teacher_tokenizer: Any
     student_tokenizer: Any
 
     def refusal(self, request: Request, sampling: dict[str, Any]) -> str | None:
-        """Why a request cannot be sampled (too long for a model, ...), or None."""
+        """Return the reason why a request cannot be sampled (too long for a model, ...), or None."""
 
     def sample(
         self,
@@ -31,17 +31,17 @@ class Pair(Protocol):
         mixing: MixingConfig | None = None,
         on_finished: Callable[[int], None] | None = None,
     ) -> list[PairCompletion]:
-        """One completion per request, with its record; each draws from its own seed.
+        """Sample one completion per request, with its record, each from its own seed.
 
         Args:
-            alpha: the teacher's weight, or None to let the mixing choose it.
-            mixing: another way to mix than the settings'.
+            alpha: the teacher's weight; None lets `mixing` choose it.
+            mixing: replaces the mixing of the settings.
             on_finished: called with the length of each completion when it is done.
         """
 
 
 class EnginePair:
-    """A `PairEngine` that starts with the first request.
+    """A `PairEngine` that starts when the first request needs it.
 
     Raises:
         ValueError: models that are missing or have different tokenizers, engine arguments that vLLM does not have.
@@ -53,9 +53,9 @@ class EnginePair:
         from osd.engine.engine import PairConfig, checked_params
         from osd.engine.validate_models import check_models
 
-        self.mixing = settings.mixing()
+        self.mixing, self.quiet = settings.mixing(), settings.quiet
         kwargs: dict[str, Any] = settings.pair_kwargs()
-        kwargs["engine_kwargs"].setdefault("use_tqdm_on_load", False)  # its bars would tear ours
+        kwargs["engine_kwargs"].setdefault("use_tqdm_on_load", False)  # these bars would break ours
         self.config: PairConfig = PairConfig(
             teacher=str(settings.teacher_model_name_or_path),
             student=str(settings.model_name_or_path),
@@ -79,15 +79,17 @@ class EnginePair:
 
     @property
     def engine(self) -> PairEngine:
-        """The engine, started now if it was not."""
+        """Return the engine, starting it if needed."""
         if self._engine is None:
             from osd.engine.engine import PairEngine
+            from osd.terminal import Loading, models
 
-            self._engine = PairEngine(self.config)
+            with Loading(models(teacher=self.config.teacher, student=self.config.student), quiet=self.quiet):
+                self._engine = PairEngine(self.config)
         return self._engine
 
     def refusal(self, request: Request, sampling: dict[str, Any]) -> str | None:
-        engine = self.engine  # a failure to start it is no fault of the request's
+        engine = self.engine  # outside of try: a failed start does not reject the request
         try:
             engine.check([_prompt(request)], sampling=sampling)
         except ValueError as error:

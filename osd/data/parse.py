@@ -1,14 +1,12 @@
-"""YAML files and flags into settings, and the rule by which one file serves generation, comparison and training.
+"""Parsing of YAML files and flags into settings. One file serves generation, comparison and training:
 
-- A key at the top level is read by every command that knows it, and skipped by the others; a key that no command knows is
-  refused.
-- The section `generate:` is read by `osd generate`, and by `osd compare` for the keys that it shares; `compare:` by
-  `osd compare`. What a section says wins over the top level. Training reads neither.
+- Every command reads the keys at the top level that it knows and skips the others; a key that no command knows is refused.
+- `osd generate` reads the section `generate:`; `osd compare` reads the keys of it that it knows, and the section `compare:`.
+  Keys of a section win over the top level. Training reads no section.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
@@ -16,15 +14,20 @@ import sys
 from argparse import SUPPRESS, ArgumentParser, HelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from osd.core import suggest
+from osd.data.configs import find, shipped
 from osd.data.hints import hints, takes_mapping
 from osd.data.settings import CompareConfig, GenerateConfig
 
 SECTIONS: dict[str, type] = {"generate": GenerateConfig, "compare": CompareConfig}
+# Flags of the short help.
+SHORT = {"help", "help_all", "config", "model_name_or_path", "teacher_model_name_or_path", "input", "output", "limit"}
+SHORT |= {"prompt_column", "answer_column", "teacher_templates", "enable_chat_template", "num_samples", "linear_weights"}
+SHORT |= {"max_completion_length", "temperature", "filter_answer", "resume", "quiet", "dry_run"}
 Settings = TypeVar("Settings", GenerateConfig, CompareConfig)
 
 
@@ -36,39 +39,37 @@ def parse(
     prog: str = "osd",
     description: str = "",
 ) -> Settings:
-    """The settings of a command from `--config FILE` and flags, which win.
+    """Parse `--config FILE` and flags into the settings of a command; flags win.
 
     Args:
-        training_keys: the keys that training knows; asked only for keys that the data commands do not know.
+        training_keys: returns the keys of training; called only for keys that the data commands do not know.
 
     Raises:
         ValueError: an unknown key or flag, or what `settings_class` refuses.
-        SystemExit: `--help`, or a flag without its value.
+        SystemExit: `--help`, `--help-all`, or a flag without its value.
     """
-    first = _strict(ArgumentParser)(prog=prog, add_help=False, allow_abbrev=False)
+    first = strict(ArgumentParser)(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config, flags = first.parse_known_args(argv)
     values = {} if config.config is None else read_yaml(config.config, settings_class, training_keys)
-    parser = _parser(settings_class, prog, description)
+    parser = _parser(settings_class, prog, description, whole="--help-all" in flags)
     parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(flags)
     if unknown:
         known = [f"--{field.name}" for field in fields(settings_class)]
-        raise ValueError(f"unknown argument {unknown[0]!r}{suggestion(unknown[0], known)}; `{prog} --help` lists them all")
+        raise ValueError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], known)}; `{prog} --help-all` lists them all")
     given = {field.name: getattr(namespace, field.name) for field in fields(settings_class)}
     return settings_class(**{name: _mapping(name, value, settings_class) for name, value in given.items()})
 
 
 def read_yaml(path: str, settings_class: type, training_keys: Callable[[], Iterable[str]]) -> dict[str, Any]:
-    """What a YAML file says to one command, by the rule above.
+    """Read the keys of a YAML file that one command knows; see the module's docstring.
 
     Raises:
         ValueError: no such file, not a mapping, or a key that no command knows.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"config={path!r} is not a file" if Path(path).exists() else f"config={path!r} does not exist")
     try:
-        written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        written = yaml.safe_load(find(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config={path!r} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
     if not isinstance(written, dict):
@@ -82,17 +83,17 @@ def read_yaml(path: str, settings_class: type, training_keys: Callable[[], Itera
 
 
 def _set_environment(variables: Any) -> None:
-    """The key `env`, as in TRL's parser."""
+    """Set the environment variables of the key `env`, as TRL's parser does."""
     if not isinstance(variables, dict):
         raise ValueError(f"env: {variables!r} is not a mapping of names to values")
     os.environ.update({str(name): str(value) for name, value in variables.items()})
 
 
 def split_sections(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The top level of a YAML file, and its data sections (empty where absent).
+    """Split a YAML file into its top level and its data sections (empty where absent).
 
     Raises:
-        ValueError: a section that is not a mapping, or has a key that its command does not know.
+        ValueError: a section that is not a mapping, or has an unknown key.
     """
     sections = {name: written.get(name) or {} for name in SECTIONS}
     for name, section in sections.items():
@@ -101,12 +102,12 @@ def split_sections(written: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         known = [field.name for field in fields(SECTIONS[name])]
         for key in section:
             if key not in known:
-                raise ValueError(f"unknown key {key!r} in the section {name!r}{suggestion(key, known)}")
+                raise ValueError(f"unknown key {key!r} in the section {name!r}{suggest(key, known)}")
     return {key: value for key, value in written.items() if key not in SECTIONS}, sections
 
 
 def data_keys() -> set[str]:
-    """Every key that a data command knows."""
+    """Return every key of the data commands."""
     return {field.name for settings_class in SECTIONS.values() for field in fields(settings_class)}
 
 
@@ -117,17 +118,11 @@ def _check_top(path: str, top: Mapping[str, Any], training_keys: Callable[[], It
     known = set(training_keys()) | data_keys()
     for key in unknown:
         if key not in known:
-            raise ValueError(f"unknown key {key!r} in {path}{suggestion(key, known)}; no command knows it")
-
-
-def suggestion(given: Any, known: Iterable[str]) -> str:
-    """ " (did you mean ...?)", where something known is close."""
-    close = difflib.get_close_matches(str(given), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"unknown key {key!r} in {path}{suggest(key, known)}; no command knows it")
 
 
 def _mapping(name: str, value: Any, settings_class: type) -> Any:
-    """A mapping that came as a flag, from its JSON."""
+    """Parse a mapping that was given as a flag, in JSON."""
     if not (isinstance(value, str) and takes_mapping(hints(settings_class)[name])):
         return value
     try:
@@ -136,11 +131,12 @@ def _mapping(name: str, value: Any, settings_class: type) -> Any:
         raise ValueError(f'{name}={value!r} is not a JSON object; write it as {{"key": value}}') from error
 
 
-def _parser(settings_class: Any, prog: str, description: str) -> ArgumentParser:
+def _parser(settings_class: Any, prog: str, description: str, *, whole: bool) -> ArgumentParser:
+    """Make the parser of a command. Its help lists every setting if `whole`, else those of `SHORT`."""
     from transformers.hf_argparser import HfArgumentParser
 
     usage = f"{prog} --config FILE --input FILE --output FOLDER [--FLAG VALUE ...]"
-    parser = _strict(HfArgumentParser)(
+    parser = strict(HfArgumentParser)(
         settings_class.groups,
         prog=prog,
         usage=usage,
@@ -150,16 +146,23 @@ def _parser(settings_class: Any, prog: str, description: str) -> ArgumentParser:
         add_help=False,
     )
     start = parser.add_argument_group("start here")
-    start.add_argument("-h", "--help", action="help", help="Show this.")
+    start.add_argument("-h", "--help", action="help", help="Show the flags that most runs set.")
+    start.add_argument("--help-all", action="help", help="Show every flag.")
     start.add_argument(
-        "--config", metavar="FILE", default=SUPPRESS, help="YAML file of settings; every flag is also a key in it."
+        "--config",
+        metavar="FILE",
+        default=SUPPRESS,
+        help=f"YAML file of settings, or a shipped one: {', '.join(shipped())}. Every flag is also a key in it.",
     )
     parser._action_groups.insert(0, parser._action_groups.pop())
+    for action in parser._actions:
+        if not whole and action.dest not in SHORT:
+            action.help = SUPPRESS
     return parser
 
 
-def _strict(base: Any) -> Any:
-    """A parser whose complaints are one line."""
+def strict(base: Any) -> Any:
+    """Derive a parser that reports an error in one line."""
 
     class Parser(base):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
@@ -170,13 +173,13 @@ def _strict(base: Any) -> Any:
 
 
 class _Help(HelpFormatter):
-    """One spelling per flag, a short placeholder, and the default where there is one."""
+    """Help with one spelling per flag, a short placeholder, and the default where there is one."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
 
     def _format_action_invocation(self, action: Any) -> str:
-        flags = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        flags = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")] or list(action.option_strings)
         if action.nargs == 0:
             return ", ".join(flags)
         many = " ..." if action.nargs == "+" else ""

@@ -1,4 +1,4 @@
-"""From a row to what each side reads: column names, templates that take turns, system prompts, chat templates, token ids."""
+"""Rendering of rows for both sides: column names, templates in turn, system prompts, chat templates, token ids."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from osd.data import grading
 from osd.data.reader import Row
 from osd.data.settings import CompareConfig, GenerateConfig, as_mapping
+from osd.prompt_checks import compare_templates, forget_warnings
 from osd.prompts import PROMPT_COLUMN, Prompt, encode, fill, for_side, privileged_template_for, teacher_prompt, template_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What one side reads: the text as it was tokenized, and its token ids."""
+    """Prompt of one side: the text as it was tokenized, and its token ids."""
 
     text: str
     token_ids: list[int]
@@ -28,12 +30,12 @@ class Request:
     """One sample to draw.
 
     Attributes:
-        row: of the input.
-        sample: its number among the row's samples, from 0.
-        seed: of its draws; a function of the run's seed, the row's id and the sample's number.
-        template: which teacher template it uses, or None if there is none.
-        teacher, student: what each side reads.
-        answer: the reference answer, if there is one.
+        row: the row of the input.
+        sample: number among the samples of the row, from 0.
+        seed: seed of the draws, a function of the run's seed, the row's id and `sample`.
+        template: index of the teacher template, or None without one.
+        teacher, student: the prompt of each side.
+        answer: the reference answer, or None.
     """
 
     row: Row
@@ -46,11 +48,14 @@ class Request:
 
 
 class RequestBuilder:
-    """Makes requests from rows, after every check that needs only the column names.
+    """Builds requests from rows, after every check that needs only the column names.
 
     Args:
-        settings: of the run.
-        columns: the input's columns.
+        settings: the settings of the run.
+        columns: the columns of the input.
+
+    Attributes:
+        started: local time that chat templates get as the current time (`strftime_now`), the same for the whole run.
 
     Raises:
         ValueError: a column or field that the input does not have, or two ways to build the teacher's prompt.
@@ -62,6 +67,7 @@ class RequestBuilder:
         self.templates: list[str | None] = []
         self._check_columns(settings, list(columns))
         self.tokenizers: tuple[Any, Any] | None = None
+        self.started = datetime.now()
 
     def _check_columns(self, settings: GenerateConfig | CompareConfig, columns: list[str]) -> None:
         for name, column in (*self.names.items(), ("answer_column", settings.answer_column)):
@@ -88,7 +94,7 @@ class RequestBuilder:
         self.templates = [privileged_template_for({*fields, PROMPT_COLUMN}, template) for template in given]
 
     def use_tokenizers(self, teacher: Any, student: Any) -> None:
-        """Render with these from now on, under the chat templates that the settings give."""
+        """Render with these tokenizers, under the chat templates of the settings."""
         for tokenizer, template in (
             (teacher, self.settings.teacher_chat_template),
             (student, self.settings.student_chat_template),
@@ -96,17 +102,26 @@ class RequestBuilder:
             if template is not None:
                 tokenizer.chat_template = template if _is_jinja(template) else Path(template).read_text(encoding="utf-8")
         self.tokenizers = teacher, student
+        forget_warnings()
 
     def build(self, row: Row, sample: int) -> Request:
-        """The request of one sample of a row.
+        """Return the request of one sample of a row.
 
         Raises:
-            ValueError: why this row cannot be used.
+            ValueError: this row cannot be used, whatever its content raised (a template may do anything with it).
         """
-        assert self.tokenizers is not None
         if row.error is not None:
             raise ValueError(row.error)
-        settings = self.settings
+        try:
+            return self._request(row, sample)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"it cannot be rendered ({type(error).__name__}: {error})") from error
+
+    def _request(self, row: Row, sample: int) -> Request:
+        assert self.tokenizers is not None
+        settings, answer = self.settings, self._answer(row)
         fields = self._fields(row.values)
         index = (_number(row.id) + sample) % len(self.templates)
         template = self.templates[index]
@@ -124,11 +139,11 @@ class RequestBuilder:
             template=None if template is None else index,
             teacher=sides[0],
             student=sides[1],
-            answer=self._answer(row),
+            answer=answer,
         )
 
     def _fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """A row's columns under all their names, and the student's prompt as `prompt`."""
+        """Return the columns of a row under all their names, and the student's prompt as `prompt`."""
         settings = self.settings
         fields = {**values, **{name: values.get(column) for name, column in self.names.items()}}
         prompt = fields.get(settings.prompt_column)
@@ -138,8 +153,10 @@ class RequestBuilder:
 
     def _side(self, tokenizer: Any, prompt: Prompt, system: str | None) -> Side:
         settings = self.settings
-        kwargs = as_mapping(settings.chat_template_kwargs)
+        kwargs = {**pinned_date(tokenizer, self.started), **as_mapping(settings.chat_template_kwargs)}
         rendered = for_side(prompt, system_prompt=system, chat=settings.enable_chat_template)
+        if self.tokenizers is not None and not isinstance(rendered, str):
+            compare_templates(*self.tokenizers, kwargs, kwargs)
         token_ids = encode(tokenizer, rendered, **kwargs)
         if isinstance(rendered, str):
             return Side(text=rendered, token_ids=token_ids)
@@ -155,7 +172,25 @@ class RequestBuilder:
             if getattr(self.settings, "filter_answer", None):
                 raise ValueError(f"it has no {self.settings.answer_column!r} (answer_column), which filter_answer needs")
             return None
-        return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+        text = _answer_text(answer)
+        grading.check_reference(text, self.settings.answer_match)
+        return text
+
+
+def _answer_text(answer: Any) -> str:
+    """Return an answer as text: numbers, lists and objects as JSON, others (dates, decimals) as templates print them."""
+    if isinstance(answer, (bool, int, float, list, dict)):
+        return json.dumps(answer, ensure_ascii=False, default=str)
+    return str(answer)
+
+
+def pinned_date(tokenizer: Any, now: datetime) -> dict[str, Any]:
+    """Return the chat template argument that makes `strftime_now` print `now`; empty if the chat template does not call it.
+
+    A template that prints today's date would give the prompts of one run two dates when it passes midnight or is resumed.
+    """
+    called = "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+    return {"strftime_now": now.strftime} if called else {}
 
 
 def _is_jinja(template: str) -> bool:
@@ -163,7 +198,7 @@ def _is_jinja(template: str) -> bool:
 
 
 def sample_seed(seed: int, row_id: str, sample: int) -> int:
-    """The seed of one sample: below 2^53, so that every reader of JSON keeps all its digits."""
+    """Return the seed of one sample: below 2^53, so that every reader of JSON keeps all its digits."""
     return _number(f"{seed}\0{row_id}\0{sample}") >> 11
 
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from osd.core import RECORD_FIELDS
 from osd.data import grading
-from osd.data.reader import canonical
 from osd.data.requests import Request
 from osd.data.settings import GenerateConfig
+from osd.data.strict_json import canonical
 
 Sample = dict[str, Any]
 
@@ -41,17 +41,17 @@ SCHEMA = pa.schema(
         ("weights_version", pa.int32()),
         ("seed", pa.int64()),  # of this sample
         ("config_hash", pa.string()),
-        ("source", pa.string()),  # the input row, as JSON
+        ("source", pa.string()),  # the input row, as strict JSON
     ]
 )
 
 
 def sample_of(request: Request, completion: Any, tokenizer: Any, run: dict[str, str]) -> Sample:
-    """The line of one completion.
+    """Return one completion as a line of data.
 
     Args:
         completion: an `osd.engine.engine.PairCompletion` with its record.
-        run: what is the same for the whole run: student_model, teacher_model, config_hash.
+        run: the columns that are equal in the whole run: student_model, teacher_model, config_hash.
     """
     record = {name: completion.record.values_TR[:, i].tolist() for i, name in enumerate(RECORD_FIELDS)}
     alpha = record["alpha"]
@@ -78,20 +78,39 @@ def sample_of(request: Request, completion: Any, tokenizer: Any, run: dict[str, 
         "teacher_template": request.template,
         "weights_version": completion.weights_version,
         "seed": request.seed,
-        "source": canonical(dict(request.row.values)),
+        "source": canonical(request.row.source),
         **run,
     }
 
 
 def pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; "" for one that only begins a character, whose last token gets it."""
+    """Return the text that each token adds; "" for a token that only begins a character, whose last token gets it.
+
+    Never raises: a token that has no text gives "".
+    """
     from tokenizers.decoders import DecodeStream
 
     fast = getattr(tokenizer, "_tokenizer", None)
     if fast is None:
-        return [tokenizer.decode([token]) for token in token_ids]
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(fast, token) or "" for token in token_ids]
+        return [_text(tokenizer.decode, [token]) or "" for token in token_ids]
+    stream, texts = DecodeStream(skip_special_tokens=False), []
+    for token in token_ids:
+        text = _text(stream.step, fast, token)
+        if text is None:
+            # "Invalid prefix encountered": byte-fallback tokenizers (Llama 2, Gemma) decode a run of bytes as a whole, and half
+            # of a character after a newline turns the newline, which was given out, into U+FFFD. Begin anew, as vLLM does.
+            stream = DecodeStream(skip_special_tokens=False)
+            text = _text(stream.step, fast, token)
+        texts.append(text or "")
+    return texts
+
+
+def _text(decode: Callable[..., str | None], *args: Any) -> str | None:
+    """Call a decoder: "" if it has no text yet, None if it raises."""
+    try:
+        return decode(*args) or ""
+    except Exception:
+        return None
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -104,7 +123,7 @@ Filter = Callable[[Sample], bool]
 
 
 def filters(settings: GenerateConfig) -> dict[str, Filter]:
-    """The filters that are on, in the order in which they are asked; each says whether to keep a sample."""
+    """Return the filters that are set, in the order of their use. Each returns whether to keep a sample."""
     least, reasons, most = settings.filter_min_tokens, settings.filter_finish_reasons, settings.filter_max_kl
     found: dict[str, Filter] = {}
     if least is not None:
@@ -112,7 +131,7 @@ def filters(settings: GenerateConfig) -> dict[str, Filter]:
     if reasons is not None:
         found["filter_finish_reasons"] = lambda sample: sample["finish_reason"] in reasons
     if settings.filter_answer is not None:
-        holds = {"contains": grading.contains, "match": grading.matches}[settings.filter_answer]
+        holds = grading.matcher(settings.answer_match if settings.filter_answer == "match" else "contains")
         found["filter_answer"] = lambda sample: holds(sample["completion"], sample["answer"])
     if most is not None:
         found["filter_max_kl"] = lambda sample: (sample["kl_theta_mean"] or 0.0) <= most
@@ -120,5 +139,5 @@ def filters(settings: GenerateConfig) -> dict[str, Filter]:
 
 
 def removed_by(sample: Sample, asked: dict[str, Filter]) -> str | None:
-    """The name of the first filter that removes a sample, or None if it is kept."""
+    """Return the name of the first filter that removes a sample, or None if it is kept."""
     return next((name for name, keep in asked.items() if not keep(sample)), None)

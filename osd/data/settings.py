@@ -1,30 +1,30 @@
-"""What `osd generate` and `osd compare` can be told: one field, one flag, one YAML key, one help text.
+"""Settings of `osd generate` and `osd compare`: every field is a flag and a YAML key, and has a help text.
 
-A field that training knows too has training's name and meaning, so that one YAML file serves all three. Nothing here
-imports torch, vLLM or TRL: `osd generate --help` is quick, and a wrong setting is refused before anything is loaded.
+A field that training has too keeps training's name and meaning, so that one YAML file serves all three. Nothing here
+imports torch, vLLM or TRL: `osd generate --help` is quick, and a wrong setting is refused before a model loads.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
+from osd.core import MixingConfig, mixing_option
+from osd.data import grading
 from osd.data.hints import check_types
+from osd.prompt_checks import check_template_kwargs
 from osd.prompts import template_fields
-
-if TYPE_CHECKING:
-    from osd.core import MixingConfig
+from osd.sampling_args import DATA_COMMANDS, FIELDS, checked_fields, checked_sampling
 
 FORMATS = ("parquet", "jsonl")
 ANSWER_FILTERS = ("contains", "match")
 FINISH_REASONS = ("stop", "length")
 
-# What may change between the runs that make one data set: where it is read and written, and how fast.
+# Settings that may change between the runs that make one data set: they change places, speed and output on the terminal only.
 FREE = frozenset(
     {"input", "dataset_name", "dataset_config", "dataset_train_split", "output", "resume", "shard", "batch_size"}
-    | {"vllm_gpu_memory_utilization"}
+    | {"vllm_gpu_memory_utilization", "quiet", "dry_run"}
 )
 
 
@@ -63,7 +63,15 @@ class Data:
         None, 'Further names for columns, as a mapping (JSON as a flag): {"problem": "question"} makes {problem} a field.'
     )
     id_column: str | None = _of(None, "A column with a name for each row. Default: a hash of the row.")
-    answer_column: str | None = _of(None, "A column with the reference answer, kept with every completion and scored.")
+    answer_column: str | None = _of(
+        None, "A column with the reference answer. It is kept with every completion; `osd compare` scores by it."
+    )
+    answer_match: str = _of(
+        "final",
+        "When a completion is right: final (its final answer is the reference, as a number, choice, text or formula), exact, "
+        "contains, math (math-verify on the final answer), regex (the reference is a pattern), or your module:function, which "
+        "gets the completion and the reference.",
+    )
     limit: int | None = _of(None, "Read only that many rows; `osd compare` reads 100 unless told.")
 
 
@@ -94,7 +102,7 @@ class Prompts:
     chat_template_kwargs: dict[str, Any] | str | None = _of(None, "Arguments of both chat templates (JSON as a flag).")
 
     def teacher_template_list(self) -> list[str] | None:
-        """The teacher's templates, or None when the data says what it reads."""
+        """Return the teacher's templates, or None when the rows have the teacher's prompts themselves."""
         return self.teacher_templates or ([self.privileged_template] if self.privileged_template is not None else None)
 
 
@@ -102,24 +110,19 @@ class Prompts:
 class Mixing:
     _argument_group_name = "how q* is made"
 
-    alpha_method: str = _of(
-        "kl_symmetry",
-        "How the teacher's weight α is chosen for every token: kl_symmetry, ess_balance, entropy, reverse_kl_symmetry, fixed.",
-    )
-    fixed_alpha: float = _of(0.5, "α under alpha_method=fixed: 0 samples from the student, 1 from the teacher.")
-    alpha_min: float = _of(0.0, "Lower bound of α.")
-    alpha_max: float = _of(1.0, "Upper bound of α.")
-    mixture: str = _of("geometric", "geometric (q* ∝ π_θ^(1-α) π_t^α), or linear ((1-α) π_θ + α π_t, with fixed or entropy).")
+    alpha_method: str = mixing_option("alpha_method")
+    fixed_alpha: float = mixing_option("fixed_alpha")
+    alpha_min: float = mixing_option("alpha_min")
+    alpha_max: float = mixing_option("alpha_max")
+    mixture: str = mixing_option("mixture")
 
     def mixing(self) -> MixingConfig:
-        """How α is chosen and the policies are mixed.
+        """Return the mixing of the two policies.
 
         Raises:
             ValueError: an unknown method or mixture, or bounds that are crossed or outside [0, 1].
         """
-        from osd.core import MixingConfig  # imports torch
-
-        return MixingConfig(**{f.name: getattr(self, f.name) for f in fields(MixingConfig)})
+        return MixingConfig.of(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,7 @@ class Sampling:
     seed: int = _of(42, "Together with a row's id and a sample's number it seeds that sample.")
 
     def sampling(self) -> dict[str, Any]:
-        """Arguments of `vllm.SamplingParams`, without the seed."""
+        """Return the arguments of `vllm.SamplingParams`, without the seed."""
         return {
             "max_tokens": self.max_completion_length,
             "temperature": self.temperature,
@@ -147,7 +150,7 @@ class Sampling:
             "top_k": self.top_k,
             "min_p": self.min_p or 0.0,
             "repetition_penalty": self.repetition_penalty,
-            **as_mapping(self.generation_kwargs),
+            **checked_sampling(as_mapping(self.generation_kwargs), where="generation_kwargs", refused=DATA_COMMANDS),
         }
 
 
@@ -161,6 +164,14 @@ class Engine:
     teacher_engine_kwargs: dict[str, Any] | str | None = _of(None, "vLLM engine arguments of the teacher only.")
     student_engine_kwargs: dict[str, Any] | str | None = _of(None, "vLLM engine arguments of the student only.")
     batch_size: int = _of(1024, "Completions handed to the engine at once; changes the speed, not the data.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terminal:
+    _argument_group_name = "terminal"
+
+    quiet: bool = _of(False, "Print errors only.")
+    dry_run: bool = _of(False, "Print the prompts of both sides for the first rows and stop; loads no weights.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +194,7 @@ class Filters:
     filter_finish_reasons: list[str] | None = _of(None, "Keep only these finish reasons: stop, length.")
     filter_answer: str | None = _of(
         None,
-        "contains: the reference answer must stand in the completion; match: it must be the completion's final answer "
-        "(\\boxed{}, after ####, after 'answer is', or the last number).",
+        "match: keep completions that answer_match calls right; contains: keep those in which the reference answer occurs.",
     )
     filter_max_kl: float | None = _of(None, "Remove completions whose mean KL(q*‖π_θ) per token is above this, in nats.")
 
@@ -197,11 +207,11 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run(Models, Data, Prompts, Mixing, Sampling, Engine):
-    """What both runs share.
+class _Run(Models, Data, Prompts, Mixing, Sampling, Engine, Terminal):
+    """Settings of both commands.
 
     Raises:
-        ValueError: on construction, before anything is loaded, naming the field, what was given and what to do.
+        ValueError: on construction, before a model loads; names the field, the value and the fix.
     """
 
     def __post_init__(self) -> None:
@@ -211,27 +221,26 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine):
             ("teacher_model_name_or_path", "the teacher's path or model id"),
             ("output", "the folder to write to"),
         ):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (self.dry_run and name == "output"):
                 raise ValueError(f"{name} is not set; give {what}")
         if not (self.input or self.dataset_name):
             raise ValueError("input is not set; give a file, a folder or a dataset to read the prompts from")
         self._check_numbers()
         self._check_prompts()
         self.mixing()
-        if "n" in self.sampling() and self.sampling()["n"] != 1:
-            raise ValueError("generation_kwargs['n'] must be 1; set num_samples instead")
-        if "seed" in self.sampling():
-            raise ValueError("generation_kwargs['seed'] would give every sample the same noise; set seed instead")
+        grading.matcher(self.answer_match)
+        own = {name: getattr(self, name) for name in FIELDS}
+        checked_fields(own, as_mapping(self.generation_kwargs), refused=DATA_COMMANDS)
 
     def _check_numbers(self) -> None:
         for name in ("num_samples", "max_completion_length", "batch_size", "limit", "vllm_max_model_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r} is no temperature; use 0 for the most likely token, or more")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            raise ValueError(f"vllm_gpu_memory_utilization={self.vllm_gpu_memory_utilization!r} is no share; use 0.9, say")
+            raise ValueError(
+                f"vllm_gpu_memory_utilization={self.vllm_gpu_memory_utilization!r} must be a share in (0, 1], such as 0.9"
+            )
         if not 0 <= self.seed < 2**32:  # what NumPy takes, which vLLM seeds too
             raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to {2**32 - 1}")
         self._check_room()
@@ -241,31 +250,29 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine):
         if isinstance(longest, int) and isinstance(most, int) and most >= longest > 0:
             raise ValueError(
                 f"max_completion_length={most} leaves no room for a prompt in vllm_max_model_length={longest}; "
-                "lower the one, or raise the other"
+                "lower the first or raise the second"
             )
 
     def _check_prompts(self) -> None:
         if self.teacher_templates is not None and self.privileged_template is not None:
             raise ValueError(
-                "teacher_templates and privileged_template are both set; keep one (teacher_templates takes several)"
+                "teacher_templates and privileged_template are both set; remove one (teacher_templates takes several templates)"
             )
         for name in ("teacher_templates", "privileged_template", "student_template"):
             given = getattr(self, name)
             if given == []:
-                raise ValueError(f"{name}=[] has no template; write one, or leave it out")
+                raise ValueError(f"{name}=[] has no template; write one or remove the key")
             for template in given if isinstance(given, list) else [] if given is None else [given]:
                 if not template.strip():
                     raise ValueError(f"{name}: {template!r} is empty; write {{prompt}} for the prompt itself")
                 template_fields(template)
-        fixed = {"conversation", "chat_template", "tokenize", "add_generation_prompt", "return_dict"}
-        for name in sorted(fixed & set(as_mapping(self.chat_template_kwargs))):
-            raise ValueError(f"chat_template_kwargs[{name!r}] is set by OSD; remove it")
+        check_template_kwargs(as_mapping(self.chat_template_kwargs))
         for name in as_mapping(self.columns):
             if not name.isidentifier():
-                raise ValueError(f"columns: {name!r} cannot be a field of a template; use letters, digits and underscores")
+                raise ValueError(f"columns: {name!r} cannot be a template field; use letters, digits and underscores")
 
     def pair_kwargs(self) -> dict[str, dict[str, Any]]:
-        """`engine_kwargs`, `teacher_kwargs` and `student_kwargs` of the paired engine."""
+        """Return `engine_kwargs`, `teacher_kwargs` and `student_kwargs` of the paired engine."""
         engine: dict[str, Any] = {"gpu_memory_utilization": self.vllm_gpu_memory_utilization}
         engine |= {"trust_remote_code": self.trust_remote_code, "seed": self.seed}
         if self.vllm_max_model_length is not None:
@@ -277,19 +284,19 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine):
         }
 
     def tensor_parallel_size(self) -> int:
-        """How many GPUs one pair takes."""
+        """Return the number of GPUs of one pair."""
         return int(self.pair_kwargs()["engine_kwargs"].get("tensor_parallel_size", 1))
 
     def source(self) -> str:
-        """What is read: the input, or training's dataset."""
+        """Return what to read: the input, or training's dataset."""
         return self.input or self.dataset_name or ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(_Run, Output, Filters):
-    """Everything that `osd generate` can be told."""
+    """Settings of `osd generate`."""
 
-    groups = (Models, Data, Prompts, Mixing, Sampling, Filters, Output, Engine)
+    groups = (Models, Data, Prompts, Mixing, Sampling, Filters, Output, Engine, Terminal)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,12 +308,12 @@ class GenerateConfig(_Run, Output, Filters):
             parse_shard(self.shard)
 
     def _check_filters(self) -> None:
-        """A filter that nothing could pass is a mistake."""
+        """Refuse filters that no completion can pass."""
         _check_choice("filter_answer", self.filter_answer, (None, *ANSWER_FILTERS))
         if self.filter_answer and not self.answer_column:
             raise ValueError(f"filter_answer={self.filter_answer!r} needs the reference answer; set answer_column")
         if self.filter_finish_reasons == []:
-            raise ValueError("filter_finish_reasons=[] would remove everything; name stop or length, or leave it out")
+            raise ValueError("filter_finish_reasons=[] would remove everything; name stop or length, or remove the key")
         for reason in self.filter_finish_reasons or ():
             _check_choice("filter_finish_reasons", reason, FINISH_REASONS)
         if self.filter_max_kl is not None and not self.filter_max_kl >= 0:
@@ -318,9 +325,9 @@ class GenerateConfig(_Run, Output, Filters):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(_Run, Comparison):
-    """Everything that `osd compare` can be told."""
+    """Settings of `osd compare`."""
 
-    groups = (Models, Data, Prompts, Mixing, Sampling, Comparison, Engine)
+    groups = (Models, Data, Prompts, Mixing, Sampling, Comparison, Engine, Terminal)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -332,10 +339,10 @@ class CompareConfig(_Run, Comparison):
 
 
 def parse_shard(given: str) -> tuple[int, int]:
-    """The place (i, n) of a process, from "i/n" with i from 0.
+    """Parse "i/n", the place of a process with i from 0.
 
     Raises:
-        ValueError: anything else.
+        ValueError: any other form.
     """
     found = re.fullmatch(r"(\d+)/(\d+)", given)
     if found is None or int(found[1]) >= int(found[2]):
@@ -344,7 +351,7 @@ def parse_shard(given: str) -> tuple[int, int]:
 
 
 def as_mapping(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A mapping field's value; its JSON was read when the flags were."""
+    """Return the value of a mapping field; JSON was parsed with the flags."""
     assert not isinstance(value, str), "check_types refuses it"
     return dict(value or {})
 

@@ -1,7 +1,7 @@
-"""What `osd inspect` knows of a data set: one pass over its files, in memory that does not grow with it.
+"""Statistics of a data set for `osd inspect`: one pass over its files, in memory that does not grow with the data.
 
-B completions of a batch, T their tokens laid end to end. Histograms have fixed bins; of the completions a seeded sample is
-kept to be shown, and of the tokens the most extreme ones with their surroundings.
+T tokens of a completion. Histograms have fixed bins. A seeded sample of the completions is kept to be shown, and the most
+extreme tokens with their surroundings.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from osd.data import grading
+from osd.data.configs import nearby
 from osd.data.samples import SCHEMA
 from osd.data.writer import is_data_file
 
@@ -60,10 +62,12 @@ class TokenSums:
 
 @dataclass
 class Tally:
-    """The whole of what a page shows; see `tally`."""
+    """Everything that a page shows; made by `tally`."""
 
     completions: int = 0
     tokens: int = 0
+    right: int = 0
+    scored: int = 0  # completions with a reference answer
     histograms: dict[str, np.ndarray] = field(default_factory=lambda: {n: np.zeros(len(b) - 1) for n, b in BINS.items()})
     sums: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
@@ -81,11 +85,13 @@ class Tally:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files of a data set: the file itself, or a folder's shards in order.
+    """Return the files of a data set: the file itself, or a folder's shards in order.
 
     Raises:
-        ValueError: nothing there.
+        ValueError: there is no data at the path.
     """
+    if not path.exists():
+        raise ValueError(f"{str(path)!r} has no data: it does not exist{nearby(path)}; give a file or folder of `osd generate`")
     if path.is_file() and path.suffix in (".parquet", ".jsonl"):
         return [path]
     if path.is_file():
@@ -97,7 +103,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 def samples(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """The completions of all files, one at a time.
+    """Yield the completions of all files.
 
     Raises:
         ValueError: a file that cannot be read, or without the columns that `osd generate` writes, one entry per token.
@@ -111,7 +117,7 @@ def samples(files: list[Path]) -> Iterator[dict[str, Any]]:
 
 def _what_is_wrong(sample: Any) -> str | None:
     if not isinstance(sample, dict):
-        return "it is no mapping of columns"
+        return "it is not a mapping of columns"
     for name in ("id", "tokens", *BINS, *SHOWN_COLUMNS):
         if sample.get(name) is None:
             return f"it has no {name!r}"
@@ -141,12 +147,13 @@ def _jsonl(file: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{str(file)!r}, line {number} is not JSON ({error}); was it cut off?") from error
 
 
-def tally(files: list[Path], *, shown: int, extremes: int, seed: int = 0) -> Tally:
+def tally(files: list[Path], *, shown: int, extremes: int, seed: int = 0, matcher: grading.Matcher = grading.matches) -> Tally:
     """Read a data set once.
 
     Args:
-        shown: how many completions to keep whole, drawn evenly.
-        extremes: how many tokens to keep from each end.
+        shown: number of completions to keep whole, drawn evenly.
+        extremes: number of tokens to keep from each end.
+        matcher: grades completions that have a reference answer; a kept one gets its grade as `right`.
     """
     result, chance = Tally(), random.Random(seed)
     for number, sample in enumerate(samples(files)):
@@ -155,14 +162,23 @@ def tally(files: list[Path], *, shown: int, extremes: int, seed: int = 0) -> Tal
         result.finish_reasons[sample.get("finish_reason") or "?"] += 1
         result.pairs[(sample.get("teacher_model") or "?", sample.get("student_model") or "?")] += 1
         result.config_hashes[sample.get("config_hash") or "?"] += 1
+        sample["right"] = _graded(sample, matcher)
+        result.scored += sample["right"] is not None
+        result.right += sample["right"] is True
         _keep(result.shown, sample, number, shown, chance)
         if sample["tokens"]:
             _add_tokens(result, sample, extremes)
     return result
 
 
+def _graded(sample: dict[str, Any], matcher: grading.Matcher) -> bool | None:
+    """Return whether a completion is right; None without a reference answer or without the text."""
+    answer, text = sample.get("answer"), sample.get("completion")
+    return None if answer is None or text is None else matcher(text, answer)
+
+
 def _keep(shown: list[dict[str, Any]], sample: dict[str, Any], number: int, most: int, chance: random.Random) -> None:
-    """Reservoir sampling: every completion is as likely to be among those shown."""
+    """Keep a completion by reservoir sampling: every one has the same chance to be shown."""
     if len(shown) < most:
         shown.append(sample)
     elif (place := chance.randrange(number + 1)) < most:
@@ -170,7 +186,7 @@ def _keep(shown: list[dict[str, Any]], sample: dict[str, Any], number: int, most
 
 
 def _add_tokens(result: Tally, sample: dict[str, Any], extremes: int) -> None:
-    # JSON has null where Parquet has -inf: a probability of zero.
+    # JSON has null where Parquet has -inf, the logarithm of probability 0.
     columns_T = {name: np.array(sample[name], dtype=float) for name in {*BINS, *SHOWN_COLUMNS}}
     length = len(sample["tokens"])
     result.tokens += length
@@ -209,7 +225,7 @@ def _add_extremes(
     most: int,
     serial: int,
 ) -> None:
-    """At most three of a completion, so that one strange completion does not fill the table."""
+    """Keep the most extreme tokens, at most three of a completion: one strange completion must not fill the table."""
     for i in np.argsort(-score_T, kind="stable")[:3]:
         score = float(score_T[i])
         if score <= 0 or (len(heap) == most and score <= heap[0][0]):

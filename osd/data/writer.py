@@ -1,14 +1,13 @@
-"""What a run has written, and what it still has to: shards that are whole or absent, and one commit per shard.
+"""Writing of a run's output: shards that are whole or absent, with one commit per shard.
 
     data-00000-of-00002-000003.parquet      shard 3 of process 0 of 2
-    rejected.jsonl                          input that could not be used, and why
-    run.json                                what made the data: settings, models, versions
+    rejected.jsonl                          input that could not be used, with reasons
+    run.json                                what made the data: settings, models, versions, the date in the prompts
     summary.json                            the counts, once every process is done
-    state/00000-of-00002.json               how far process 0 is: the commit
+    state/00000-of-00002.json               the progress of process 0: the commit
 
-A shard is written to a temporary file, synced and renamed; then the rejected lines are appended and synced; then the state
-is replaced. Only the state counts: what a killed run wrote after its last state is written again by the next one, under the
-same names, and the rejected lines beyond the state are cut off.
+A commit writes a shard to a temporary file, syncs and renames it, appends the rejected lines and syncs them, and then replaces
+the state. Only the state decides: the next run overwrites a shard that has no state, and cuts off rejected lines beyond it.
 """
 
 from __future__ import annotations
@@ -25,13 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from osd.data.samples import SCHEMA, Sample
+from osd.data.strict_json import finite, json_line, json_text
 
 RUN, SUMMARY, REJECTED, STATE = "run.json", "summary.json", "rejected.jsonl", "state"
+STARTED = "started"  # key of run.json: local time of the run's first start, which chat templates print as today's date
 
 
 @dataclass
 class Counts:
-    """What became of the samples; `drawn` is `kept` and everything in `removed`."""
+    """Numbers of samples; `drawn` is `kept` and all of `removed`."""
 
     drawn: int = 0
     kept: int = 0
@@ -42,20 +43,29 @@ class Counts:
 
     @property
     def alpha_mean(self) -> float:
-        """Mean α of all tokens drawn."""
+        """Mean α of all drawn tokens; NaN if there are none."""
         return self.alpha_sum / self.tokens if self.tokens else math.nan
 
     def __add__(self, other: Counts) -> Counts:
         removed = {name: self.removed.get(name, 0) + other.removed.get(name, 0) for name in {**self.removed, **other.removed}}
-        mine, theirs = asdict(self), asdict(other)
-        return Counts(**{name: mine[name] + theirs[name] for name in mine if name != "removed"}, removed=removed)
+        left, right = asdict(self), asdict(other)
+        return Counts(**{name: left[name] + right[name] for name in left if name != "removed"}, removed=removed)
 
 
 @dataclass
 class State:
-    """How far a process is: finished shards, length of its rejected lines in bytes, counts, and whether that is all."""
+    """Progress of a process.
+
+    Attributes:
+        shards: committed shards.
+        tasks: finished tasks, all of them in the committed shards.
+        rejected_bytes: length of the committed rejected lines.
+        finished: True after the last task.
+        counts: of the finished tasks.
+    """
 
     shards: int = 0
+    tasks: int = 0
     rejected_bytes: int = 0
     finished: bool = False
     counts: Counts = field(default_factory=Counts)
@@ -65,11 +75,11 @@ class Store:
     """The output folder of one process.
 
     Args:
-        folder: where to.
+        folder: the output folder.
         format: "parquet" or "jsonl".
-        place: (i, n), this process and how many there are.
+        place: (i, n): process i of n.
 
-    Use: `open`, then `commit` for every shard from `state.shards` on, then `finish`.
+    Use: `open`, then `commit` for the tasks from `state.tasks` on, shard by shard, then `finish`.
     """
 
     def __init__(self, folder: Path, format: str, place: tuple[int, int]) -> None:
@@ -77,16 +87,16 @@ class Store:
         self.index, self.total = place
         self.state = State()
 
-    # -- beginning ------------------------------------------------------------------------------------------------------
+    # -- start ----------------------------------------------------------------------------------------------------------
 
     def check(self, run: Mapping[str, Any], *, resume: bool) -> None:
-        """Whether this run may write here; changes nothing.
+        """Check that this run may write here; change nothing.
 
         Args:
-            run: what makes the data. `run["settings"]` must be what an earlier run's was, if that has written any.
+            run: what makes the data. `run["settings"]` must equal that of an earlier run that wrote data here.
 
         Raises:
-            ValueError: the folder has another run's data, or this run's and `resume` is off.
+            ValueError: the folder has data of another run, or of this run and `resume` is off.
         """
         self._check_place()
         if not self._begun():
@@ -97,30 +107,53 @@ class Store:
         if not resume and self._state_path().exists():
             raise ValueError(f"output={str(self.folder)!r} has this run's data already; add --resume to go on with it")
 
-    def open(self, run: Mapping[str, Any], *, resume: bool) -> None:
-        """Claim the folder for a run, or take an interrupted one up. Raises as `check`."""
+    def open(self, run: Mapping[str, Any], *, resume: bool) -> dict[str, Any]:
+        """Claim the folder for a run, or continue an interrupted run. Raises as `check`.
+
+        Returns:
+            What run.json has: `run`, or what the first process of this run wrote there. Processes that start together and
+            runs that are resumed therefore agree on `run[STARTED]`.
+        """
         self.check(run, resume=resume)
         (self.folder / STATE).mkdir(parents=True, exist_ok=True)
         for part in (*self.folder.glob(".*.part"), *(self.folder / STATE).glob(".*.part")):
             if part.name.endswith(f"-{self._place()}.part"):  # left by a killed run of this process
                 part.unlink()
-        if not (self.folder / RUN).exists() or not self._begun():
-            self._write_whole(self.folder / RUN, json_text(run).encode())  # every process writes the same
+        written = self._claim(run)
         if self._state_path().exists():
             self.state = self._read_state(self._state_path())
         self._cut_rejected()
         self._write_state()
+        return written
+
+    def _claim(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """Write run.json unless it is there; return its content."""
+        path = self.folder / RUN
+        if path.exists() and not self._begun() and {**_read_json(path), STARTED: run.get(STARTED)} != run:
+            path.unlink(missing_ok=True)  # of an attempt with other settings that wrote no data
+        part = self._part(path)
+        _write(part, json_text(run).encode())
+        try:
+            os.link(part, path)  # unlike a rename, this fails if another process was first
+        except FileExistsError:
+            part.unlink()
+        except OSError:  # a file system without hard links
+            _replace(part, path) if not path.exists() else part.unlink()
+        else:
+            part.unlink()
+            _sync_folder(path.parent)
+        return dict(_read_json(path))
 
     def _check_place(self) -> None:
-        """Whether there is a folder, or can be one."""
+        """Check that the folder can be written, or made."""
         nearest = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists())
         if not nearest.is_dir():
             raise ValueError(f"output={str(self.folder)!r} cannot be a folder: {str(nearest)!r} is a file")
         if not os.access(nearest, os.W_OK):
-            raise ValueError(f"output={str(self.folder)!r} cannot be written: {str(nearest)!r} is not yours to write to")
+            raise ValueError(f"output={str(self.folder)!r} cannot be written: no permission to write to {str(nearest)!r}")
 
     def _begun(self) -> bool:
-        """Whether any process has finished a shard here."""
+        """Return whether any process has finished a shard here."""
         states = [path for path in (self.folder / STATE).glob("*.json") if not path.name.startswith(".")]
         return any(self.folder.glob("data-*")) or any(self._read_state(path).shards for path in states)
 
@@ -139,12 +172,13 @@ class Store:
 
     # -- shards ---------------------------------------------------------------------------------------------------------
 
-    def commit(self, samples: Sequence[Sample], rejected: Sequence[Mapping[str, Any]], counts: Counts) -> None:
-        """Write the next shard with what was kept of it, what was rejected, and then that it is done."""
+    def commit(self, samples: Sequence[Sample], rejected: Sequence[Mapping[str, Any]], counts: Counts, tasks: int) -> None:
+        """Write the next shard: the kept samples and the rejected input of the next `tasks` tasks."""
         self._write_shard(self.shard_path(self.state.shards), samples)
         if rejected:
             self._append_rejected(rejected)
         self.state.shards += 1
+        self.state.tasks += tasks
         self.state.counts = self.state.counts + counts
         self._write_state()
 
@@ -161,7 +195,7 @@ class Store:
 
     def _append_rejected(self, rejected: Sequence[Mapping[str, Any]]) -> None:
         with self.rejected_path().open("ab") as file:
-            file.write(b"".join(_json_line(entry) for entry in rejected))
+            file.write(b"".join(json_line(entry) for entry in rejected))
             file.flush()
             os.fsync(file.fileno())
             self.state.rejected_bytes = file.tell()
@@ -173,9 +207,10 @@ class Store:
         _replace(part, path)
 
     def finish(self) -> Counts | None:
-        """Say that this process is done; the counts of all processes together if every one is, else None.
+        """Mark this process as finished. Return the counts of all processes if all have finished, else None.
 
-        The last one also writes summary.json, and rejected.jsonl from the parts of each.
+        The last process also writes summary.json, and joins the rejected lines of all in rejected.jsonl. No process waits for
+        another.
         """
         self.state.finished = True
         self._write_state()
@@ -202,15 +237,15 @@ class Store:
     # -- names ----------------------------------------------------------------------------------------------------------
 
     def shard_path(self, number: int) -> Path:
-        """The file of this process's shard of that number."""
+        """Return the file of shard `number` of this process."""
         return self.folder / f"data-{self._place()}-{number:06d}.{self.format}"
 
     def rejected_path(self, index: int | None = None) -> Path:
-        """Where a process's rejected input goes: rejected.jsonl itself if it is the only process."""
+        """Return the file for the rejected input of a process: rejected.jsonl itself if it is the only process."""
         return self.folder / REJECTED if self.total == 1 else self.folder / STATE / f"{self._place(index)}.{REJECTED}"
 
     def first_reason(self, *, whole: bool) -> str:
-        """Why the first rejected input was rejected: of this process, or of all when all are done."""
+        """Return the reason of the first rejection: of this process, or (`whole`) of all after the last has finished."""
         with (self.folder / REJECTED if whole else self.rejected_path()).open(encoding="utf-8") as lines:
             return str(json.loads(next(lines))["reason"])
 
@@ -221,12 +256,14 @@ class Store:
         return f"{self.index if index is None else index:05d}-of-{self.total:05d}"
 
     def _part(self, path: Path) -> Path:
-        """A temporary name of this process, on the same file system, that no reader takes for data."""
+        """Return a temporary name of this process, on the same file system, that no reader takes for data."""
         return path.with_name(f".{path.name}-{self._place()}.part")
 
     @staticmethod
     def _read_state(path: Path) -> State:
         written = _read_json(path)
+        if written.keys() != State.__dataclass_fields__.keys():
+            raise ValueError(f"{str(path)!r} is of another version of osd; write to another folder")
         return State(**{**written, "counts": Counts(**written["counts"])})
 
 
@@ -243,7 +280,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _replace(part: Path, path: Path) -> None:
-    """Put a finished temporary file in its place, so that after a crash there is the old file or the new one, whole."""
+    """Sync a temporary file and rename it: after a crash, the old file or the new one is there, whole."""
     with part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -258,26 +295,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def json_text(value: Any) -> str:
-    """Indented JSON, for a file to be read by people too."""
-    return json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
-
-
-def _json_line(value: Mapping[str, Any]) -> bytes:
-    """One line of JSON. It has no infinities: a log-probability of -inf becomes null."""
-    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, default=str)
-    return (text + "\n").encode("utf-8", "replace")
-
-
-def finite(value: Any) -> Any:
-    """A copy that JSON can hold: null where a number is infinite or none."""
-    if isinstance(value, float):
-        return float(f"{value:.9g}") if math.isfinite(value) else None  # nine digits hold every float32
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _json_line(sample: Mapping[str, Any]) -> bytes:
+    """Write one sample as a line of JSON; a log-probability of -inf becomes null."""
+    return json_line(finite(sample))
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file of an output folder is a shard."""
+    """Return whether a file of an output folder is a shard."""
     return path.name.startswith("data-") and path.suffix in (".parquet", ".jsonl")

@@ -1,4 +1,4 @@
-"""Plots for a page of its own: SVG without fonts or scripts, whose ink follows the page's light or dark theme."""
+"""Plots for self-contained pages: SVG without fonts or scripts. Lines and text take the page's light or dark colour."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 STUDENT, TEACHER, THIRD, FOURTH = "#3b7dd8", "#d9762b", "#4d9a5f", "#8a63b8"
-# matplotlib wants a colour of its own; in the page this one becomes the text's.
+# Matplotlib needs a fixed colour; in the SVG it is replaced by the page's text colour.
 INK = "#010203"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -35,9 +35,9 @@ _STYLE: dict[Any, Any] = {
 
 
 def svg(draw: Callable[[Any], None], *, width: float = 4.3, height: float = 2.7) -> str:
-    """What `draw(axes)` draws, as SVG that fills the width it is given.
+    """Return the drawing of `draw(axes)` as SVG that fills the width of its element.
 
-    Sizes are in inches, for the proportions: the narrower, the larger the text on the page.
+    Sizes are in inches and set the proportions: a narrower plot has larger text on the page.
     """
     with plt.rc_context(_STYLE):
         figure = _figure(draw, width, height)
@@ -50,7 +50,7 @@ def svg(draw: Callable[[Any], None], *, width: float = 4.3, height: float = 2.7)
 
 
 def png(draw: Callable[[Any], None], *, width: float = 7.2, height: float = 4.4) -> bytes:
-    """The same as a picture on white, at 160 dots per inch."""
+    """Return the drawing as a PNG on white, at 160 dots per inch."""
     with plt.rc_context({**_STYLE, "font.size": 10}):
         figure = _figure(draw, width, height)
         buffer = io.BytesIO()

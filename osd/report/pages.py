@@ -1,4 +1,4 @@
-"""Jinja pages that need nothing else, and how they are written."""
+"""Self-contained HTML pages from Jinja templates, and their files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jinja2
 
 
 def render(template: str, **values: Any) -> str:
-    """One of this package's pages. Text is escaped; a name that is missing is an error."""
+    """Render a template of this package. Text is escaped; a missing name is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -25,20 +25,35 @@ def render(template: str, **values: Any) -> str:
 
 
 def decimals(value: float, digits: int) -> str:
-    """A number as it is set in print: a true minus, and none before a zero."""
+    """Format a number for print: with a true minus, and none before a zero."""
     text = f"{value:.{digits}f}"
     return (text.lstrip("-") if float(text) == 0 else text.replace("-", "−")).replace("inf", "∞")
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand inside a <script>: no markup in a completion can end it."""
+    """Write JSON for a <script> element: no markup inside a string can end the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all; folders are made."""
+    """Write a file atomically; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
     os.replace(part, path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that cannot be written, before anything is computed; create nothing.
+
+    Raises:
+        ValueError: a parent is a file or not writable.
+    """
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not nearest.is_dir():
+        raise ValueError(
+            f"{str(path)!r} cannot be written: {str(path if path.is_dir() else nearest)!r} is in the way; use another path"
+        )
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"{str(path)!r} cannot be written: no permission to write in {str(nearest)!r}; use another path")

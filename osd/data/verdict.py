@@ -1,0 +1,262 @@
+"""Scores of the arms of `osd compare`, and the verdict on q*.
+
+Quality is accuracy where there are answers, else the teacher's mean log-probability. Distance is the mean KL(arm ‖ student)
+per token. An arm's *gain* is its share of the teacher's lead in quality over the student, its *distance* the share of the
+teacher's distance, and its *margin* the first minus the second: mixing pays where the margin is positive.
+
+A arms, P prompts, S sums. Intervals are 95 %: Wilson's for shares, else bootstraps over prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from osd.data.grading import wilson
+from osd.data.samples import Sample
+
+RESAMPLES = 2000
+FEWEST = 10  # prompts; a bootstrap over fewer has intervals that are far too narrow
+SUMS = ("tokens", "logp_theta", "logp_teacher", "kl_theta", "kl_teacher", "alpha", "finished", "correct", "scored", "samples")
+UNTRAINED = (
+    "No student was trained: this compares what the arms sample now, not students trained on it. "
+    "Only training and evaluating a student shows what the data is worth."
+)
+MEASURES = {"accuracy": "accuracy", "logp_teacher": "log π_t per token"}
+Marks = Sequence[bool | None]  # of each sample: right, wrong, or None without a reference answer
+
+
+def score(drawn: dict[str, list[Sample]], marks: dict[str, Marks]) -> dict[str, Any]:
+    """Return the table of all arms, and the verdict.
+
+    Args:
+        drawn: the samples of every arm, of the same prompts in the same order.
+        marks: which of them are right.
+    """
+    sums_APS = np.stack([_sums(samples, marks[name]) for name, samples in drawn.items()])
+    names, total = list(drawn), sums_APS.sum(axis=1)
+    quality = "accuracy" if total[:, SUMS.index("correct")].any() else "logp_teacher"  # no right answer: no arm stands out
+    estimates, resampled = _figures(total), _resampled(sums_APS, quality)
+    table = [
+        {
+            "arm": name,
+            **{key: float(values[a]) for key, values in estimates.items()},
+            "accuracy_interval": _share_interval(sums_APS[a], "correct", "scored"),
+            "finished_interval": _share_interval(sums_APS[a], "finished", "samples"),
+            **{f"{key}_interval": _interval(resampled[key][:, a]) for key in ("logp_teacher", "kl_theta")},
+        }
+        for a, name in enumerate(names)
+    ]
+    return {
+        "prompts": sums_APS.shape[1],
+        "samples": len(next(iter(drawn.values()))),
+        "quality": quality,
+        "arms": table,
+        "verdict": _verdict(names, estimates, resampled, quality, _judged(sums_APS, quality)),
+        "trained": False,
+    }
+
+
+def _sums(samples: Sequence[Sample], marks: Marks) -> np.ndarray:
+    """Sum over each prompt's samples: [P, S], prompts in their order."""
+    by_prompt: dict[str, np.ndarray] = {}
+    for sample, mark in zip(samples, marks, strict=True):
+        by_prompt.setdefault(sample["id"], np.zeros(len(SUMS)))
+        by_prompt[sample["id"]] += [
+            sample["num_tokens"],
+            *(sum(sample[name]) for name in ("logp_theta", "logp_teacher", "kl_theta", "kl_teacher", "alpha")),
+            sample["finish_reason"] == "stop",
+            mark is True,
+            mark is not None,
+            1,
+        ]
+    return np.stack(list(by_prompt.values()))
+
+
+def _figures(sums_AS: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the figures of every arm, [A] each. Means per token weigh every token alike."""
+    sums = dict(zip(SUMS, np.moveaxis(sums_AS, -1, 0), strict=True))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = {n: sums[n] / sums["tokens"] for n in ("logp_theta", "logp_teacher", "kl_theta", "kl_teacher", "alpha")}
+        return {
+            **means,
+            "perplexity_student": np.exp(-means["logp_theta"]),
+            "perplexity_teacher": np.exp(-means["logp_teacher"]),
+            "accuracy": sums["correct"] / sums["scored"],
+            "length": sums["tokens"] / sums["samples"],
+            "finished": sums["finished"] / sums["samples"],
+        }
+
+
+def _resampled(sums_APS: np.ndarray, quality: str) -> dict[str, np.ndarray]:
+    """Return the figures of bootstrap resamples over prompts, [RESAMPLES, A] each.
+
+    Two made-up prompts with a random mark per arm join each resample when accuracy judges. Without them, arms that agree on
+    every prompt would have an interval of no width (Agresti and Caffo's "plus four" for differences of proportions).
+    """
+    chance = np.random.default_rng(0)
+    arms, prompts = sums_APS.shape[:2]
+    totals = np.stack([sums_APS[:, chance.integers(prompts, size=prompts)].sum(axis=1) for _ in range(RESAMPLES)])
+    if quality == "accuracy":
+        totals[..., SUMS.index("correct")] += chance.binomial(2, 0.5, size=(RESAMPLES, arms))
+        totals[..., SUMS.index("scored")] += 2
+    return _figures(totals)
+
+
+def _share_interval(sums_PS: np.ndarray, part: str, whole: str) -> list[float]:
+    """Return Wilson's interval of a share. Samples of one prompt count for less where they agree.
+
+    Without variance to estimate that from, a prompt counts once.
+    """
+    parts, wholes = (sums_PS[:, SUMS.index(name)] for name in (part, whole))
+    used = wholes > 0
+    prompts, total = int(used.sum()), float(wholes.sum())
+    if not total:
+        return [math.nan, math.nan]
+    share = parts.sum() / total
+    between = ((parts - share * wholes) ** 2).sum() / total**2  # variance of the share over prompts
+    effective = share * (1 - share) / between if between else prompts
+    return wilson(share * (n := min(max(effective, prompts), total)), n)
+
+
+def _judged(sums_APS: np.ndarray, quality: str) -> int:
+    """Return the number of prompts that the quality rests on."""
+    return int((sums_APS[0, :, SUMS.index("scored" if quality == "accuracy" else "tokens")] > 0).sum())
+
+
+def _verdict(
+    names: list[str], estimates: dict[str, np.ndarray], resampled: dict[str, np.ndarray], quality: str, judged: int
+) -> dict[str, Any]:
+    """Compare q* with the student, with the teacher, and with every linear mixture."""
+    at = {name: i for i, name in enumerate(names)}
+    linear = [name for name in names if name.startswith("linear ")]
+    one, many = (_shares(at, figures, quality) for figures in ({k: v[None] for k, v in estimates.items()}, resampled))
+    best = max(linear, key=lambda name: one["margin"][0, at[name]]) if linear else None
+    # Each of several linear mixtures has its chance to look better by luck.
+    level = 0.05 / max(len(linear), 1)
+    over = {name: _interval(many["margin"][:, at["q*"]] - many["margin"][:, at[name]], level) for name in linear}
+    found = {
+        "teacher_lead": float(one["lead"][0]),
+        "teacher_lead_interval": _interval(many["lead"]),
+        "student_gain": float(one["gained"][0]),
+        "student_gain_interval": _interval(many["gained"]),
+        "gain_share": float(one["gain"][0, at["q*"]]),
+        "distance_share": float(one["distance"][0, at["q*"]]),
+        "margin_interval": _interval(many["margin"][:, at["q*"]]),
+        "over_linear": float(one["over_line"][0]),
+        "over_linear_interval": _interval(many["over_line"]),
+        "best_linear": best,
+        "best_linear_gain_share": float(one["gain"][0, at[best]]) if best else math.nan,
+        "best_linear_distance_share": float(one["distance"][0, at[best]]) if best else math.nan,
+        "margin_over_linear_intervals": over,
+        "prompts_judged": judged,
+    }
+    return {**found, "worth_it": _worth_it(found)}
+
+
+def _shares(at: dict[str, int], figures: dict[str, np.ndarray], quality: str) -> dict[str, np.ndarray]:
+    """Return lead, gains, distances, margins and q*'s height over the line through the other arms, of R sets of figures."""
+    worth_RA, far_RA = figures[quality], figures["kl_theta"]
+    student, teacher, mixed = (at[name] for name in ("student", "teacher", "q*"))
+    lead_R, reach_R = worth_RA[:, teacher] - worth_RA[:, student], far_RA[:, teacher]
+    gain_RA, distance_RA = _over(worth_RA - worth_RA[:, [student]], lead_R), _over(far_RA, reach_R)
+    others = [i for name, i in at.items() if name != "q*"]
+    line_R = []
+    for worth, far in zip(worth_RA, far_RA, strict=True):
+        order = sorted(others, key=lambda i: far[i])
+        line_R.append(np.interp(far[mixed], far[order], worth[order]))
+    return {
+        "lead": lead_R,
+        "gained": worth_RA[:, mixed] - worth_RA[:, student],
+        "gain": gain_RA,
+        "distance": distance_RA,
+        "margin": gain_RA - distance_RA,
+        "over_line": worth_RA[:, mixed] - np.array(line_R),
+    }
+
+
+def _over(part_RA: np.ndarray, whole_R: np.ndarray) -> np.ndarray:
+    """Divide; NaN where the whole is zero."""
+    return part_RA / np.where(whole_R == 0, math.nan, whole_R)[:, None]
+
+
+def _worth_it(v: dict[str, Any]) -> str:
+    """Return the outcome: a key of `HEADLINES`."""
+    if v["prompts_judged"] < FEWEST:
+        return "too few"
+    if not v["teacher_lead_interval"][0] > 0:
+        return "no lead, but q*" if v["student_gain_interval"][0] > 0 else "no lead"
+    if v["margin_interval"][1] < 0:
+        return "no"
+    margins = v["margin_over_linear_intervals"].values()
+    if v["over_linear_interval"][1] < 0 or any(high < 0 for _, high in margins):
+        return "linear"
+    if not v["margin_interval"][0] > 0:
+        return "undecided"
+    beats_linear = v["over_linear_interval"][0] > 0 and all(low > 0 for low, _ in margins)
+    return "yes" if beats_linear or not margins else "mixing"
+
+
+HEADLINES = {
+    "yes": "Worth it: q* gains more in quality than in distance from the student, and no linear mixture does as well",
+    "mixing": "Worth it to mix, undecided how: q* gains more in quality than in distance from the student, but is not "
+    "measurably better than a linear mixture",
+    "linear": "Not worth it: a linear mixture is measurably better than q*",
+    "no": "Not worth it: q* gains less in quality than in distance from the student",
+    "undecided": "Undecided: q* gains about as much in quality as in distance from the student",
+    "no lead": "The teacher is not measurably better than the student here",
+    "no lead, but q*": "The teacher is not measurably better than the student here, but q* is",
+    "too few": f"Undecided: fewer than {FEWEST} prompts could be judged",
+}
+
+
+def sentence(result: dict[str, Any]) -> tuple[str, str]:
+    """Return the verdict in words: a headline, and the figures behind it."""
+    v, measure = result["verdict"], MEASURES[result["quality"]]
+    lead = f"{v['teacher_lead']:+.3f} {measure} ({_between(v['teacher_lead_interval'], '+.3f')})"
+    said = [f"The teacher's lead over the student is {lead} on {result['prompts']} prompts."]
+    if result["quality"] != "accuracy" and result["arms"][0]["accuracy"] == 0:
+        said.insert(0, "No completion has the right answer, so the teacher's log-probability judges.")
+    if v["worth_it"] == "too few":
+        said.append("Give more prompts (100 are read by default).")
+    elif v["worth_it"].startswith("no lead"):
+        said.append(f"q* scores {v['student_gain']:+.3f} over the student ({_between(v['student_gain_interval'], '+.3f')}).")
+        if v["worth_it"] == "no lead":
+            said.append("There is nothing to gain here, or there are too few prompts to see it.")
+    else:
+        said += _shares_in_words(v)
+    headline = HEADLINES[v["worth_it"]]
+    if v["worth_it"] == "yes" and v["best_linear"] is None:
+        headline = headline.partition(",")[0] + " (no linear mixture was drawn)"
+    return headline, " ".join([*said, UNTRAINED])
+
+
+def _shares_in_words(v: dict[str, Any]) -> list[str]:
+    said = [
+        f"q* has {v['gain_share']:.0%} of it at {v['distance_share']:.0%} of the teacher's distance from the student "
+        f"(difference, {_between(v['margin_interval'], '+.0%')})."
+    ]
+    if v["best_linear"]:
+        said.append(
+            f"The best linear mixture ({v['best_linear'].split()[1]}) has {v['best_linear_gain_share']:.0%} at "
+            f"{v['best_linear_distance_share']:.0%}."
+        )
+    side = "above" if v["over_linear"] >= 0 else "below"
+    said.append(
+        f"q* is {abs(v['over_linear']):.3f} {side} the line through student, linear mixtures and teacher at the same distance "
+        f"({_between(v['over_linear_interval'], '+.3f')})."
+    )
+    return said
+
+
+def _between(interval: Sequence[float], form: str) -> str:
+    return f"95 %: {interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def _interval(values: np.ndarray, level: float = 0.05) -> list[float]:
+    """Return the interval that leaves out `level` of the values, half on each side; NaN where none is finite."""
+    known = values[np.isfinite(values)]
+    return [float(np.quantile(known, q)) for q in (level / 2, 1 - level / 2)] if len(known) else [math.nan, math.nan]

@@ -1,0 +1,120 @@
+"""Plan a run before a model loads: the pair, both tokenizers, the rows of both datasets and the checkpoint to resume from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
+
+from osd.prompt_checks import forget_warnings
+from trainers.checkpointing import check_same_run, resolve, run_of
+from trainers.rows import Renderer
+from trainers.saving import check_outputs
+from trainers.validation import check_adapter, check_datasets, planned_pair, refuse_unsupported
+
+if TYPE_CHECKING:
+    from osd.engine.engine import PairConfig, PairEngine
+    from trainers.config import OSDConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked run that has loaded no weights.
+
+    Attributes:
+        pair: the configuration of the engine to start, or the running engine.
+        renderer: both sides' prompts, with both tokenizers.
+        run: models and mixing, as written beside every checkpoint.
+    """
+
+    pair: PairConfig | PairEngine
+    renderer: Renderer
+    run: dict[str, Any]
+
+    def datasets(self, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+        """Return both datasets without rows that cannot be used.
+
+        Raises:
+            ValueError: as `Renderer.usable`.
+        """
+        usable = self.renderer.usable
+        if isinstance(eval_dataset, dict):
+            evaluated: Any = {name: usable(rows, f"evaluation set {name!r}") for name, rows in eval_dataset.items()}
+        else:
+            evaluated = usable(eval_dataset, "evaluation set")
+        return usable(train_dataset, "training set"), evaluated
+
+
+def plan(
+    model: Any,
+    args: OSDConfig,
+    *,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    teacher_model: Any = None,
+    processing_class: Any = None,
+    engine: PairEngine | None = None,
+    quantization_config: Any = None,
+    peft_config: Any = None,
+    tools: Any = None,
+) -> Plan:
+    """Check everything that can be checked without weights and without rendering rows; arguments as of OSDTrainer.
+
+    Raises:
+        ValueError: naming the field, the value and the fix.
+    """
+    forget_warnings()
+    refuse_unsupported(model, args, tools=tools, quantization_config=quantization_config)
+    check_adapter(model, peft_config)
+    check_datasets(train_dataset, eval_dataset, args.privileged_template)
+    pair = planned_pair(model, teacher_model, args, engine)
+    check_outputs(args)
+    from osd.engine.context import context_lengths
+    from osd.engine.validate_models import check_same_ids
+
+    config: Any = getattr(pair, "config", pair)  # a running engine has one
+    teacher = getattr(pair, "tokenizer", None) or _teacher_tokenizer(config)  # of the running engine
+    student = processing_class if processing_class is not None else _student_tokenizer(model, args)
+    if not isinstance(student, PreTrainedTokenizerBase):
+        raise ValueError(f"OSD distils text models; the student has a {type(student).__name__} instead of a tokenizer")
+    check_same_ids(teacher.get_vocab(), student.get_vocab())
+    run = run_of(model, pair, args)
+    if (checkpoint := resolve(args.resume_from_checkpoint, args.output_dir)) is not None:
+        check_same_run(checkpoint, run)
+    return Plan(
+        pair=pair,
+        renderer=Renderer(
+            student_tokenizer=student, teacher_tokenizer=teacher, args=args, context=_context(context_lengths(config), args)
+        ),
+        run=run,
+    )
+
+
+def _context(lengths: dict[str, int], args: OSDConfig) -> dict[str, int]:
+    for side, length in lengths.items():
+        if args.max_completion_length >= length:  # type: ignore[operator]  # checked by OSDConfig
+            raise ValueError(
+                f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the {side}'s context of "
+                f"{length} tokens; lower it, or raise vllm_max_model_length"
+            )
+    return lengths
+
+
+def _teacher_tokenizer(config: PairConfig) -> Any:
+    options = {**config.engine_kwargs, **config.teacher_kwargs}
+    source = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
+    return AutoTokenizer.from_pretrained(options.get("tokenizer") or config.teacher, **source)
+
+
+def _student_tokenizer(model: Any, args: OSDConfig) -> Any:
+    """Load the processing class that TRL would load."""
+    revision = args.student_init_kwargs().get("revision") if isinstance(model, str) else None
+    return AutoProcessor.from_pretrained(
+        model if isinstance(model, str) else get_config_model_id(model.config),
+        revision=revision,
+        truncation_side="left",
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
