@@ -91,9 +91,8 @@ class LiveStudent(VLLMGeneration):
         partial = bool(weights) and self._only_adapter_moved(weights)
         # Generators, so that sharded parameters are gathered one at a time while vLLM copies them.
         parameters = self._named(w for w in weights if w.changes or not partial) if weights else self._iter_named_params()
-        stay = not (self._adapted or self._sharded)  # the others make each tensor as it is asked for
         try:
-            version = self.engine.load_student_weights(self._as_on_disk(parameters), partial=partial, at_once=stay)
+            version = self.engine.load_student_weights(self._as_on_disk(parameters), partial=partial)
             self._last_sync = (version, frozen_state(weights)) if weights else None  # after it: PEFT's merge writes
             self._check_after_sync()
         except BaseException:
