@@ -42,8 +42,8 @@ def check_models(config: PairConfig) -> None:
     if experts(student) and not experts(teacher):
         raise ValueError(
             f"student={config.student!r} is a mixture of experts ({experts(student)} of them) and teacher={config.teacher!r} "
-            "is dense: vLLM prepares for experts by the teacher's configuration alone. Use a dense student, or a teacher with "
-            "experts"
+            "is dense: vLLM prepares for experts by the teacher's configuration alone. Use a dense student, or, to sample "
+            "without training, a teacher with experts"
         )
     if any(config.side_kwargs(side).get("skip_tokenizer_init") for side in ("teacher", "student")):
         return  # the caller works in token ids, and vouches that they mean the same to both

@@ -147,20 +147,6 @@ def test_the_adapters_tensors_do_not_change_after_they_were_yielded(generation_o
     assert {name for name, _ in kept} == {name for name, _ in merged.named_parameters()}
 
 
-def test_only_tensors_that_stay_are_copied_at_once(generation_of, student, engine, monkeypatch):
-    """A gathered shard is gone when the next one is asked for."""
-    seen, load = [], engine.load_student_weights
-    monkeypatch.setattr(
-        engine, "load_student_weights", lambda *args, at_once, **kwargs: (seen.append(at_once), load(*args, **kwargs))[1]
-    )
-    generation_of(student).sync_weights()
-    with monkeypatch.context() as patch:
-        patch.setattr(OSDGeneration, "_sharded", True)
-        generation_of(student).sync_weights()
-    generation_of(with_lora(student)).sync_weights()
-    assert seen == [True, False, False]
-
-
 def test_a_compiled_student(generation_of, student):
     perturb(student)
     assert gap_after_sync(generation_of(torch.compile(student)), student) < NOISE
