@@ -1,4 +1,4 @@
-"""The record's log: every row comes back under its own request, in order, whatever the batch was."""
+"""The record's log returns every row under its own request and in order, from batches of any order."""
 
 from __future__ import annotations
 
