@@ -9,7 +9,7 @@ import torch
 
 from osd.engine.engine import PairEngine, PairPrompt
 from osd.engine.request import PairOptions
-from tests.exact import completion_logits
+from tests.exact import completion_logits, penalised, q_star
 from tests.pairs import collect, start, step, submit, watch
 
 MAX_TOKENS = 40
@@ -60,15 +60,15 @@ pytestmark = [
 ]
 
 
-def run_with_random_arrivals(engine: PairEngine, schedule: int, **sampling):
+def run_with_random_arrivals(engine: PairEngine, schedule: int, mix_tokens: int | None = None, **sampling):
     """Submit the prompts in random order and at random times; return each one's completion and record, by prompt index."""
     rng = random.Random(schedule)
-    order = rng.sample(range(24), 24)
+    order, options = rng.sample(range(24), 24), PairOptions(record=True, mix_tokens=mix_tokens)
     pending, names, finished = list(order), {}, {}
     while pending or engine._frontend.busy:
         for _ in range(min(rng.randint(0, 3), len(pending))):
             prompt = prompts()[pending.pop(0)]
-            names |= submit(engine, [prompt], dict(max_tokens=MAX_TOKENS) | sampling, PairOptions(record=True))
+            names |= submit(engine, [prompt], dict(max_tokens=MAX_TOKENS) | sampling, options)
         for _ in range(rng.randint(1, 10)):
             finished |= step(engine)
     return dict(zip(order, collect(engine, names, finished), strict=True))
@@ -102,3 +102,28 @@ def test_records_are_exact_under_a_hard_schedule(engine, models):
         for name, ids in (("logp_teacher", prompts()[i].teacher_token_ids), ("logp_theta", prompts()[i].student_token_ids)):
             expected = completion_logits(models[name], ids, output.token_ids).log_softmax(-1).gather(-1, token)[:, 0]
             torch.testing.assert_close(getattr(record, name).double(), expected, atol=1e-3, rtol=0)
+
+
+def preempted(seen) -> bool:
+    return bool(seen["teacher preempted"] and seen["student preempted"])
+
+
+def test_penalties_count_the_students_prompt_after_a_preemption(engine, models, monkeypatch):
+    """vLLM counts a resumed request's tokens anew, from the teacher's prompt and what was sampled."""
+    penalties, seen = dict(repetition=1.3, presence=0.4, frequency=0.2), watch(engine, monkeypatch)
+    results = run_with_random_arrivals(engine, 3, ignore_eos=True, **{f"{name}_penalty": x for name, x in penalties.items()})
+    assert preempted(seen)
+    for i, (output, record) in results.items():
+        sides = prompts()[i].teacher_token_ids, prompts()[i].student_token_ids
+        expected = penalised(q_star(models, sides, output.token_ids), sides[1], output.token_ids, **penalties)
+        expected = expected.log_softmax(-1).gather(-1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(record.logp_draw.double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_mixed_tokens_are_counted_across_preemptions(engine, monkeypatch):
+    seen = watch(engine, monkeypatch)
+    results = run_with_random_arrivals(engine, 4, mix_tokens=15, ignore_eos=True)
+    assert preempted(seen)
+    for _, record in results.values():
+        assert ((record.alpha > 0).nonzero()[:, 0] == torch.arange(15)).all()
+        assert len(record) == MAX_TOKENS

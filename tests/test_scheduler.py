@@ -16,7 +16,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import FinishReason
@@ -367,20 +366,17 @@ def test_the_students_update_equals_vllms_own(pair, seed):
     check_students_update(pair, seed)
 
 
-@pytest.mark.parametrize("lost", ["num_output_placeholders", "cache"])
-def test_a_students_update_that_forgets_something_is_seen(pair, monkeypatch, lost):
-    """The planted errors: full blocks of the completion are not cached; a placeholder stays."""
+@pytest.mark.parametrize("name", ["num_output_placeholders", "num_in_flight_tokens"])
+def test_a_students_update_that_miscounts_is_seen(pair, monkeypatch, name):
+    """The planted error: a count of every updated request stays one too high."""
     update = PairScheduler._update_student
 
-    def forgetful(self: PairScheduler, output: SchedulerOutput, tokens: dict[str, list[int]]) -> None:
-        with monkeypatch.context() as patch:
-            if lost == "cache":
-                patch.setattr(KVCacheManager, "cache_blocks", lambda *args: None)
-            update(self, output, tokens)
-        if lost != "cache":
-            for request in self.student.requests.values():
-                request.num_output_placeholders += bool(tokens.get(request.request_id))
+    def miscounting(self: PairScheduler, output: SchedulerOutput, tokens: dict[str, list[int]]) -> None:
+        update(self, output, tokens)
+        for request in self.student.requests.values():
+            if tokens.get(request.request_id):
+                setattr(request, name, getattr(request, name) + 1)
 
-    monkeypatch.setattr(PairScheduler, "_update_student", forgetful)
+    monkeypatch.setattr(PairScheduler, "_update_student", miscounting)
     with pytest.raises(AssertionError):
         check_students_update(pair, 0)
