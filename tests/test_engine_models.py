@@ -85,6 +85,7 @@ def test_a_missing_model_is_refused_by_name(tmp_path, tiny_pair, side):
         ({"engine_kwargs": {"worker_cls": "x"}}, "worker_cls.*set by the pair"),
         ({"engine_kwargs": {"speculative_config": {"method": "ngram"}}}, "speculative_config.*not supported"),
         ({"engine_kwargs": {"pipeline_parallel_size": 2}}, "pipeline"),
+        ({"engine_kwargs": {"watermark_config": {"key": 1}}}, "watermark_config.*not supported"),
         ({"student_kwargs": {"tensor_parallel_size": 2}}, "cannot differ"),
     ],
 )
@@ -117,6 +118,13 @@ def test_a_completion_ends_at_either_models_eos(tmp_path):
     for c in completions:
         assert not {2, 20, 21} & set(c.token_ids[:-1])
     assert {len(c.token_ids) for c in unending} == {200}
+
+
+def test_custom_logits_processors_act_on_requests_without_other_parameters(tiny_pair):
+    processors = {"logits_processors": ["tests.processors:Only"]}
+    with pair(*tiny_pair, teacher_kwargs=processors) as engine:
+        completions = engine.generate(PROMPTS, sampling=SAMPLING)
+    assert {token for c in completions for token in c.token_ids} == {20, 21}
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
