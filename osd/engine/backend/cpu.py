@@ -35,8 +35,11 @@ def prepare() -> None:
     import triton.language
 
     triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
-    if utils := sys.modules.get("vllm.triton_utils"):  # vLLM was imported before, and took Triton for missing
-        utils.HAS_TRITON, utils.triton, utils.tl = True, triton, triton.language
+    # vLLM was imported before, and took Triton for missing: so in its own worker processes.
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"]:
+        for name, value in (("HAS_TRITON", True), ("triton", triton), ("tl", triton.language)):
+            if name in vars(module):
+                setattr(module, name, value)
 
 
 # -- vLLM's kernels in numpy ------------------------------------------------------------------------------------------
