@@ -1,6 +1,6 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One vLLM engine lives in the process that asks for it; usage statistics and hub look-ups have no place in a test.
+# Run the vLLM engine core in the calling process, and disable usage statistics and Hub requests.
 export VLLM_ENABLE_V1_MULTIPROCESSING ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
 export VLLM_LOGGING_LEVEL ?= ERROR
@@ -13,33 +13,33 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml requirements/cpu-overrides.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
 
-# Training on a CPU frees and maps the same large buffers at every step; keeping them saves a tenth of its time.
+# Training on a CPU frees and maps the same large buffers at every step. Keeping them mapped saves a tenth of the time.
 demo: export MALLOC_MMAP_MAX_ = 0
 demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 demo: export MALLOC_TOP_PAD_ = 268435456
-demo: setup  ## train SmolLM2 to do what a teacher with the answers does; writes outputs/demo/
+demo: setup  ## train SmolLM2 on the teacher that reads the answers; writes outputs/demo/
 	$(BIN)/python examples/demo.py
 
-# Two files at a time; an engine is its file's own, so a file stays in one process.
-test: setup  ## everything but the slow tests
+# Two processes. Tests of one file share an engine, so a file runs in one process.
+test: setup  ## all tests except the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-# DeepSpeed is nobody's dependency, so it gets a folder of its own.
+# DeepSpeed is not a dependency of the package, so it is installed in a separate folder.
 build/deepspeed/.ready: $(VENV)/.ready
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) \
 	  deepspeed==0.19.8 hjson==3.1.0 py-cpuinfo==9.0.0 msgpack==1.2.4
 	touch $@
 
-test-sharded: build/deepspeed/.ready  ## FSDP2 and ZeRO-3, in two processes on a CPU
+test-sharded: build/deepspeed/.ready  ## FSDP2 and ZeRO-3 in two processes on a CPU
 	PYTHONPATH=build/deepspeed $(BIN)/python -m pytest -m slow tests/test_launch.py -k "fsdp2 or zero3"
 
 test-all: setup
 	$(BIN)/python -m pytest
 
-test-gpu: setup  ## exactness on a GPU: compiled models, CUDA graphs, async scheduling, kernels
+test-gpu: setup  ## exactness tests on a GPU: compiled models, CUDA graphs, async scheduling, kernels
 	OSD_TEST_CUDA_GRAPHS=1 $(BIN)/python -m pytest -m gpu
 
-check: setup  ## what CI runs
+check: setup  ## all checks of CI
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

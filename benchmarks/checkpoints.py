@@ -1,8 +1,8 @@
-"""Whole model folders with random weights and a tokenizer, for what loads models by their path: trainers.
+"""Complete model folders with random weights and a tokenizer, for trainers, which load models from a path.
 
     python -m benchmarks.checkpoints FOLDER --teacher 3B --student 0.5B
 
-Writes FOLDER/teacher and FOLDER/student. A process of its own, so that none of its memory is left on the GPU.
+Writes FOLDER/teacher and FOLDER/student. Runs as a separate process, so no memory stays allocated on the GPU.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ SPECIAL = ["<|endoftext|>", *"0123456789"]
 
 
 def text_of(digits: Iterable[int]) -> str:
-    """A text of one token per digit."""
+    """Return a text that has one token per digit."""
     return "".join(map(str, digits))
 
 
 def save_tokenizer(path: Path, vocab_size: int) -> None:
-    """A tokenizer of that many ids that reads digits: transformers gives every Qwen2 its own way to split text, and that
-    makes each digit a token. All other ids are words that only decoding knows."""
+    """Save a tokenizer with ``vocab_size`` ids that encodes digits.
+
+    transformers splits text the same way for every Qwen2 tokenizer, and that makes each digit a token. All other ids
+    occur only in decoding.
+    """
     words = [*SPECIAL, *(f" w{i}" for i in range(len(SPECIAL), vocab_size))]
     Qwen2Tokenizer(vocab={text: i for i, text in enumerate(words)}, merges=[]).save_pretrained(path)
 
 
 def save_model(name: str, folder: Path, side: str, *, dtype: torch.dtype, logit_std: float, seed: int) -> Path:
-    """Random weights of this shape, with logits of about this standard deviation, in FOLDER/SIDE; returns that."""
+    """Save random weights of this shape in FOLDER/SIDE, with logits of about this standard deviation. Returns the path."""
     path = write_model(name, folder, as_=side)
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

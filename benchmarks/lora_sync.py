@@ -1,14 +1,15 @@
-"""What the two ways to sync a LoRA student cost: the sync itself, and what decoding takes afterwards.
+"""Benchmark of the two modes of syncing a LoRA student: time of the sync, and of a decoding step afterwards.
 
     python benchmarks/lora_sync.py --pair 3B+1.5B --rank 16
-    python benchmarks/lora_sync.py --pair small+tiny --sequences 2 --tokens 8          # a try on a CPU
+    python benchmarks/lora_sync.py --pair small+tiny --sequences 2 --tokens 8          # short run on a CPU
 
-merged    every layer with an adapter is merged and copied; the engine decodes plain weights
-adapter   A and B alone are copied; the engine decodes through vLLM's LoRA layers
+merged    merges and copies every layer that has an adapter; the engine decodes with plain weights
+adapter   copies only A and B; the engine decodes through vLLM's LoRA layers
 
-All linear layers have an adapter. Random weights, in the engine's process, the trainer's copy on the same device; a new process
-for each way. Medians over --repeats; syncs are those after the first. A step is a decoding step of the pair, (N tokens - 1
-token) / (N - 1). Prints both and writes a JSON with every figure, the configuration and versions.
+All linear layers have an adapter, and all weights are random. The trainer's model is in the process and on the device of the
+engine. Each mode runs in a new process. Reports medians over --repeats, without the first sync. The time of a decoding step of
+the pair is (time of N tokens - time of 1 token) / (N - 1). Prints both times and writes a JSON with every measurement, the
+configuration and the versions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as in training
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
 import torch
 from accelerate import Accelerator
@@ -54,7 +55,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def lora_student(path: Path, rank: int) -> Any:
-    """A student with an adapter that is not zero on every linear layer."""
+    """Build a student with a non-zero adapter on every linear layer."""
     dtype = torch.bfloat16 if GPU else torch.float32
     with torch.device("cuda" if GPU else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
@@ -63,7 +64,7 @@ def lora_student(path: Path, rank: int) -> Any:
 
 
 def step_ms(generation: OSDGeneration, sequences: int, tokens: int, repeats: int) -> float:
-    """Milliseconds of one decoding step of the pair."""
+    """Measure the milliseconds of one decoding step of the pair."""
     prompts = [[10 + i, *range(20, 83)] for i in range(sequences)]
 
     def seconds(length: int) -> float:
@@ -72,7 +73,7 @@ def step_ms(generation: OSDGeneration, sequences: int, tokens: int, repeats: int
         generation.generate(prompts, None, 1)
         return time.perf_counter() - start
 
-    seconds(tokens)  # the prompts are in the caches from here on
+    seconds(tokens)  # fills the prefix caches
     return 1e3 * statistics.median((seconds(tokens) - seconds(1)) / (tokens - 1) for _ in range(repeats))
 
 

@@ -1,15 +1,20 @@
-"""What the mixing costs on a GPU: the fused kernels and the torch reference, against reading both logits once.
+"""Benchmark of the mixing on a GPU: fused kernels and torch reference, compared with the time to read both logits once.
 
     python benchmarks/mixing.py
     python benchmarks/mixing.py --batch-sizes 32 --dtypes bfloat16 --sweep
 
-In one run: the bandwidth of a large device copy; the floor, both logits of a batch read once at that bandwidth, in float32
-and in the dtype at hand; the fused path from logits to token and record, replayed as a CUDA graph and launched from
-Python, with the host's time for the latter; and osd.mixing with a draw and a record. Inputs rotate among enough buffers
-that the cache has forgotten each ("cold"), or stay in one ("warm"); in serving, the logits were just written and lie between
-the two. Medians over ``--repeats``. Also reported: how far the two paths' alphas are apart, and the share of tokens on which
-they agree. ``--sweep`` first tries the cuts of each pass in turn, at the first batch size and dtype, and measures with the
-best. Writes a JSON with every figure, the configuration and the versions.
+One run measures:
+- the bandwidth of a large device copy;
+- the floor: reading both logits of a batch once at that bandwidth, in float32 and in the given dtype;
+- the fused path from logits to token and record, replayed as a CUDA graph;
+- the same launched from Python, on the device and on the host;
+- osd.mixing with a draw and a record.
+
+"cold": inputs rotate among so many buffers that none is still in the cache. "warm": all calls use one buffer. In serving the
+logits were just written, so the time lies between the two. Reports medians over ``--repeats``, the largest difference of alpha
+between the fused path and the reference, and the share of equal tokens. ``--sweep`` first tries launch parameters of each pass
+in turn, at the first batch size and dtype, and measures with the best ones. Writes a JSON with every measurement, the
+configuration and the versions.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
 import torch
 import triton
@@ -41,12 +46,12 @@ from osd.mixing import mix, record_rows
 TILES = (512, 1024, 2048, 4096, 8192)
 WARPS = (1, 2, 4, 8, 16)
 REGISTERS = (64, 80, 96, 128)
-PER_THREAD = (8, 16, 32)  # tokens; with more a program spills, with fewer it is all reduction
+PER_THREAD = (8, 16, 32)  # tokens per thread; more spill registers, fewer spend the time in reductions
 CONFIG = MixingConfig()
 
 
 class Inputs:
-    """One batch of synthetic logits, and the uniform numbers to draw with."""
+    """One batch of synthetic logits and uniform numbers for the draw."""
 
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype, seed: int) -> None:
         g = torch.Generator("cuda").manual_seed(seed)
@@ -71,7 +76,7 @@ class Inputs:
         )
 
     def reference(self) -> tuple[Tensor, Tensor]:
-        """(token [B], record [B, R]) by osd.mixing and the engine's draw."""
+        """Return (token [B], record [B, R]) by osd.mixing and the draw of the engine."""
         mixture = mix(self.theta, self.teacher, CONFIG, temperature_B=self.temperature)
         peak = mixture.logq_BV.amax(-1, keepdim=True)
         cdf = (mixture.logq_BV - peak).exp_().cumsum(-1, dtype=torch.float64)
@@ -92,7 +97,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def device_us(run: Callable[[], Any], repeats: int, calls: int = 1) -> float:
-    """Median microseconds of device time for one of the `calls` that run() makes, after a warm-up."""
+    """Measure the median microseconds of device time per call, where run() makes `calls` calls, after a warm-up."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -108,14 +113,14 @@ def device_us(run: Callable[[], Any], repeats: int, calls: int = 1) -> float:
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Bytes read plus written per second by a copy of 1 GiB."""
+    """Measure the bytes read plus written per second by a copy of 1 GiB."""
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / (device_us(lambda: target.copy_(source), repeats) * 1e-6)
 
 
 def graph_us(buffers: list[Inputs], tuning: Tuning, repeats: int) -> float:
-    """Device time of one call, from a graph that goes through all the buffers."""
+    """Measure the device time of one call with a graph that uses all buffers in turn."""
     buffers[0].fused(tuning)  # compiles
     calls = buffers * math.ceil(16 / len(buffers))
     graph = torch.cuda.CUDAGraph()
@@ -127,7 +132,7 @@ def graph_us(buffers: list[Inputs], tuning: Tuning, repeats: int) -> float:
 
 
 def host_us(inputs: Inputs, tuning: Tuning, repeats: int) -> float:
-    """What one call costs the host, the device being idle or behind."""
+    """Measure the host time of one call, without waiting for the device."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -139,7 +144,7 @@ def host_us(inputs: Inputs, tuning: Tuning, repeats: int) -> float:
 
 
 def rotation(rows: int, vocab: int, dtype: torch.dtype) -> list[Inputs]:
-    """Batches that together are four times the cache."""
+    """Make enough batches to fill four times the cache."""
     size = 2 * rows * vocab * dtype.itemsize
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return [Inputs(rows, vocab, dtype, seed) for seed in range(min(64, max(2, math.ceil(4 * cache / size))))]
@@ -173,7 +178,7 @@ def measure(rows: int, dtype: torch.dtype, tuning: Tuning, bandwidth: float, arg
 
 
 def sweep(rows: int, dtype: torch.dtype, args: argparse.Namespace) -> tuple[Tuning, list[dict[str, Any]]]:
-    """The fastest cut of each pass, then with fewer registers, the others being held; and every time measured."""
+    """Find the fastest launch parameters of each pass in turn, then try register limits. Returns them and all times."""
     buffers, best, tried = rotation(rows, args.vocab, dtype), DEFAULT, []
     pairs = itertools.product(TILES, WARPS)
     cuts = [Cut(tile, warps) for tile, warps in pairs if tile // (32 * warps) in PER_THREAD]

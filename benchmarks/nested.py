@@ -1,11 +1,11 @@
-"""The nested design: a logits processor of the teacher's vLLM engine calls a second vLLM engine, for every token.
+"""Nested design: a logits processor of the teacher's vLLM engine calls a second vLLM engine for every token.
 
-This is how the method was first published. At each step the processor submits every whole prefix (prompt and all tokens so
-far) to an inner engine for one token with its 20 highest log-probabilities, and mixes those. The inner engine's prefix cache
-saves the recomputation, but each token still costs a round through its front end, scheduler and output processing, and the
-student is cut to 20 ids: what is measured here is its speed, with a distribution that the design truncates.
+The method was first published in this form. At each step the processor submits every full prefix (prompt and all tokens so
+far) to an inner engine, which returns one token with its 20 highest log-probabilities. The processor mixes those. The prefix
+cache of the inner engine avoids recomputation, but each token costs a pass through its front end, scheduler and output
+processing. The student is truncated to 20 ids, so the benchmark measures the speed of this design with an inexact q.
 
-Shape suffixes: B sequences, V ids that both models have.
+Shape suffixes: B sequences, V ids that both models have, K kept log-probabilities.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from benchmarks.systems import Job, sampling_kwargs
 from osd.core import MixingConfig
 from osd.mixing import mix
 
-TOP = 20  # vLLM's default max_logprobs, and what the design used
-# Shares of the GPU's memory: 20 GB of 80 hold a 1.5B or 7B student, and 48 GB a teacher of up to 14B.
+TOP = 20  # vLLM's default max_logprobs; the published design used it
+# Shares of GPU memory: of 80 GB, 20 hold a 1.5B or 7B student, and 48 hold a teacher of up to 14B.
 STUDENT_SHARE, TEACHER_SHARE = 0.25, 0.6
 
 
 class AskStudent(LogitsProcessor):
-    """Replaces the teacher's logits by log q* over the student's highest ids, which it asks an inner engine for."""
+    """Logits processor that replaces the teacher's logits by log q* over the student's 20 likeliest ids."""
 
     inner: ClassVar[LLM]
     mixing: ClassVar[MixingConfig]
     shared_vocab: ClassVar[int]
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self.rows: dict[int, tuple[list[int], list[int]]] = {}  # row -> prompt, output so far (grown by vLLM)
+        self.rows: dict[int, tuple[list[int], list[int]]] = {}  # row -> prompt, output so far (vLLM appends to it)
         self.params = SamplingParams(**sampling_kwargs(1), logprobs=TOP)
 
     def is_argmax_invariant(self) -> bool:
@@ -51,7 +51,7 @@ class AskStudent(LogitsProcessor):
         return mixed
 
     def _student(self, prefixes: list[list[int]], logits: Tensor) -> Tensor:
-        """The student's highest log-probabilities after these prefixes, -inf elsewhere."""
+        """Return the student's highest log-probabilities after these prefixes, -inf elsewhere."""
         requests: list[Any] = [{"prompt_token_ids": prefix} for prefix in prefixes]
         rows, ids, values = [], [], []
         for row, output in enumerate(self.inner.generate(requests, self.params, use_tqdm=False)):
@@ -67,9 +67,10 @@ class AskStudent(LogitsProcessor):
 
 
 class Nested:
-    """Two engines in one process, one inside a step of the other. Needs VLLM_ENABLE_V1_MULTIPROCESSING=0.
+    """Two engines in one process; each step of the outer one calls the inner one.
 
-    Both without async scheduling: the processor needs the last token on the host, and one token leaves nothing to overlap.
+    Needs VLLM_ENABLE_V1_MULTIPROCESSING=0. Both engines run without async scheduling: the processor needs the last token
+    on the host, and requests of one token have no further step to overlap.
     """
 
     def __init__(self, job: Job) -> None:

@@ -1,8 +1,8 @@
-"""Ratio to teacher-only vLLM against batch size, from the results of benchmarks/sampling.py.
+"""Plot of the ratio to teacher-only vLLM against batch size, from results of benchmarks/sampling.py.
 
     python benchmarks/plot.py RESULT.json [MORE.json ...] [--output sampling.svg]
 
-Results of one pair and machine are merged into one panel; other pairs get panels of their own. Writes SVG and PNG.
+Each pair and machine gets one panel; several results of the same pair and machine are merged. Writes SVG and PNG.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
 from benchmarks.summary import SYSTEMS, Result, merge, summarise
 
-# Okabe and Ito's colours: told apart by colour-blind readers, and in print.
+# Okabe and Ito's colours: distinguishable with colour blindness and in print.
 STYLES = {
     "nested": ("#D55E00", "s"),
     "transformers": ("#E69F00", "^"),
@@ -30,7 +30,7 @@ LABELS = SYSTEMS | {"sum": "both models, one after the other"}
 
 
 def curves(result: Result) -> dict[str, list[tuple[int, float]]]:
-    """(sequences, ratio to teacher-only) of each system, and of teacher-only plus student-only."""
+    """Return (sequences, ratio to teacher-only) points of each system, and of teacher-only plus student-only."""
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in STYLES}
     shapes = [r for r in summarise(result)["ratios"] if r["statistic"] == "ms_per_step"]
     for row in shapes:
@@ -44,7 +44,7 @@ def curves(result: Result) -> dict[str, list[tuple[int, float]]]:
 
 
 def group(results: list[Result]) -> list[Result]:
-    """One merged result for each pair and machine."""
+    """Merge the results of each pair and machine."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result["pair"], result["hardware"]["device"]), []).append(result)
@@ -89,7 +89,7 @@ def draw(axes: Any, result: Result) -> None:
 
 
 def plot(results: list[Result], output: Path) -> list[Path]:
-    """Draw, and write ``output`` as SVG and PNG. Raises ImportError without matplotlib."""
+    """Draw the plot and write it to ``output`` as SVG and PNG. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,7 +98,7 @@ def plot(results: list[Result], output: Path) -> list[Path]:
     with pyplot.rc_context({"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "osd", "svg.fonttype": "none"}):
         panels = [result for result in group(results) if curves(result)]
         if not panels:
-            raise ValueError("nothing to draw: no result has teacher-only and another system at one batch size")
+            raise ValueError("nothing to draw: no result has teacher-only and another system at the same batch size")
         figure, axes = pyplot.subplots(
             1, len(panels), figsize=(4.6 * len(panels) + 0.6, 3.8), squeeze=False, layout="constrained"
         )

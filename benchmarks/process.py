@@ -1,6 +1,6 @@
-"""Benchmarked systems in processes of their own, and what every result says of the machine and the versions.
+"""Worker processes for benchmarked systems, and the description of the machine and versions in every result.
 
-The command calls `run_worker` for each system; the system's process calls `serve`.
+The command calls `run_worker` for each system. The process of the system calls `serve`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Written = dict[str, Any]
 
 
 def environment(caches: Path) -> dict[str, str]:
-    """A worker's environment: compile caches of its own under ``caches``, and nothing that slows a system down."""
+    """Return the environment of a worker: separate compile caches under ``caches``, and no usage statistics."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     for name, folder in {
         "VLLM_CACHE_ROOT": "vllm",
@@ -40,12 +40,12 @@ def environment(caches: Path) -> dict[str, str]:
     }.items():
         env[name] = str(caches / folder)
     env |= {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with socket.socket() as free:  # TRL's default is one for all, and another run may be on the same host
+    with socket.socket() as free:  # TRL's default port is fixed, so another run on the same host would conflict
         free.bind(("", 0))
         env["MASTER_PORT"] = str(free.getsockname()[1])
     env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not GPU:
-        # vLLM's CPU worker leaves torch with one thread unless told otherwise; every system gets all cores.
+        # vLLM's CPU worker leaves torch with one thread by default. Give every system all cores.
         env.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     return env
 
@@ -53,7 +53,7 @@ def environment(caches: Path) -> dict[str, str]:
 def run_worker(
     spec: dict[str, Any], env: dict[str, str], folder: Path, seconds: float | None, module: str = "benchmarks.worker"
 ) -> Written:
-    """Run one system in a process of its own; what it wrote, with an error if it did not finish."""
+    """Run one system in a separate process. Returns its result, with an error if it did not finish."""
     paths = {name: folder / f"{spec['system']}.{name}" for name in ("job.json", "out.json", "log")}
     paths["job.json"].write_text(json.dumps(spec))
     paths["out.json"].unlink(missing_ok=True)
@@ -63,19 +63,20 @@ def run_worker(
         error = None
         try:
             code = process.wait(timeout=seconds)
-            error = f"its process ended with exit code {code}" if code else None
+            error = f"the worker process ended with exit code {code}" if code else None
         except subprocess.TimeoutExpired:
-            error = "cut off at the time limit"
+            error = "stopped at the time limit"
         finally:
-            _end_group(process)  # its engine core may be another process, and holds GPU memory
+            _end_group(process)  # the engine core may be another process that still holds GPU memory
     result = json.loads(paths["out.json"].read_text()) if paths["out.json"].exists() else nothing()
     if result["status"] != "ok":
-        result["error"] = result["error"] or error or "it wrote no result"
+        result["error"] = result["error"] or error or "the worker process wrote no result"
         result["log"] = paths["log"].read_text(errors="replace")[-20000:]
     return result
 
 
 def nothing(error: str | None = None) -> Written:
+    """Return an empty failed result."""
     return {"status": "failed", "error": error, "start": None, "settings": None, "rows": []}
 
 
@@ -85,11 +86,11 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     except ProcessLookupError:
         return
     process.wait()
-    time.sleep(2 if GPU else 0)  # the driver takes a moment to give the memory back
+    time.sleep(2 if GPU else 0)  # the driver frees the memory with a delay
 
 
 def serve(run: Callable[[dict[str, Any], Callable[[Written], None]], Written]) -> None:
-    """The main function of a worker: ``run(spec, write)``, where ``write`` may be called whenever more is known."""
+    """Run the main function of a worker process. ``run(spec, write)`` may call ``write`` to save partial results."""
     spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 
     def write(result: Written) -> None:
@@ -100,14 +101,14 @@ def serve(run: Callable[[dict[str, Any], Callable[[Written], None]], Written]) -
     code = int(run(spec, write)["status"] != "ok")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # all is written; an engine that failed could keep the interpreter from ending
+    os._exit(code)  # a failed engine could keep the interpreter from ending, and the result is already written
 
 
 def guarded(measure: Callable[[Written], None], write: Callable[[Written], None]) -> Written:
-    """What ``measure`` fills in; with its error, if it raised one."""
+    """Let ``measure`` fill a result, write it and return it. An exception of ``measure`` becomes the result's error."""
     result = nothing()
-    mattering = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "OSD_", "OMP_NUM", "CUDA_"))}
-    result["environment"] = {k: v for k, v in mattering.items() if os.sep not in v}  # no folders of the machine's
+    relevant = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("VLLM_", "OSD_", "OMP_NUM", "CUDA_"))}
+    result["environment"] = {k: v for k, v in relevant.items() if os.sep not in v}  # without local paths
     try:
         measure(result)
         result["status"] = "ok"
@@ -119,7 +120,7 @@ def guarded(measure: Callable[[Written], None], write: Callable[[Written], None]
 
 
 def result_path(output: Path, name: str, device: str) -> Path:
-    """``output`` itself if it is a JSON's path, or a new NAME_DEVICE_DATE.json in that folder."""
+    """Return ``output`` if it is a .json path, else a new path NAME_DEVICE_DATE.json in that folder."""
     if output.suffix == ".json":
         output.parent.mkdir(parents=True, exist_ok=True)
         return output
@@ -130,7 +131,7 @@ def result_path(output: Path, name: str, device: str) -> Path:
 
 
 def header(command: list[str], configuration: dict[str, Any]) -> dict[str, Any]:
-    """What every result begins with."""
+    """Return the common head of all results: date, command, commit, machine, versions and configuration."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": without_folders(command),
@@ -142,12 +143,12 @@ def header(command: list[str], configuration: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_folders(arguments: list[str]) -> list[str]:
-    """A command's arguments as a result may hold them: no folders of the machine's."""
+    """Replace absolute paths in command arguments by their last component."""
     return [Path(argument).name if argument.startswith(os.sep) else argument for argument in arguments]
 
 
 def hardware() -> dict[str, Any]:
-    """The machine. Asked of nvidia-smi, so that this process makes no CUDA context beside the systems'."""
+    """Describe the machine. Uses nvidia-smi, because torch would create a CUDA context in this process."""
     about: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()}
     if not GPU:
         return {"device": f"{platform.machine()}, {os.cpu_count()} cores", **about}
@@ -173,7 +174,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, where it is one."""
+    """Return the commit of the checkout, or None outside a git checkout."""
     git = shutil.which("git")
     command = [git or "", "describe", "--always", "--dirty"]
     return (

@@ -1,19 +1,19 @@
-"""What sampling from two models costs: five ways, side by side in one run.
+"""Benchmark of sampling from two models: five systems in one run.
 
     python benchmarks/sampling.py --pair 3B+1.5B                    # Qwen2.5 shapes with random weights
     python benchmarks/sampling.py --teacher Qwen/Qwen2.5-3B --student Qwen/Qwen2.5-1.5B
-    python benchmarks/sampling.py --pair small+tiny --batch-sizes 2 4 --new-tokens 16 --contexts 16 64   # a try on a CPU
+    python benchmarks/sampling.py --pair small+tiny --batch-sizes 2 4 --new-tokens 16 --contexts 16 64   # short run on a CPU
 
 teacher       vLLM with the teacher alone, at its defaults (async scheduling, CUDA graphs)
 student       the same with the student alone
 paired        OSD: both models in one vLLM engine
 transformers  two transformers models with KV caches in lock-step
-nested        a second vLLM engine called from a logits processor of the first, for every token
+nested        a logits processor of one vLLM engine calls a second vLLM engine for every token
 
-All get the same prompts (random ids), lengths, batch sizes and repeats, and none ends early. Each runs in a process of its own,
-with empty compile caches of its own, so that none has a better start than another; a small engine is started before the first
-of them, so that the files they all read are in memory. How a step is timed stands in benchmarks/worker.py. Prints tables, and
-writes a JSON (after each system: what is finished is kept) and, where matplotlib is installed, a plot.
+All systems get the same prompts (random ids), lengths, batch sizes and repeats, and no sequence ends early. Each system runs in
+a separate process with its own empty compile caches. A small engine is started and discarded first, so that the files that all
+systems read are in memory. benchmarks/worker.py describes the timing of a step. Prints tables and writes a JSON after each
+system, so finished results are kept. Writes a plot if matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
 from benchmarks import process
 from benchmarks.process import (
@@ -64,35 +64,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--slow-tokens",
         type=int,
         default=64,
-        help="new tokens of transformers and nested; few favour nested, as its cost grows",
+        help="new tokens of transformers and nested; low values favour nested, whose cost grows with the length",
     )
-    add("--contexts", type=int, nargs="*", default=[256, 4096], help="prompt lengths whose steps are compared; none: skip this")
+    add("--contexts", type=int, nargs="*", default=[256, 4096], help="prompt lengths to compare; empty: skip this comparison")
     add("--context-batch", type=int, default=32)
     add("--context-tokens", type=int, default=128, help="new tokens at each context")
     add("--repeats", type=int, default=3)
-    add("--shape-seconds", type=float, default=40, help="no further repeat of a shape after this long")
-    add("--time-limit", type=float, help="seconds for the whole run; a system that is cut off keeps its finished shapes")
-    add("--start-only", action="store_true", help="time the start of each system and nothing else")
-    add("--warm-start", action="store_true", help="also time a second start of each, with the compile caches of its first")
-    add("--no-prime", dest="prime", action="store_false", help="start at once: the first system reads all files from the disk")
+    add("--shape-seconds", type=float, default=40, help="start no further repeat of a shape after this many seconds")
+    add("--time-limit", type=float, help="seconds for the whole run; a system stopped by it keeps its finished shapes")
+    add("--start-only", action="store_true", help="time only the start of each system")
+    add("--warm-start", action="store_true", help="also time a second start of each system, with filled compile caches")
+    add(
+        "--no-prime",
+        dest="prime",
+        action="store_false",
+        help="skip the discarded first start; the first system reads files from disk",
+    )
     add("--in-process", nargs="*", choices=SYSTEMS, default=[] if GPU else list(SYSTEMS), metavar="SYSTEM",
-        help="vLLM's engine core in the same process (default: vLLM's default on a GPU, all on a CPU)")  # fmt: skip
+        help="systems whose vLLM engine core runs in the worker process (default: none on a GPU, all on a CPU)")  # fmt: skip
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if GPU else "float32")
     add("--alpha-method", default="kl_symmetry")
-    add("--logit-std", type=float, default=4.0, help="spread of random weights' logits: see benchmarks/logits.py")
+    add("--logit-std", type=float, default=4.0, help="standard deviation of the logits of random weights")
     add("--engine-kwargs", type=json.loads, default={}, metavar="JSON", help="vLLM engine arguments for every vLLM engine")
-    add("--pair-kwargs", type=json.loads, default={}, metavar="JSON", help="engine arguments for the pair alone")
+    add("--pair-kwargs", type=json.loads, default={}, metavar="JSON", help="further engine arguments for the pair only")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder, or the path of the JSON")
     args = parser.parse_args(argv)
     if (args.teacher is None) != (args.student is None):
-        parser.error("--teacher and --student go together")
+        parser.error("--teacher and --student must be given together")
     if min(args.new_tokens, args.slow_tokens, args.context_tokens) < 2:
-        parser.error("a step's time is the difference between runs of N tokens and of one: ask for at least 2 new tokens")
+        parser.error("--new-tokens, --slow-tokens and --context-tokens must be at least 2: one-token runs are subtracted")
     return args
 
 
 def shapes(system: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What a system is timed at. The slow ones are spared the contexts, and get fewer tokens."""
+    """Return the shapes at which a system is timed. The slow systems skip the contexts and get fewer tokens."""
     if args.start_only:
         return []
     tokens = args.slow_tokens if system in SLOW else args.new_tokens
@@ -104,8 +109,8 @@ def shapes(system: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def job(system: str, args: argparse.Namespace, models: tuple[str, str]) -> dict[str, Any]:
-    """The worker's instructions, see benchmarks.systems.Job."""
-    # With --start-only too, an engine is as large as what it would have been timed at.
+    """Return the job of a worker (see benchmarks.systems.Job)."""
+    # With --start-only the engine still gets the size that the full run would need.
     planned = shapes(system, argparse.Namespace(**{**vars(args), "start_only": False}))
     return {
         "system": system,
@@ -129,14 +134,14 @@ def job(system: str, args: argparse.Namespace, models: tuple[str, str]) -> dict[
 
 
 def environment(system: str, args: argparse.Namespace, caches: Path) -> dict[str, str]:
-    """The worker's environment: its own compile caches, and nothing that slows a system down."""
+    """Return the environment of the worker: process.environment and the settings of this system."""
     env = process.environment(caches)
     env.pop(MULTIPROCESSING, None)
     if args.teacher is None:
         env["HF_HUB_OFFLINE"] = "1"
     if system == "nested":
-        # Both engines must be in this process, and only the V1 model runner takes custom logits processors. While an engine
-        # estimates what its CUDA graphs will take, vLLM drops those of every engine of the process: the other one's.
+        # Both engines must be in one process, and only the V1 model runner accepts custom logits processors. When an engine
+        # estimates the memory of its CUDA graphs, vLLM drops the graphs of every engine in the process.
         env |= {MULTIPROCESSING: "0", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0"}
     elif system in args.in_process:
         env[MULTIPROCESSING] = "0"
@@ -183,12 +188,12 @@ def _models(args: argparse.Namespace, folder: Path) -> tuple[str, str]:
 
 
 def _prime(args: argparse.Namespace, folder: Path) -> None:
-    """Start and discard a tiny engine: reading files from the disk is slow, and should not be counted to the first system."""
+    """Start and discard a tiny engine, so that the first system's times do not include reading files from the disk."""
     tiny = str(write_model("tiny", folder / "models"))
     spec = job("teacher", argparse.Namespace(**{**vars(args), "teacher": None, "start_only": True}), (tiny, tiny))
     done = run_worker(spec, environment("teacher", args, folder / "caches-prime"), folder, args.time_limit)
     if done["status"] != "ok":
-        print(f"the first, discarded start failed: {done['error']}", file=sys.stderr)
+        print(f"the discarded first start failed: {done['error']}", file=sys.stderr)
 
 
 def _run_system(
@@ -228,5 +233,5 @@ def _try_plot(result: Result, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a system that is running is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running worker
     sys.exit(main())

@@ -1,11 +1,11 @@
-"""Where the time of one paired decoding step goes: the host's, part by part, and the GPU's.
+"""Profile of one paired decoding step: host time by part, and GPU time by kernel.
 
     python benchmarks/step_profile.py --pair 3B+1.5B --batch-sizes 8 32 128
 
-The engine core runs in this process, so that its methods can be timed; `all` beyond `core` is the front end, which vLLM's
-default puts in another process. Host: mean milliseconds per step between two `perf_counter` calls, without a profiler; parts
-are nested as they are printed, and `wait for the GPU` is where the host has nothing to do. GPU: from a CUPTI trace (which
-slows it down) of --traced steps, the time in which anything ran, and what ran longest. Prints tables and writes a JSON.
+The engine core runs in this process, so that its methods can be timed. The difference between `all` and `core` is the front
+end, which vLLM runs in another process by default. Host: mean milliseconds per step between two `perf_counter` calls, without
+a profiler. Parts are nested as printed, and the host is idle in `wait for the GPU`. GPU: busy time and the longest kernels,
+from a CUPTI trace of --traced steps (tracing slows the step down). Prints tables and writes a JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
 import torch
 
@@ -42,21 +42,21 @@ def parse_args() -> argparse.Namespace:
     add("--batch-sizes", type=int, nargs="+", default=[8, 32, 128])
     add("--prompt-tokens", type=int, default=256)
     add("--new-tokens", type=int, default=256)
-    add("--traced", type=int, default=24, help="steps in the GPU's trace; 0: none")
+    add("--traced", type=int, default=24, help="steps of the GPU trace; 0: no trace")
     add("--engine-kwargs", type=json.loads, default={}, metavar="JSON")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder, or the path of the JSON")
     return parser.parse_args()
 
 
 class Clock:
-    """Seconds and calls by name, of methods that were wrapped."""
+    """Seconds and call counts of wrapped methods, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
-        """Time ``owner.method``; missing ones (vLLM's versions differ) are left out."""
+        """Time the calls of ``owner.method``. Does nothing if the method does not exist in this version of vLLM."""
         inner = getattr(owner, method, None)
         if inner is None:
             return
@@ -76,36 +76,39 @@ class Clock:
         self.calls.clear()
 
     def per_step(self) -> dict[str, float]:
-        """Milliseconds per step (a call of the worker's `execute_model`)."""
+        """Return the milliseconds per step by name. A step is one call of the worker's `execute_model`."""
         steps = max(1, self.calls["execute"])
         return {name: seconds / steps * 1e3 for name, seconds in self.seconds.items()}
 
 
 def wrap_engine(clock: Clock, engine: Any) -> None:
-    """Time the parts of a step; the names are their nesting."""
+    """Wrap the parts of a step. A name contains its parents, separated by slashes."""
     from vllm.v1.executor import uniproc_executor
 
-    core = engine._engine.engine_core.engine_core
-    worker, scheduler = engine._worker(), engine._scheduler()
-    clock.wrap(engine._engine, "step", "all")
-    clock.wrap(core, "step_fn", "core")
+    front = engine._frontend
+    worker, scheduler = front.worker, front.scheduler
+    clock.wrap(front.engine, "step", "all")
+    clock.wrap(front._core, "step_fn", "core")
     clock.wrap(scheduler, "schedule", "schedule")
     clock.wrap(scheduler.student, "schedule", "schedule/student")
+    clock.wrap(scheduler, "_pair_up", "schedule/pair_up")
     clock.wrap(scheduler, "update_from_output", "update")
     clock.wrap(scheduler, "_update_student", "update/student")
     clock.wrap(worker, "execute_model", "execute")
+    clock.wrap(worker, "_admit", "execute/admit")
+    clock.wrap(worker, "_student_forward", "execute/student+logits")
     clock.wrap(worker, "sample_tokens", "sample")
-    for side, runner in (("student", worker.student_runner), ("teacher", worker.model_runner)):
-        forward = runner.execute_model  # osd.engine.forward.SteadyForward
-        for part in ("stock", "_advance", "_update_batch", "_model"):
-            clock.wrap(forward, part, f"execute/{side}/{part.strip('_')}")
-        clock.wrap(runner, "execute_model", f"execute/{side}")
-    clock.wrap(worker.planner, "plan", "sample/plan")
-    clock.wrap(worker.sampler, "forward", "sample/sampler")
-    clock.wrap(worker.model_runner, "_bookkeeping_sync", "sample/bookkeeping")
-    clock.wrap(worker.model_runner, "sample_tokens", "sample/teacher")
-    clock.wrap(worker, "_finish_student", "sample/finish_student")
+    clock.wrap(worker, "_align", "sample/align")
+    clock.wrap(worker, "_finish_step", "sample/finish_student")
     clock.wrap(worker, "_record", "sample/record")
+    clock.wrap(worker, "sampler", "sample/draw")
+    clock.wrap(worker.model_runner, "postprocess_sampled", "sample/postprocess")
+    for side, runner in (("student", worker.student_runner), ("teacher", worker.model_runner)):
+        clock.wrap(runner, "execute_model", f"execute/{side}")
+        for part in ("add_requests", "update_requests", "gather_batch_req_state", "prepare_inputs", "prepare_attn"):
+            clock.wrap(runner, part, f"execute/{side}/{part}")
+        clock.wrap(runner.model_state, "prepare_attn", f"execute/{side}/attention metadata")
+        clock.wrap(runner.cudagraph_manager, "run_fullgraph", f"execute/{side}/replay")
     future = getattr(uniproc_executor, "AsyncOutputFuture", None)
     if future is not None:
         clock.wrap(future, "result", "wait for the GPU")
@@ -116,8 +119,8 @@ def prompts(batch_size: int, length: int, vocab: int) -> list[list[int]]:
     return torch.randint(100, vocab, (batch_size, length), generator=generator).tolist()
 
 
-def gpu_trace(run: Callable[[], Any], steps: int) -> dict[str, Any]:
-    """What the GPU did in ``run``, which decodes ``steps`` tokens: from the middle half of its kernels."""
+def gpu_trace(run: Callable[[], Any]) -> dict[str, Any]:
+    """Trace the GPU while ``run`` decodes, and evaluate the middle half of the steps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
         run()
         torch.cuda.synchronize()
@@ -153,7 +156,7 @@ def gpu_trace(run: Callable[[], Any], steps: int) -> dict[str, Any]:
 
 def profile(system: Paired, clock: Clock, batch_size: int, args: argparse.Namespace, vocab: int) -> dict[str, Any]:
     batch = prompts(batch_size, args.prompt_tokens, vocab)
-    system.generate(batch, args.new_tokens)  # warm: prefix caches, graphs of this size
+    system.generate(batch, args.new_tokens)  # fills the prefix caches and captures graphs of this size
     plain = []
     for tokens in (1, args.new_tokens, 1, args.new_tokens):
         clock.clear()
@@ -166,7 +169,7 @@ def profile(system: Paired, clock: Clock, batch_size: int, args: argparse.Namesp
         "host_ms": clock.per_step(),
     }
     if args.traced and GPU:
-        result["gpu"] = gpu_trace(lambda: system.generate(batch, args.traced), args.traced)
+        result["gpu"] = gpu_trace(lambda: system.generate(batch, args.traced))
     return result
 
 

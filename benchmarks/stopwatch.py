@@ -1,4 +1,4 @@
-"""Where the seconds of a step go: every second is counted once, to the innermost part that was running."""
+"""Stopwatch for nested parts of a step. Every second is counted once, to the innermost running part."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PARTS = ("sync", "generate", "teacher", "student", "optimizer", OTHER)  # of a t
 
 
 class Stopwatch:
-    """Times parts of a step, which may be nested.
+    """Timer of the parts of a step, which may be nested.
 
-    While it is on, the device is drained where a part begins and ends, so that its work is counted to the part that launched
-    it. While it is off it does nothing.
+    When on, it drains the device at the start and end of each part, so that device work is counted to the part that
+    launched it. When off, it does nothing.
 
     Args:
-        drain: waits until the device has done all that was launched.
+        drain: waits until the device has finished all launched work.
     """
 
     def __init__(self, drain: Callable[[], None]) -> None:
@@ -42,7 +42,10 @@ class Stopwatch:
             self._running.pop()
 
     def around(self, owner: Any, method: str, name: str | Callable[..., str | None]) -> None:
-        """Count each call of an object's method to a part, or to the one that ``name`` makes of its arguments (None: none)."""
+        """Count the calls of a method to the part ``name``.
+
+        If ``name`` is a function, it returns the part for the arguments of a call, or None to leave the call uncounted.
+        """
         call = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -55,12 +58,12 @@ class Stopwatch:
         setattr(owner, method, timed)
 
     def start(self) -> None:
-        """Begin the first step, with the device drained."""
+        """Turn the stopwatch on and begin the first step, with the device drained."""
         self.drain()
         self.on, self._since = True, time.perf_counter()
 
     def lap(self) -> dict[str, float]:
-        """The seconds of each part since the last lap; they add up to the time that has passed."""
+        """Return the seconds of each part since the last lap. They add up to the elapsed time."""
         self._count()
         seconds, self._seconds = self._seconds, {}
         return seconds

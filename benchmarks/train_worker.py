@@ -1,17 +1,18 @@
-"""One trainer in a process of its own: train a few steps, and time them.
+"""Worker process that trains a few steps with one trainer and times them.
 
-    python -m benchmarks.train_worker job.json out.json        (benchmarks/train_step.py does this)
+    python -m benchmarks.train_worker job.json out.json        (started by benchmarks/train_step.py)
 
-After ``warm_up`` steps that are not counted come ``steps`` as they are in use, the device drained only before the first and
-after the last of them, and then as many with the stopwatch on, which drains the device where a part begins and ends. A step
-lasts from the end of the one before it to its own end, so nothing is left out. The parts, the same for both trainers:
+First come ``warm_up`` steps that are not counted. Then come ``steps`` steps timed as a whole: the device is drained only before
+the first and after the last of them. Then the same number of steps is timed by part, with a stopwatch that drains the device at
+the start and end of each part. A step lasts from the end of the previous step to its own end, so no time is left out. Parts of
+both trainers:
 
-    sync        `sync_weights()` of the generator: the student's weights into its engine
-    generate    `generate()` of the generator, with everything that it does on the host; OSD fetches the record in it
-    teacher     TRL: `_get_last_hidden_state(teacher)`; OSD: making batches of the recorded hidden states
-    student     `compute_loss` and `accelerator.backward`, without the teacher; both output layers are in it
+    sync        `sync_weights()` of the generator: copies the student's weights to its engine
+    generate    `generate()` of the generator with all of its host work; OSD's includes fetching the record
+    teacher     TRL: `_get_last_hidden_state(teacher)`; OSD: batching the recorded hidden states
+    student     `compute_loss` and `accelerator.backward` without the teacher, with both output layers
     optimizer   `accelerator.clip_grad_norm_` and `optimizer.step`
-    other       all else: the data loader, tokenizing, metrics, logs, `zero_grad`
+    other       the rest: data loader, tokenizing, metrics, logs, `zero_grad`
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from benchmarks.systems import resolved
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """What both trainers are told.
+    """Job of all trainers.
 
     Attributes:
-        teacher, student: model folders, with weights and tokenizer.
+        teacher, student: model folders with weights and tokenizer.
         gpu: run on CUDA.
-        dtype: of the teacher, and of what the engines hold and compute in.
-        student_dtype: of the weights that are trained. If it is not ``dtype``, passes run under autocast to it.
-        prompt_tokens, new_tokens: of every prompt and every completion.
-        completions: per optimizer step.
+        dtype: dtype of the teacher and of the engines' weights and computation.
+        student_dtype: dtype of the trained weights. If it differs from ``dtype``, passes run under autocast to ``dtype``.
+        prompt_tokens, new_tokens: number of tokens of every prompt and every completion.
+        completions: completions per optimizer step.
         micro_batch: completions per forward and backward pass.
-        kv_tokens: room in the KV cache of each model that an engine holds.
-        warm_up, steps: see the module's docstring.
-        sleep: engines sleep between their `generate` calls; the teacher's weights are in OSD's engine, and not in TRL's.
-        engine_kwargs: further ``vllm.LLM`` arguments for the engines of both.
+        kv_tokens: tokens in the KV cache of each model of an engine.
+        warm_up, steps: see the module docstring.
+        sleep: engines sleep between `generate` calls. OSD's engine also holds the teacher's weights; TRL's does not.
+        engine_kwargs: further ``vllm.LLM`` arguments for all engines.
     """
 
     teacher: str
@@ -71,7 +72,7 @@ class TrainJob:
     engine_kwargs: dict[str, Any]
 
     def trainer_kwargs(self) -> dict[str, Any]:
-        """Arguments of TRL's `DistillationConfig`, which both have. What they do not name is TRL's default."""
+        """Return the arguments of TRL's `DistillationConfig`, equal for all trainers. All others keep TRL's defaults."""
         return dict(
             output_dir=self.output_dir,
             use_cpu=not self.gpu,
@@ -94,13 +95,13 @@ class TrainJob:
         )
 
     def llm_kwargs(self, *models: str) -> dict[str, Any]:
-        """Arguments of an engine that holds these models: as many tokens in the KV cache of each."""
+        """Return the arguments of an engine with these models, each with a KV cache of ``kv_tokens`` tokens."""
         size = sum(kv_bytes_per_token(model, self.dtype) for model in models) * self.kv_tokens
         kwargs = {"dtype": self.dtype, "kv_cache_memory_bytes": size}
         return kwargs | ({} if self.gpu else {"enforce_eager": True}) | self.engine_kwargs
 
     def rows(self) -> Dataset:
-        """A prompt for each completion of the run: none comes twice, so no prefix cache helps."""
+        """Return one prompt per completion of the run. No prompt occurs twice, so prefix caches have no effect."""
         rng, count = random.Random(0), self.completions * (self.warm_up + 2 * self.steps)
         return Dataset.from_list([{"prompt": text_of(rng.choices(range(10), k=self.prompt_tokens))} for _ in range(count)])
 
@@ -112,7 +113,7 @@ def kv_bytes_per_token(model: str, dtype: str) -> int:
 
 
 def trl(job: TrainJob) -> tuple[Any, dict[str, Any]]:
-    """TRL's trainer: its generator holds the student in vLLM, the teacher is transformers'. And its engine's settings."""
+    """Build TRL's trainer, with the student in vLLM and the teacher in transformers. Returns it with the engine settings."""
     from trl import DistillationConfig, DistillationTrainer
 
     from benchmarks.trl_engine import engine_arguments
@@ -126,7 +127,10 @@ def trl(job: TrainJob) -> tuple[Any, dict[str, Any]]:
 
 
 def trl_autocast(job: TrainJob) -> tuple[Any, dict[str, Any]]:
-    """The same in mixed precision, which ``bf16=True`` does not reach under TRL 1.16 (see `OSDTrainer.compute_loss`)."""
+    """Build TRL's trainer with mixed precision in the loss.
+
+    Under TRL 1.16 ``bf16=True`` does not enable it there (see `OSDTrainer.compute_loss`).
+    """
     trainer, settings = trl(job)
     compute_loss = trainer.compute_loss
 
@@ -139,13 +143,13 @@ def trl_autocast(job: TrainJob) -> tuple[Any, dict[str, Any]]:
 
 
 def osd(job: TrainJob) -> tuple[Any, dict[str, Any]]:
-    """OSD's trainer: both models in one engine, the teacher out of the record. And that engine's settings, side by side."""
+    """Build OSD's trainer, with both models in one engine. Returns it with the engine settings of both sides."""
     from trainers import OSDConfig, OSDTrainer
 
     args = OSDConfig(**job.trainer_kwargs(), engine_kwargs=job.llm_kwargs(job.teacher, job.student))
     trainer = OSDTrainer(model=job.student, teacher_model=job.teacher, args=args, train_dataset=job.rows())
     worker = trainer.vllm_generation.engine._worker()
-    assert worker is not None, "the engine lives in this process"
+    assert worker is not None, "the engine must run in this process"
     return trainer, {"teacher": described(worker.vllm_config), "student": described(worker.student_config)}
 
 
@@ -158,7 +162,7 @@ SYSTEMS: dict[str, Callable[[TrainJob], tuple[Any, dict[str, Any]]]] = {"trl": t
 
 
 def instrument(trainer: Any, watch: Stopwatch) -> None:
-    """Have the stopwatch count the parts of this trainer's steps; the optimizer's is set up when training begins."""
+    """Count the parts of the trainer's steps with the stopwatch. `Clock` adds the optimizer when training begins."""
     watch.around(trainer.vllm_generation, "sync_weights", "sync")
     watch.around(trainer.vllm_generation, "generate", "generate")
     watch.around(trainer, "compute_loss", "student")
@@ -173,7 +177,7 @@ def instrument(trainer: Any, watch: Stopwatch) -> None:
 
 
 class Clock(TrainerCallback):
-    """Times the steps of one run, and looks at the memory after each that is as in use."""
+    """Trainer callback that times the steps and samples the memory after each step timed as a whole."""
 
     def __init__(self, job: TrainJob, watch: Stopwatch, memory: Memory) -> None:
         self.job, self.watch, self.memory = job, watch, memory
@@ -208,10 +212,11 @@ class Clock(TrainerCallback):
 
 
 class Memory:
-    """Bytes of the device: allocated by torch (the engine's weights and KV cache with it, asleep or not), and used in all.
+    """Memory peaks of the device: bytes allocated by torch, and bytes used in total.
 
-    Used is looked at after each step that is timed as a whole, and every few milliseconds of those whose parts are: an engine
-    that sleeps after sampling is not there at the end of a step. Without a GPU, the process's resident memory.
+    Allocated bytes include the weights and KV cache of the engine, also while it sleeps. Used bytes are read after each step
+    timed as a whole, and every 20 ms during steps timed by part, because a sleeping engine is not in memory at the end of a
+    step. Without a GPU this is the resident memory of the process.
     """
 
     def __init__(self, gpu: bool) -> None:
@@ -234,7 +239,7 @@ class Memory:
             self._looking.join()
 
     def begin(self) -> None:
-        """The warm-up is over: from here on it is the memory of training."""
+        """Reset the peaks at the end of the warm-up."""
         if self.gpu:
             self.bytes["allocated_peak_before"] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -254,14 +259,14 @@ class Memory:
 
 
 def check_lengths(log_history: list[dict[str, Any]], new_tokens: int) -> None:
-    """Raises RuntimeError if any completion ended early: the systems would not have done the same work."""
+    """Raise RuntimeError if a completion ended early, because the systems would not have done the same work."""
     lengths = {entry[f"completions/{end}_length"] for entry in log_history if "loss" in entry for end in ("min", "max")}
     if lengths != {new_tokens}:
-        raise RuntimeError(f"every completion should have {new_tokens} tokens, and they have between {sorted(lengths)}")
+        raise RuntimeError(f"every completion must have {new_tokens} tokens; the shortest and longest have {sorted(lengths)}")
 
 
 def run(spec: dict[str, Any], write: Callable[[Written], None]) -> Written:
-    """Build the trainer that ``spec`` names and time its steps."""
+    """Build the trainer named in ``spec`` and time its steps."""
 
     def measure(result: Written) -> None:
         job = TrainJob(**spec["job"])

@@ -1,4 +1,4 @@
-"""TRL's own generator, `VLLMGeneration`, with engine arguments that TRL has no option for."""
+"""Engine arguments for TRL's generator `VLLMGeneration` that TRL has no option for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from osd.engine.weights import keep_weights_live
 
 @contextmanager
 def engine_arguments(**kwargs: Any) -> Iterator[None]:
-    """In this block TRL's `LLM` gets these arguments as well; those that TRL gives it win.
+    """Pass these arguments to the `LLM` that TRL creates in this block. Arguments that TRL sets take precedence.
 
-    On a CPU, where vLLM packs its weights and TRL's sync would fail on what is left of them, they stay as they are.
+    Also keeps vLLM from packing weights on a CPU, because TRL's weight sync fails on packed weights.
     """
     with mock.patch.object(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, **kwargs)), keep_weights_live():
         yield

@@ -1,22 +1,22 @@
-"""What it costs to push a live student into its engine: OSD's ways and TRL's, in one run.
+"""Benchmark of weight syncs: methods of OSD and TRL to copy the trained student into its engine, in one run.
 
     python benchmarks/weight_sync.py --pair 3B+1.5B
-    python benchmarks/weight_sync.py --student-dtype float32     # as TRL loads a model that it trains
-    python benchmarks/weight_sync.py --pair small+tiny           # a try on a CPU
+    python benchmarks/weight_sync.py --student-dtype float32     # the dtype in which TRL loads a model for training
+    python benchmarks/weight_sync.py --pair small+tiny           # short run on a CPU
 
-sync            OSD: `OSDGeneration.sync_weights()`, all that a training step waits for
+sync            OSD: `OSDGeneration.sync_weights()`, the whole sync of a training step
 map             OSD: `PairEngine.load_student_weights`, all tensors at once, as sync_weights does for a plain student
-map, by one     the same, each tensor copied as it comes, as for sharded students and merged adapters
-load_weights    one `load_weights` call for all tensors, which is what there is without a map
-per tensor      one `load_weights` call for each, into the pair's engine
-trl             TRL: `VLLMGeneration.sync_weights()` in colocate mode, into its own engine of the student alone
-raw, at once    every tensor of the trainer's model copied on the device, to the engine's dtype, by one call of torch
+map, by one     the same with each tensor copied on arrival, as for sharded students and merged adapters
+load_weights    one `load_weights` call for all tensors, the method without a map
+per tensor      one `load_weights` call for each tensor, into the pair's engine
+trl             TRL: `VLLMGeneration.sync_weights()` in colocate mode, into an engine with the student only
+raw, at once    one torch call that copies all tensors of the trainer's model on the device, to the engine's dtype
 raw copy        the same tensor by tensor: the floor
 
-OSD and TRL each have a process of their own, with an engine that holds random weights and, on the same device, a transformers
-model to push; each measures the raw copy too, and a way is compared with that of its own process. Medians over --repeats, each
-with the device drained before and after; `host` is the time until the call returned, while the device may still copy. Prints a
-table, and writes a JSON with every figure, the configuration and the versions.
+OSD and TRL run in separate processes. Each has an engine with random weights and, on the same device, a transformers model to
+copy from. Each process also measures the raw copy, and its methods are compared with that. Reports medians over --repeats, with
+the device drained before and after. `host` is the time until the call returns, while the device may still be copying. Prints a
+table and writes a JSON with every measurement, the configuration and the versions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this finds only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
 from benchmarks.process import GPU, MULTIPROCESSING, ROOT, Written, environment, header, result_path, run_worker
 from benchmarks.shapes import parse_pair, write_model
@@ -42,8 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pair", default="3B+1.5B", help="TEACHER+STUDENT as Qwen2.5 shapes (default: %(default)s)")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     add("--repeats", type=int, default=20)
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if GPU else "float32", help="of the engine's weights")
-    add("--student-dtype", choices=("bfloat16", "float32"), help="of the trainer's (default: the engine's)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if GPU else "float32", help="dtype of the engine")
+    add("--student-dtype", choices=("bfloat16", "float32"), help="dtype of the trainer's weights (default: as the engine)")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder, or the path of the JSON")
     args = parser.parse_args(argv)
     parse_pair(args.pair)
@@ -55,7 +55,10 @@ def measure(system: str, args: argparse.Namespace, folder: Path) -> Written:
     teacher, student = (str(write_model(name, folder / "models")) for name in parse_pair(args.pair))
     same = {name: getattr(args, name) for name in ("dtype", "student_dtype", "repeats")}
     spec = {"system": system, "job": {"teacher": teacher, "student": student, "gpu": GPU, **same}}
-    env = environment(folder / f"caches-{system}") | {MULTIPROCESSING: "0", "HF_HUB_OFFLINE": "1"}  # in process, as in training
+    env = environment(folder / f"caches-{system}") | {
+        MULTIPROCESSING: "0",
+        "HF_HUB_OFFLINE": "1",
+    }  # one process, as in training
     return run_worker(spec, env, folder, None, "benchmarks.sync_worker")
 
 

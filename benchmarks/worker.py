@@ -1,15 +1,15 @@
-"""One system in a process of its own: start it, time it, and write what is known after every shape.
+"""Worker process that starts one system, times it, and writes the results after every shape.
 
-    python -m benchmarks.worker job.json out.json        (benchmarks/sampling.py does this)
+    python -m benchmarks.worker job.json out.json        (started by benchmarks/sampling.py)
 
-How a shape is timed, the same for every system. The same random prompts are sampled three times:
+Every system is timed in the same way. The same random prompts are sampled three times:
 
-    fresh   N tokens for prompts never seen: what a caller waits for, prefill included
-    first   1 token for the same prompts, which a system with a prefix cache has now seen
+    fresh   N tokens for new prompts: the time a caller waits, including prefill
+    first   1 token for the same prompts, which are now in the prefix cache if there is one
     seen    N tokens for the same prompts
 
-ms per step = (seen - first) / (N - 1): all sequences decode together at this batch size and the prefill cancels, whether it
-comes from a cache or is done again. ms with prefill = fresh / N. Both from the fastest and from the median of the repeats.
+ms per step = (seen - first) / (N - 1): all sequences decode together at this batch size, and the prefill cancels, cached or
+not. ms with prefill = fresh / N. Both are computed from the fastest and from the median of the repeats.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ WARM_UP_TOKENS = 8
 
 
 def start(name: str, job: Job) -> tuple[System, dict[str, float]]:
-    """Start a system; also how long the imports, the constructor and the first token took, in seconds."""
+    """Start a system. Returns it with the seconds of the imports, the constructor and the first token."""
     clock = [time.perf_counter()]
     build = _builder(name, job)
     clock.append(time.perf_counter())
     system = build()
     clock.append(time.perf_counter())
-    system.generate([[1] * 8], 2)  # what is compiled or loaded on first use belongs to the start
+    system.generate([[1] * 8], 2)  # counts compilation and loading on first use as part of the start
     clock.append(time.perf_counter())
     seconds = [after - before for before, after in itertools.pairwise(clock)]
     return system, {"import_s": seconds[0], "construct_s": seconds[1], "first_use_s": seconds[2], "ready_s": sum(seconds[1:])}
 
 
 def _builder(name: str, job: Job) -> Callable[[], System]:
-    """The system's constructor, with what it needs imported. Not more: importing osd.engine changes vLLM's defaults."""
+    """Return the constructor of a system, after importing its packages.
+
+    Imports nothing else: importing osd.engine changes vLLM's defaults.
+    """
     from benchmarks import systems
 
     if name in ("teacher", "student"):
@@ -60,19 +63,19 @@ def _builder(name: str, job: Job) -> Callable[[], System]:
         from benchmarks import nested
 
         return lambda: nested.Nested(job)
-    raise ValueError(f"no system is called {name!r}")
+    raise ValueError(f"unknown system {name!r}")
 
 
 def measure(system: System, shape: dict[str, Any], vocab_size: int, repeats: int, shape_seconds: float) -> list[dict[str, Any]]:
-    """A row for each variant of one shape (the record on; off as well where that is asked for).
+    """Time one shape and return a row for each variant: record on, and also off if the shape asks for it.
 
-    The variants take turns, so that a machine that slows down slows all of them. At most ``repeats`` rounds; no further one
-    once ``shape_seconds`` have passed.
+    The variants alternate, so that a machine that slows down affects all of them. Runs at most ``repeats`` rounds, and
+    starts no further round after ``shape_seconds``.
     """
     batch_size, prompt_tokens, new_tokens = (shape[key] for key in ("batch_size", "prompt_tokens", "new_tokens"))
 
     def prompts(*name: object) -> list[list[int]]:
-        rng = random.Random(repr((batch_size, prompt_tokens, *name)))  # the same for every system
+        rng = random.Random(repr((batch_size, prompt_tokens, *name)))  # equal for every system
         return [[rng.randrange(100, vocab_size) for _ in range(prompt_tokens)] for _ in range(batch_size)]
 
     def seconds(ids: list[list[int]], tokens: int, record: bool) -> float:
@@ -81,7 +84,10 @@ def measure(system: System, shape: dict[str, Any], vocab_size: int, repeats: int
         end = time.perf_counter()
         lengths = {len(output) for output in outputs}
         if len(outputs) != batch_size or lengths != {tokens}:
-            raise RuntimeError(f"asked for {batch_size} x {tokens} tokens, and got {len(outputs)} of lengths {sorted(lengths)}")
+            raise RuntimeError(
+                f"asked for {batch_size} sequences of {tokens} tokens, "
+                f"got {len(outputs)} sequences of lengths {sorted(lengths)}"
+            )
         return end - begin
 
     variants = (True, False) if shape["record_off_too"] else (True,)
@@ -95,7 +101,7 @@ def measure(system: System, shape: dict[str, Any], vocab_size: int, repeats: int
             if record:
                 lists["fresh"].append(seconds(ids, new_tokens, record))
             else:
-                seconds(ids, 1, record)  # only to have the prompts seen
+                seconds(ids, 1, record)  # puts the prompts into the prefix cache
             lists["first"].append(seconds(ids, 1, record))
             lists["seen"].append(seconds(ids, new_tokens, record))
         if time.perf_counter() - begin > shape_seconds:
@@ -107,7 +113,7 @@ def measure(system: System, shape: dict[str, Any], vocab_size: int, repeats: int
 
 
 def step_times(times: dict[str, list[float]], new_tokens: int) -> dict[str, Any]:
-    """Milliseconds per step from the seconds of each run; None where noise left nothing to divide."""
+    """Return milliseconds per step from the seconds of each run. None if noise makes the difference negative."""
     row: dict[str, Any] = {}
     for suffix, choose in (("", min), ("_median", median)):
         step = (choose(times["seen"]) - choose(times["first"])) / (new_tokens - 1) * 1e3
@@ -118,7 +124,7 @@ def step_times(times: dict[str, list[float]], new_tokens: int) -> dict[str, Any]
 
 
 def run(spec: dict[str, Any], write: Callable[[Written], None]) -> Written:
-    """Start and time the system that ``spec`` names; ``write`` is called whenever more is known."""
+    """Start and time the system named in ``spec``. Calls ``write`` with partial results before every shape."""
     started: list[System] = []
 
     def measure_all(result: Written) -> None:

@@ -13,7 +13,7 @@ CPU_ENGINE = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes"
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="path or model id")
-    parser.add_argument("--student", required=True, help="path or model id; same tokenizer")
+    parser.add_argument("--student", required=True, help="path or model id with the same tokenizer")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--cpu", action="store_true", help="float32 on the CPU")
     flags = parser.parse_args(argv)

@@ -1,10 +1,11 @@
-"""The demo: a student learns, from a teacher that reads the answers, to do a task it could not do at all.
+"""Demo: a student learns a task that it cannot do before, from a teacher that reads the answers.
 
     python examples/demo.py [--steps 16] [--limit 64] [--seed 0] [--output outputs/demo]
 
-Student and teacher are both SmolLM2-135M-Instruct; only the teacher's prompt holds the reference record (examples/bookings.py).
-The student is measured on held-out messages before and after, greedily, by transformers' own `generate` on its own prompt:
-the sampler under test has no part in the measurement. Writes metrics.json and index.html to the output folder.
+Student and teacher are both SmolLM2-135M-Instruct. Only the teacher's prompt contains the reference record
+(examples/bookings.py). The student is measured on held-out messages before and after training, with greedy decoding by
+`generate` of transformers on the student's prompt, so the measurement does not use the sampler under test. Writes
+metrics.json and index.html to the output folder.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Before vLLM, transformers or CUDA are imported. One GPU: with more, transformers would wrap the student in DataParallel.
+# Set before vLLM, transformers or CUDA are imported. With several GPUs transformers would wrap the student in DataParallel.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(flags: argparse.Namespace) -> dict[str, Any]:
-    """Measure, train, measure again; returns the contents of metrics.json."""
+    """Measure, train and measure again. Returns the contents of metrics.json."""
     clock = Clock()
     set_seed(flags.seed)
     with clock.stage("prepare", f"preparing {MODEL}"):
@@ -107,7 +108,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _clear(output: Path) -> None:
-    """What an earlier run wrote must not stand for this one, should it fail."""
+    """Make the output folder and delete the results of an earlier run, so that a failed run leaves none."""
     output.mkdir(parents=True, exist_ok=True)
     for name in (report.METRICS, report.PAGE):
         (output / name).unlink(missing_ok=True)
@@ -115,7 +116,7 @@ def _clear(output: Path) -> None:
 
 @torch.inference_mode()
 def complete(model: Any, tokenizer: Any, rows: list[bookings.Row], batch: int = 16) -> list[str]:
-    """The student's greedy completions of its own prompts, by plain transformers."""
+    """Complete the student's prompts greedily with transformers."""
     model.eval()
     texts: list[str] = []
     with tqdm(total=len(rows), desc="measuring", unit="message") as bar:
@@ -132,7 +133,7 @@ def complete(model: Any, tokenizer: Any, rows: list[bookings.Row], batch: int = 
 
 
 def make_trainer(student: Any, path: str, flags: argparse.Namespace) -> OSDTrainer:
-    """The whole recipe: forward KL to the recorded teacher, on fresh q* completions at every step."""
+    """Build the trainer: forward KL to the recorded teacher, on new completions from q* at every step."""
     engine = {"dtype": "bfloat16"} if ON_GPU else {"dtype": "float32", "enforce_eager": True}
     args = OSDConfig(
         output_dir=str(flags.output),
@@ -161,7 +162,7 @@ def make_trainer(student: Any, path: str, flags: argparse.Namespace) -> OSDTrain
 
 
 class Watch(TrainerCallback):
-    """A progress bar, the seconds of each step, and one message sampled from q* as training goes on."""
+    """Trainer callback with a progress bar, the seconds of each step, and completions of one message during training."""
 
     def __init__(self, trainer: OSDTrainer, probe: bookings.Row) -> None:
         self.trainer, self.row = trainer, probe
@@ -192,7 +193,7 @@ class Watch(TrainerCallback):
         self.bar.close()
 
     def sample(self, step: int) -> None:
-        """Sample the probe's message with the student of now, and keep every token with its α and log-probabilities."""
+        """Sample the probe message with the current student, and keep every token with its α and log-probabilities."""
         generation = self.trainer.vllm_generation
         generation.sync_weights()
         tokenizer = generation.engine.tokenizer
@@ -211,7 +212,7 @@ class Watch(TrainerCallback):
 
 
 class Clock:
-    """Announces the parts of the run and takes their time."""
+    """Timer that announces and times the stages of the run."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -238,7 +239,7 @@ def _scores(before: list[str], after: list[str], rows: list[bookings.Row]) -> di
 
 
 def _examples(before: list[str], after: list[str], rows: list[bookings.Row], count: int = 8) -> list[dict[str, Any]]:
-    """The first held-out messages as they come, right or wrong."""
+    """Return the first held-out messages with their completions, right or wrong."""
     rows = [{**row, "before": b, "after": a} for row, b, a in zip(rows, before, after, strict=True)]
     return [{**row, "correct": bookings.score(row["after"], row["answer"])} for row in rows[:count]]
 

@@ -1,71 +1,44 @@
-"""What the demo shows: a short table in the terminal, and one HTML page that needs nothing else.
+"""Report of the demo: a short table in the terminal, and one self-contained HTML page.
 
-`python examples/report.py outputs/demo/metrics.json` writes the page again, beside the metrics.
+`python examples/report.py outputs/demo/metrics.json` writes the page again next to the metrics.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
-import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from osd.report import charts, pages
+from osd.report.charts import STUDENT, TEACHER, THIRD
+
 METRICS, PAGE = "metrics.json", "index.html"
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-# What the page shows of every token: names of osd.core.TokenRecord's columns.
+# Columns of osd.core.TokenRecord that the page shows for every token.
 TOKEN_FIELDS = ("alpha", "logq", "logp_theta", "logp_teacher")
 # Label: key in metrics["counts"].
 COUNTS = {"exact match": "correct", "valid JSON": "valid_json", "right values anywhere in the text": "values_anywhere"}
 
-STUDENT, TEACHER, THIRD = "#3b7dd8", "#d9762b", "#4d9a5f"
 STUDENT_RGB, TEACHER_RGB = "59 125 216", "217 118 43"
-# matplotlib wants a colour of its own; in the page this one becomes the text's, which follows the light or dark theme.
-INK = "#010203"
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "osd",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.linewidth": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-}
 
 
 def write(metrics: dict[str, Any], folder: Path) -> None:
-    """Write the metrics and their page to ``folder``, each whole or not at all, the metrics last."""
+    """Write the page and then the metrics to ``folder``. Each file is written atomically."""
     metrics = _finite(metrics)
-    texts = {PAGE: render(metrics), METRICS: json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"}
-    for name, text in texts.items():
-        part = folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, folder / name)
+    pages.write(folder / PAGE, render(metrics))
+    pages.write(folder / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a mean over no tokens becomes null."""
+    """Replace NaN and infinities by None, because JSON has neither (a mean over no tokens is NaN)."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -74,7 +47,7 @@ def _finite(value: Any) -> Any:
 
 
 def render(metrics: dict[str, Any]) -> str:
-    """The page, from the contents of metrics.json."""
+    """Render the page from the contents of metrics.json."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shade": shade, "percent": lambda share: f"{share:.0%}", "shown": shown, "tip": tip}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -90,18 +63,18 @@ def render(metrics: dict[str, Any]) -> str:
 
 
 def shade(alpha: float) -> str:
-    """Background of a token: the student's colour below α = 1/2, the teacher's above it, stronger the further away."""
+    """Return the background of a token: the student's colour below α = 1/2, the teacher's above, stronger towards 0 and 1."""
     strength = 0.85 * abs(2 * alpha - 1) ** 0.8
     return f"rgb({TEACHER_RGB if alpha > 0.5 else STUDENT_RGB} / {strength:.3f})"
 
 
 def shown(token: str) -> str:
-    """A token's text, with its line breaks made visible."""
+    """Return the text of a token with visible line breaks."""
     return token.replace("\n", "↵\n")
 
 
 def tip(token: dict[str, Any]) -> str:
-    """What hovering over a token says; log-probabilities in nats."""
+    """Return the tooltip of a token; log-probabilities in nats."""
     return (
         f"token   {token['token']!r}\nα       {token['alpha']:.3f}\nlog q*  {token['logq']:.3f}\n"
         f"log π_θ {token['logp_theta']:.3f}\nlog π_t {token['logp_teacher']:.3f}"
@@ -111,22 +84,22 @@ def tip(token: dict[str, Any]) -> str:
 # -- plots --------------------------------------------------------------------------------------------------------------
 
 
-def plots(history: list[dict[str, Any]]) -> str:
-    """Loss, both divergences and α by step, side by side, as SVG to put into a page."""
+def plots(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Plot loss, both divergences and α by step. Returns the title and the SVG of each chart."""
     steps = [entry["step"] for entry in history]
     series = {name: _series(history, name) for name in history[0]}
-    with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.4, 3.1), layout="constrained")
-        _plot_loss(left, steps, series)
-        _plot_divergences(middle, steps, series)
-        _plot_alpha(right, steps, series)
-        for axes in (left, middle, right):
-            axes.set_xlabel("step")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
-        svg = _svg(figure)
-        plt.close(figure)
-    return svg
+    drawn = {
+        "Loss: KL(teacher ‖ student), nats per token": _plot_loss,
+        "Divergence of q* from each side, nats": _plot_divergences,
+        "α, the teacher's weight in q*": _plot_alpha,
+    }
+    return [(title, charts.svg(partial(_plot, draw, steps, series), width=3.8, height=3.0)) for title, draw in drawn.items()]
+
+
+def _plot(draw: Any, steps: list[int], series: dict[str, list[float]], axes: Any) -> None:
+    draw(axes, steps, series)
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _series(history: list[dict[str, Any]], name: str) -> list[float]:
@@ -134,14 +107,12 @@ def _series(history: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def _plot_loss(axes: Any, steps: list[int], series: dict[str, list[float]]) -> None:
-    axes.set_title("Loss: KL(teacher ‖ student), nats per token")
     axes.plot(steps, series["loss"], color=THIRD, marker="o", markersize=3)
     axes.set_ylim(0, _top(series["loss"]))
 
 
 def _plot_divergences(axes: Any, steps: list[int], series: dict[str, list[float]]) -> None:
-    # α is solved to make the two equal, so one line lies on the other: the dashes let both be seen.
-    axes.set_title("Divergence of q* from each side, nats")
+    # α makes the two equal, so the lines coincide. Dashes make both visible.
     axes.plot(steps, series["q/kl_theta"], color=STUDENT, linewidth=3.2, alpha=0.65, label="KL(q* ‖ student)")
     axes.plot(steps, series["q/kl_teacher"], color=TEACHER, linestyle=(0, (3, 2)), label="KL(q* ‖ teacher)")
     axes.set_ylim(0, _top(series["q/kl_theta"] + series["q/kl_teacher"], room=1.3))
@@ -149,12 +120,11 @@ def _plot_divergences(axes: Any, steps: list[int], series: dict[str, list[float]
 
 
 def _top(values: list[float], room: float = 1.08) -> float:
-    """Upper end of an axis from 0, with room above the highest value; 1 where there is none."""
+    """Return the upper end of an axis from 0, with room above the highest value; without a positive value, ``room``."""
     return room * max((value for value in values if value > 0), default=1.0)
 
 
 def _plot_alpha(axes: Any, steps: list[int], series: dict[str, list[float]]) -> None:
-    axes.set_title("α, the teacher's weight in q*")
     mean, std = series["alpha/mean"], series["alpha/std"]
     low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
     for lower, upper, opacity, label in (
@@ -167,20 +137,11 @@ def _plot_alpha(axes: Any, steps: list[int], series: dict[str, list[float]]) -> 
     axes.legend(ncols=3, loc="upper center", handlelength=1.2, columnspacing=1.0)
 
 
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # The size comes from the page; the viewBox keeps the proportions.
-    return re.sub(r"<svg[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
-
-
 # -- the terminal -------------------------------------------------------------------------------------------------------
 
 
 def show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
-    """The table, a few completions, and where the rest is."""
+    """Print the table, a few completions, and the paths of the files."""
     console.print(table(metrics))
     for example in metrics["examples"][:3]:
         console.print(f"\n[bold]message[/] {escape(example['message'])}", highlight=False)
@@ -192,7 +153,7 @@ def show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
 
 
 def table(metrics: dict[str, Any]) -> Table:
-    """Before and after on the held-out messages, and the first and last step of training."""
+    """Build the table of results on the held-out messages before and after, and of the first and last training step."""
     counts, first, last = metrics["counts"], metrics["history"][0], metrics["history"][-1]
     result = Table(title=f"{counts['after']['total']} held-out messages, student's prompt alone, greedy")
     result.add_column()

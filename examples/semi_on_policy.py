@@ -1,9 +1,9 @@
-"""Semi-on-policy sampling: the teacher reads the reference answer, the student never does.
+"""Semi-on-policy sampling: only the teacher reads the reference answer.
 
     python examples/semi_on_policy.py --model Qwen/Qwen2.5-1.5B-Instruct
 
-Teacher and student are the same model here; all that the teacher knows more, it read. The same prompts are sampled three
-ways: from the student, from q*, and from the teacher. Each token's log π_θ says how far the text is from the student's own.
+Teacher and student are the same model here, so they differ only in their prompts. The prompts are sampled from the student,
+from q*, and from the teacher. The log π_θ of the tokens shows how likely each text is for the student.
 """
 
 import argparse

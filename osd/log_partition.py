@@ -1,15 +1,15 @@
-"""The convex curve on which two policies are mixed: what it is made of, and how it is read without losing digits.
+"""The log-partition function K of the geometric mixture of two policies, evaluated without loss of digits.
 
 On the shared support S (tokens finite on both sides) let
 
     mid = (z_theta + z_t) / 2,   gap = z_t - z_theta - m,   K(delta) = log sum_S exp(mid + delta * gap)
 
-with m the mean of z_t - z_theta under q at alpha = 1/2. Then delta = alpha - 1/2 walks from the student (-1/2) to the
-teacher (1/2), K' and K'' are the mean and variance of the gap under q, and log(pi_t / pi_theta) = gap - shift with
-shift = K(1/2) - K(-1/2) when both supports are S. A token outside S has mid = -inf and drops out by itself.
+with m the mean of z_t - z_theta under q at alpha = 1/2. delta = alpha - 1/2 is -1/2 at the student and 1/2 at the
+teacher. K' and K'' are the mean and variance of the gap under q. log(pi_t / pi_theta) = gap - shift with
+shift = K(1/2) - K(-1/2) when both supports are S. A token outside S has mid = -inf, so its weight is 0.
 
-Shape suffixes: B rows, V vocabulary. Logarithms are natural. Work on [B, V] is float32; numbers of shape [B] are
-float64, because they are differences of nearly equal ones.
+Shape suffixes: B rows, V vocabulary. Logarithms are natural. [B, V] tensors are float32. [B] tensors are float64,
+because they are differences of nearly equal numbers.
 """
 
 import threading
@@ -18,28 +18,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Finite gaps are cut here: their cubes must stay finite, and beyond it a weight is 0 for any delta above 1e-4.
+# Finite gaps are clamped to this: their cubes stay finite, and a larger gap gives weight 0 for any delta above 1e-4.
 _MAX_GAP = 1e6
-_WIDE = 50.0  # beyond it e^(3/2 gap) may overflow, though the weight that it multiplies makes the product small
+_WIDE = 50.0  # above this e^(3/2 gap) may overflow, although its product with the weight is small
 
 
 def blind(values: Tensor) -> bool:
-    """Whether code may not look at these values to decide what to do: while a CUDA graph is captured it cannot.
+    """Return True if control flow must not depend on these values, because a CUDA graph is being captured.
 
-    Elsewhere a look costs a synchronisation of some 20 microseconds, and saves a dozen passes over [B, V].
+    Outside a capture, reading a value costs a synchronisation of about 20 microseconds and saves a dozen passes
+    over [B, V].
     """
     return values.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def any_row(mask_B: Tensor) -> bool:
-    """Whether a special case is to be handled: always where one may not look."""
+    """Return True if any row is set, or if the mask must not be read (see `blind`)."""
     return blind(mask_B) or bool(mask_B.any())
 
 
 class _Workspace(threading.local):
-    """[B, V] memory kept between calls of one thread: on the CPU, touching fresh pages costs more than the arithmetic.
+    """Named [B, V] buffers that one thread reuses between calls.
 
-    A buffer belongs to whoever asked for its name last, so nothing taken from here may leave the call it was taken in.
+    On the CPU, touching fresh pages costs more than the arithmetic. A later request for the same name returns the same
+    memory, so a buffer must not be used after the call that requested it.
     """
 
     def __init__(self) -> None:
@@ -47,11 +49,11 @@ class _Workspace(threading.local):
 
     def __call__(self, name: str, like_BV: Tensor, rows: int | None = None) -> Tensor:
         shape = (like_BV.shape[0] if rows is None else rows, like_BV.shape[1])
-        if like_BV.is_cuda:  # its allocator keeps memory by itself, and apart for each stream
+        if like_BV.is_cuda:  # the CUDA allocator already reuses memory, separately for each stream
             return torch.empty(shape, device=like_BV.device)
         size = shape[0] * shape[1]
         if name not in self.kept or self.kept[name].numel() < size:
-            with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside it
+            with torch.inference_mode(False):  # a tensor made in inference mode cannot be written outside it
                 self.kept[name] = torch.empty(size)
         return self.kept[name][:size].view(shape)
 
@@ -60,15 +62,15 @@ workspace = _Workspace()
 
 
 def dot(a_BV: Tensor, b_BV: Tensor, scratch_BV: Tensor) -> Tensor:
-    """Row sums of a * b, float64 [B]; overwrites the scratch."""
+    """Return the row sums of a * b, float64 [B]. Overwrites the scratch buffer."""
     return torch.mul(a_BV, b_BV, out=scratch_BV).sum(-1).double()
 
 
 def off_peak_(e_BV: Tensor) -> Tensor:
-    """Row sums less 1, float64 [B], of e = exp(y - max y); zeroes the peak.
+    """Return the row sums of e = exp(y - max y) minus 1, float64 [B]. Sets the peak of each row of e to 0.
 
-    The peak is counted and the rest summed apart (frac() drops exactly the 1s), so that log1p of the result is 1e-12
-    and not 0 when the sum is 1 + 1e-12.
+    The peak (exactly 1) is removed with frac() and the rest is summed separately. So log1p of the result is 1e-12,
+    not 0, when the sum is 1 + 1e-12.
     """
     total_B = e_BV.sum(-1).double()
     rest_B = e_BV.frac_().sum(-1).double()
@@ -76,9 +78,9 @@ def off_peak_(e_BV: Tensor) -> Tensor:
 
 
 def log_sum_exp_(y_BV: Tensor, scratch_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """(log sum exp y, sum exp(y - max) - 1) per row, float64 [B]; NaN where a row has NaN or +inf or is all -inf.
+    """Return (log sum exp y, sum exp(y - max) - 1) per row, float64 [B]. NaN for a row with NaN or +inf, or all -inf.
 
-    y loses its max; the scratch becomes exp(y) with the peak zeroed.
+    Subtracts the row maximum from y in place. The scratch buffer becomes exp(y) with the peak set to 0.
     """
     top_B1 = y_BV.amax(-1, keepdim=True)
     rest_B = off_peak_(torch.exp(y_BV.sub_(top_B1), out=scratch_BV))
@@ -87,18 +89,20 @@ def log_sum_exp_(y_BV: Tensor, scratch_BV: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two tempered policies on one vocabulary, ready to be mixed: `pair_up` builds it, nothing modifies it.
+    """Two tempered policies on one vocabulary, with the quantities that the solver and the mixture need.
 
-    theta_BV, teacher_BV: their logits, float32, possibly the caller's own storage.
-    mid_BV, gap_BV: as in the module's docstring; mid is shifted to a maximum of 0.
+    Built by `pair_up`. The buffers may be reused after alpha is known.
+
+    theta_BV, teacher_BV: the logits, float32, possibly the caller's own storage.
+    mid_BV, gap_BV: defined in the module docstring; mid is shifted to a maximum of 0.
     half_BV: q at alpha = 1/2.
     at_theta_B, at_teacher_B: K(-1/2) and K(1/2).
-    on_theta_B, on_teacher_B: log pi_theta(S) and log pi_t(S), 0 when S is the policy's whole support.
-    lse_theta_B, lse_teacher_B: log sum exp of the logits, over each one's own full support.
-    rest_B: the larger of the two policies' off-peak masses. spread_B: a bound of |gap| on S.
-    lost_theta_B, lost_teacher_B: this policy reaches tokens outside S. empty_B: S is empty.
+    on_theta_B, on_teacher_B: log pi_theta(S) and log pi_t(S), 0 when S is the full support of that policy.
+    lse_theta_B, lse_teacher_B: log sum exp of the logits over the full support of each policy.
+    rest_B: the larger of the two off-peak masses. spread_B: an upper bound of |gap| on S.
+    lost_theta_B, lost_teacher_B: True where this policy reaches tokens outside S. empty_B: True where S is empty.
     bad_side_B: int8, 1 where the student's row is not a distribution (NaN, +inf, all -inf), 2 the teacher's, 3 both.
-    finite: every logit is known to be finite.
+    finite: True if every logit is known to be finite.
     """
 
     theta_BV: Tensor
@@ -121,40 +125,36 @@ class Pair:
     finite: bool
 
 
-def bad_side(top_theta_B: Tensor, top_teacher_B: Tensor) -> Tensor:
-    """Pair.bad_side_B from the rows' maxima: a maximum is finite exactly when the row is a distribution."""
-    return (~top_theta_B.isfinite()).to(torch.int8) + 2 * (~top_teacher_B.isfinite()).to(torch.int8)
-
-
 def pair_up(logits_theta_BV: Tensor, logits_teacher_BV: Tensor) -> Pair:
-    """The Pair of two tempered [B, V] logits or log-probabilities of any float dtype; raises ValueError on shapes.
+    """Build the Pair of two tempered [B, V] logits or log-probabilities of any float dtype.
 
-    It lives in the thread's workspace: it is gone with the next call.
+    The result uses the workspace of this thread, so the next call overwrites it. Raises ValueError unless both inputs
+    have one shape [B, V].
     """
     if logits_theta_BV.ndim != 2 or logits_theta_BV.shape != logits_teacher_BV.shape:
         raise ValueError(
-            f"student logits {tuple(logits_theta_BV.shape)} and teacher logits {tuple(logits_teacher_BV.shape)}; "
-            f"use one [B, V] for both, cut to the shared vocabulary"
+            f"student logits {tuple(logits_theta_BV.shape)} and teacher logits {tuple(logits_teacher_BV.shape)} must "
+            f"have the same shape [B, V]; cut both to the shared vocabulary"
         )
     theta_BV, teacher_BV = as_float("theta", logits_theta_BV), as_float("teacher", logits_teacher_BV)
     mid_BV, gap_BV, half_BV, a_BV, b_BV = (workspace(name, theta_BV) for name in ("mid", "gap", "half", "a", "b"))
 
     torch.sub(teacher_BV, theta_BV, out=gap_BV)
     if any_row(~((gap_BV.amin(-1) >= -_MAX_GAP) & (gap_BV.amax(-1) <= _MAX_GAP))):
-        theta_BV, teacher_BV = _reached(theta_BV), _reached(teacher_BV)
+        theta_BV, teacher_BV = _mask_unreachable(theta_BV), _mask_unreachable(teacher_BV)
         torch.sub(teacher_BV, theta_BV, out=gap_BV)
     torch.mul(theta_BV, 0.5, out=mid_BV).add_(teacher_BV, alpha=0.5)
     top_B1 = mid_BV.amax(-1, keepdim=True)
     torch.softmax(mid_BV.sub_(top_B1), -1, out=half_BV)
     low_B, high_B, lost_theta_B, lost_teacher_B, finite = _tame(gap_BV)
     m_B = torch.zeros_like(low_B, dtype=torch.float64)
-    for _ in range(2):  # once leaves a mean of 1e-7 of m, which may be more than the gap's own size
+    for _ in range(2):  # one pass leaves a mean of 1e-7 of m, which may exceed the gap itself
         shift_B = dot(half_BV, gap_BV, a_BV).float()
         gap_BV.sub_(shift_B[:, None])
         m_B += shift_B
 
-    # Both ends are evaluated through mid and gap, not through the logits: what matters is their difference, and
-    # roundings that the two share cancel in it.
+    # Evaluate both ends from mid and gap instead of the logits: only their difference matters, and shared rounding
+    # errors cancel in it.
     at_theta_B, rest_theta_B = log_sum_exp_(torch.add(mid_BV, gap_BV, alpha=-0.5, out=a_BV), b_BV)
     at_teacher_B, rest_teacher_B = log_sum_exp_(torch.add(mid_BV, gap_BV, alpha=0.5, out=a_BV), b_BV)
     top_B = top_B1.squeeze(-1).double()
@@ -163,7 +163,9 @@ def pair_up(logits_theta_BV: Tensor, logits_teacher_BV: Tensor) -> Pair:
     empty_B, bad_side_B = torch.zeros_like(lost_theta_B), torch.zeros_like(lost_theta_B, dtype=torch.int8)
     if any_row(lost_theta_B | lost_teacher_B | ~(at_theta_B + at_teacher_B).isfinite()):
         empty_B = top_B == -torch.inf
-        bad_side_B = bad_side(theta_BV.amax(-1), teacher_BV.amax(-1))
+        # The maximum of a row is finite exactly when the row is a distribution.
+        bad_theta_B, bad_teacher_B = (~z_BV.amax(-1).isfinite() for z_BV in (theta_BV, teacher_BV))
+        bad_side_B = bad_theta_B.to(torch.int8) + 2 * bad_teacher_B.to(torch.int8)
         lse_theta_B, on_theta_B = _full_support(theta_BV, teacher_BV, lse_theta_B, empty_B)
         lse_teacher_B, on_teacher_B = _full_support(teacher_BV, theta_BV, lse_teacher_B, empty_B)
     rest_B = torch.maximum(rest_theta_B / (1 + rest_theta_B), rest_teacher_B / (1 + rest_teacher_B))
@@ -175,19 +177,19 @@ def pair_up(logits_theta_BV: Tensor, logits_teacher_BV: Tensor) -> Pair:
 
 
 def as_float(name: str, z_BV: Tensor) -> Tensor:
-    """z itself if it is float32, else a float32 copy in the workspace."""
+    """Return z itself if it is float32, else a float32 copy in the workspace."""
     return z_BV if z_BV.dtype == torch.float32 else workspace(name, z_BV).copy_(z_BV)
 
 
-def _reached(z_BV: Tensor) -> Tensor:
-    """z with -inf for tokens masked by a large finite number (-1e9, finfo.min): their probability is 0 in any format."""
+def _mask_unreachable(z_BV: Tensor) -> Tensor:
+    """Replace large finite masks (-1e9, finfo.min) by -inf: the probability of those tokens is 0 in any format."""
     return z_BV.masked_fill(z_BV < z_BV.amax(-1, keepdim=True) - _MAX_GAP, -torch.inf)
 
 
 def _tame(gap_BV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """Make z_t - z_theta finite, in place; its row minima and maxima, whether they were -inf and +inf, whether it was.
+    """Make z_t - z_theta finite in place. Outside S its weight is 0, so any finite number may stand there.
 
-    Outside S the gap multiplies weights of 0, so that any finite number will do.
+    Returns (row minima, row maxima, rows that had -inf, rows that had +inf, True if no value had to be changed).
     """
     low_B, high_B = gap_BV.amin(-1), gap_BV.amax(-1)
     lost_theta_B = lost_teacher_B = torch.zeros_like(low_B, dtype=torch.bool)
@@ -201,16 +203,16 @@ def _tame(gap_BV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
 
 
 def _full_support(z_BV: Tensor, other_BV: Tensor, lse_shared_B: Tensor, empty_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(log sum exp z, log pi(S)), where lse_shared is log sum_S exp z: z may reach tokens that the other cannot."""
+    """Return (log sum exp z, log pi(S)) given lse_shared = log sum_S exp z, for a z that may reach tokens outside S."""
     lse_B = torch.logsumexp(z_BV, -1).double()
     off_B = (torch.logsumexp(z_BV.masked_fill(other_BV > -torch.inf, -torch.inf), -1) - lse_B).exp()
-    # A small loss is summed by itself; as a difference of two log sums it would be rounding.
+    # Sum a small mass outside S directly: as a difference of two log sums it would be rounding noise.
     log_on_B = torch.where(off_B < 0.5, torch.log1p(-off_B), lse_shared_B - lse_B)
     return torch.where(empty_B, lse_B, lse_shared_B - log_on_B), log_on_B
 
 
 class Curve:
-    """K over some rows of a pair. Lengths [B] below are of those rows."""
+    """K for a subset of the rows of a Pair. In this class [B] counts those rows."""
 
     def __init__(self, pair: Pair, rows_B: Tensor | None) -> None:
         def take(values_B: Tensor) -> Tensor:
@@ -234,14 +236,14 @@ class Curve:
         return torch.addcmul(self.mid_BV, self.gap_BV, delta_B.float()[:, None], out=self.a_BV)
 
     def slope(self, delta_B: Tensor) -> tuple[Tensor, Tensor]:
-        """K' and K'' at delta: mean and variance of the gap under q."""
+        """Return K' and K'' at delta: the mean and variance of the gap under q."""
         torch.softmax(self._at(delta_B), -1, out=self.b_BV)
         mean_B = dot(self.b_BV, self.gap_BV, self.a_BV)
         square_B = self.a_BV.mul_(self.gap_BV).sum(-1).double()
         return mean_B, square_B - mean_B**2
 
     def rise(self, half: float, shift_B: Tensor) -> tuple[Tensor, Tensor]:
-        """K(half - shift) - K(-half - shift), and the same difference of K'."""
+        """Return K(half - shift) - K(-half - shift), and the same difference of K'."""
         (high_B, slope_high_B), (low_B, slope_low_B) = (self._value(end - shift_B) for end in (half, -half))
         return high_B - low_B, slope_high_B - slope_low_B
 
@@ -255,11 +257,11 @@ class Curve:
 
 
 class FlatCurve(Curve):
-    """The same K where it is so flat that differences of its values are rounding: near-identical policies.
+    """K for near-identical policies, where differences of `Curve` values would be rounding noise.
 
-    With w = q at 1/2 and x = gap, exp(K(delta) - K(0)) = 1 + sum w (e^(delta x) - 1), and the mean of x under w is 0
-    by construction of the gap. Leaving out exactly that zero leaves sums whose terms share a sign or an order of
-    magnitude, so that float32 gives them to 1e-6 of their own size however small they are.
+    With w = q at 1/2 and x = gap, exp(K(delta) - K(0)) = 1 + sum w (e^(delta x) - 1). The mean of x under w is 0 by
+    construction of the gap. Omitting that zero term leaves sums whose terms share a sign or an order of magnitude, so
+    float32 computes them to a relative error of 1e-6, however small they are.
     """
 
     def __init__(self, pair: Pair, rows_B: Tensor | None) -> None:
@@ -269,7 +271,7 @@ class FlatCurve(Curve):
         self.ends_B = self._rise(0.5, None)[0]
 
     def _tilt(self, delta_B: Tensor, name: str) -> Tensor:
-        """w (e^(delta x) - 1), in the buffer of that name."""
+        """Return w (e^(delta x) - 1) in the buffer of that name."""
         y_BV = torch.mul(self.gap_BV, delta_B.float()[:, None], out=self._buffer(name))
         if not self.wide:
             return y_BV.expm1_().mul_(self.half_BV)
@@ -298,9 +300,9 @@ class FlatCurve(Curve):
         return rise_B, slope_B
 
     def _rise(self, half: float, shift_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """K(half - shift) - K(-half - shift), and w (e^(delta x) - 1) at the two; no shift is 0."""
-        # The sum of w (e^((half-shift) x) - e^((-half-shift) x) - 2 half x), its last term being the zero that is left
-        # out. Where x is small the three nearly cancel: there it is 2w (sinh y - y + sinh y (e^(-shift x) - 1)).
+        """Return K(half - shift) - K(-half - shift), and w (e^(delta x) - 1) at both ends. None is a shift of 0."""
+        # Sum w (e^((half-shift) x) - e^((-half-shift) x) - 2 half x). The last term is the omitted zero. Where x is
+        # small the three terms nearly cancel, so there use 2w (sinh y - y + sinh y (e^(-shift x) - 1)).
         y_BV = torch.mul(self.gap_BV, half, out=self._buffer("y"))
         small_BV = _sinh_excess(y_BV, self._buffer("small"), self.a_BV)
         if shift_B is None:
@@ -320,7 +322,7 @@ class FlatCurve(Curve):
 
 
 def _sinh_excess(y_BV: Tensor, out_BV: Tensor, scratch_BV: Tensor) -> Tensor:
-    """sinh y - y by its series, for |y| < 1."""
+    """Return sinh y - y by its series, for |y| < 1."""
     square_BV = torch.mul(y_BV, y_BV, out=scratch_BV)
     torch.mul(square_BV, 1 / 72, out=out_BV).add_(1)
     for divisor in (42, 20):

@@ -1,8 +1,8 @@
-"""q, the mixture of student and teacher that tokens are drawn from, with what is recorded of it.
+"""Mixture q of student and teacher from which tokens are drawn, and the columns of the per-token record.
 
 geometric: q ∝ pi_theta^(1-alpha) pi_t^alpha on the tokens finite on both sides; linear: (1-alpha) pi_theta + alpha pi_t.
-This is the readable reference for every kernel. Shape suffixes: B rows, V vocabulary, R record columns. Logarithms are
-natural.
+This module is the readable reference for the kernels. Shape suffixes: B rows, V vocabulary, R record columns. Logarithms
+are natural.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osd.alpha import entropy, solve_pair
+from osd.alpha import solve_pair
 from osd.core import MixingConfig
-from osd.log_partition import Pair, any_row, bad_side, dot, pair_up, workspace
+from osd.log_partition import Pair, any_row, dot, pair_up, workspace
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """q for each row, and its distance from both policies. All float32 but bad_side_B.
+    """Distribution q of each row and its distances from both policies. All tensors are float32 except bad_side_B.
 
     alpha_B: the teacher's weight. logq_BV: log q, normalised.
-    lse_theta_B, lse_teacher_B: log pi(y) = logits[y] / temperature - lse.
-    kl_theta_B, kl_teacher_B: KL(q||pi_theta), KL(q||pi_t); inf where q has mass that the policy lacks.
-    ess_theta_B, ess_teacher_B: 1 / sum_V(pi^2 / q), in [0, 1]: the share of effective samples left when samples of q
-        are reweighted to pi. 0 where q lacks a token with a finite logit in pi, or the sum exceeds float32.
-    entropy_q_B: H(q). entropy_theta_B, entropy_teacher_B: those of the policies, only when asked for.
-    bad_side_B: int8, see nonfinite_side. Such a row is NaN throughout; the others are not affected.
+    lse_theta_B, lse_teacher_B: normalisers, log pi(y) = logits[y] / temperature - lse.
+    kl_theta_B, kl_teacher_B: KL(q||pi_theta), KL(q||pi_t); inf where q has mass on tokens of probability 0 in the policy.
+    ess_theta_B, ess_teacher_B: 1 / sum_V(pi^2 / q), in [0, 1]: the share of effective samples that remains when samples
+        of q are reweighted to pi. 0 where q excludes a token with a finite logit in pi, or the sum exceeds float32.
+    entropy_q_B: H(q).
+    bad_side_B: int8, 0 if both rows are distributions, 1 if the student's row is not (NaN, +inf, or all -inf), 2 if the
+        teacher's is not, 3 if neither is. All other values of a bad row are NaN. Other rows are not affected.
     """
 
     alpha_B: Tensor
@@ -38,13 +39,6 @@ class Mixture:
     ess_teacher_B: Tensor
     entropy_q_B: Tensor
     bad_side_B: Tensor
-    entropy_theta_B: Tensor | None = None
-    entropy_teacher_B: Tensor | None = None
-
-
-def nonfinite_side(logits_theta_BV: Tensor, logits_teacher_BV: Tensor) -> Tensor:
-    """int8 [B]: 0 fine, 1 the student's row is no distribution (NaN, +inf, or all -inf), 2 the teacher's, 3 both."""
-    return bad_side(logits_theta_BV.amax(-1), logits_teacher_BV.amax(-1))
 
 
 @torch.no_grad()
@@ -55,17 +49,17 @@ def mix(
     *,
     temperature_B: Tensor | float = 1.0,
     alpha_B: Tensor | None = None,
-    entropies: bool = False,
 ) -> Mixture:
     """Temper both policies, choose alpha (see osd.alpha.solve_alpha), and mix.
 
     logits: [B, V] logits or log-probabilities, any float dtype, not modified.
-    temperature_B: divides both; a row at 0 is mixed at 1 (its token is the argmax of q), and so are its diagnostics.
-    alpha_B: weights to use instead of config's, in [0, 1] and not clamped to its bounds; NaN leaves a row to config.
-    entropies: also compute those of the two policies, at the cost of four more passes over [B, V].
+    temperature_B: divides the logits of both sides. A row at 0 (greedy: its token is the argmax of q) is mixed and
+        measured at temperature 1.
+    alpha_B: given weights in [0, 1], not clamped to the bounds of config. NaN: choose this row's alpha by config.
 
     alpha = 0 gives exactly pi_theta and alpha = 1 exactly pi_t, each over its full support and with the argmax of its
-    logits. In between, where the supports share nothing, the geometric q is pi_theta: on-policy is the safe side.
+    logits. For any alpha between them, if the supports share no token, the geometric q is pi_theta, so that samples
+    stay on-policy.
 
     Raises ValueError on shapes that differ, and on a negative or non-finite temperature given as a number.
     """
@@ -89,19 +83,17 @@ def mix(
         ess_teacher_B=finish(_ess(pair.teacher_BV, pair.lse_teacher_B, logq_BV, pair.finite)),
         entropy_q_B=finish(_entropy_q(q_BV, logq_BV, pair.finite)),
         bad_side_B=pair.bad_side_B,
-        entropy_theta_B=finish(entropy(pair.theta_BV)) if entropies else None,
-        entropy_teacher_B=finish(entropy(pair.teacher_BV)) if entropies else None,
     )
 
 
 def _divisor(temperature_B: Tensor | float) -> Tensor | float | None:
-    """What logits are divided by: 0 stands for 1; None when nothing is to be divided."""
+    """Return the divisor of the logits, with 1 in place of 0. Returns None if no division is needed."""
     if isinstance(temperature_B, Tensor):
         divisor_B = torch.where(temperature_B == 0, 1.0, temperature_B.float())
         nothing = not divisor_B.is_cuda and bool((divisor_B == 1).all())
         return None if nothing else divisor_B[:, None]
     if not 0 <= temperature_B < float("inf"):
-        raise ValueError(f"temperature_B={temperature_B!r}; use a finite temperature of at least 0")
+        raise ValueError(f"temperature_B={temperature_B!r} must be finite and at least 0 (0 is greedy)")
     return None if temperature_B in (0, 1) else temperature_B
 
 
@@ -113,7 +105,7 @@ def _choose(pair: Pair, config: MixingConfig, given_B: Tensor | None) -> Tensor:
     if given_B is None:
         return solve_pair(pair, config)
     if given_B.shape != pair.bad_side_B.shape:
-        raise ValueError(f"alpha_B is {tuple(given_B.shape)}; use one weight per row, {tuple(pair.bad_side_B.shape)}")
+        raise ValueError(f"alpha_B has shape {tuple(given_B.shape)}; use one weight per row, {tuple(pair.bad_side_B.shape)}")
     given_B = given_B.float()
     unset_B = given_B.isnan()
     if any_row(unset_B):
@@ -122,14 +114,14 @@ def _choose(pair: Pair, config: MixingConfig, given_B: Tensor | None) -> Tensor:
 
 
 def _geometric(pair: Pair, alpha_B: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """log q, q, and (KL(q||pi_theta), KL(q||pi_t)).
+    """Return log q, q, and (KL(q||pi_theta), KL(q||pi_t)) of the geometric mixture.
 
-    With f = E_q[log pi_t/pi_theta] the two are alpha f - log Z and (alpha - 1) f - log Z, where log Z is K(alpha - 1/2)
-    less the line through the policies' own normalisers at -1/2 and 1/2 (K: see osd.alpha).
+    With f = E_q[log pi_t/pi_theta] the divergences are alpha f - log Z and (alpha - 1) f - log Z. log Z is K(alpha - 1/2)
+    minus the line through the normalisers of the policies at -1/2 and 1/2 (K: see osd.log_partition).
     """
     logq_BV = torch.addcmul(pair.mid_BV, pair.gap_BV, (alpha_B - 0.5).float()[:, None])
     top_B1 = logq_BV.amax(-1, keepdim=True)
-    q_BV = torch.exp(logq_BV.sub_(top_B1), out=pair.half_BV)  # alpha is known: half is no longer needed
+    q_BV = torch.exp(logq_BV.sub_(top_B1), out=pair.half_BV)  # alpha is known, so half is no longer needed
     total_B1 = q_BV.sum(-1, keepdim=True)
     logq_BV.sub_(total_B1.log())
     q_BV.div_(total_B1)
@@ -150,7 +142,7 @@ def _pure_rows(
     kl_theta_B: Tensor,
     kl_teacher_B: Tensor,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """The same with q replaced, in these rows, by the one policy itself, over its full support."""
+    """Replace q by a single policy over its full support in the given rows. Returns (log q, q, both KLs)."""
     if any_row(student_B | teacher_B):
         for at_B, z_BV, lse_B in (
             (student_B, pair.theta_BV, pair.lse_theta_B),
@@ -165,7 +157,10 @@ def _pure_rows(
 
 
 def _normalised(z_BV: Tensor, lse_B: Tensor) -> Tensor:
-    """z - lse, with the argmax of z: where rounding makes it tie with an earlier token, greedy would differ."""
+    """Return z - lse with the argmax of z preserved.
+
+    Rounding can make the maximum tie with an earlier token, and greedy decoding would then pick the earlier one.
+    """
     logp_BV = z_BV - lse_B.float()[:, None]
     top_B1 = z_BV.argmax(-1, keepdim=True)
     peak_B1 = logp_BV.gather(-1, top_B1)
@@ -173,7 +168,7 @@ def _normalised(z_BV: Tensor, lse_B: Tensor) -> Tensor:
 
 
 def _linear(pair: Pair, alpha_B: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """As _geometric, for q = (1 - alpha) pi_theta + alpha pi_t."""
+    """Return log q, q, and both KLs of the linear mixture q = (1 - alpha) pi_theta + alpha pi_t."""
     weight_B1 = alpha_B.float()[:, None]
     logp_theta_BV = pair.theta_BV - pair.lse_theta_B.float()[:, None]
     logp_teacher_BV = pair.teacher_BV - pair.lse_teacher_B.float()[:, None]
@@ -188,7 +183,7 @@ def _linear(pair: Pair, alpha_B: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, 
 
 
 def _ess(z_BV: Tensor, lse_B: Tensor, logq_BV: Tensor, finite: bool) -> Tensor:
-    """1 / sum(pi^2 / q) with pi = exp(z - lse); a token that neither has counts 0."""
+    """Return 1 / sum(pi^2 / q) with pi = exp(z - lse). A token outside both supports contributes 0."""
     terms_BV = torch.lerp(logq_BV, z_BV, 2.0, out=workspace("a", logq_BV)).sub_(2 * lse_B.float()[:, None])
     if not finite:
         terms_BV.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -197,7 +192,7 @@ def _ess(z_BV: Tensor, lse_B: Tensor, logq_BV: Tensor, finite: bool) -> Tensor:
 
 def _entropy_q(q_BV: Tensor, logq_BV: Tensor, finite: bool) -> Tensor:
     scratch_BV = workspace("a", logq_BV)
-    # 0 * -inf must be 0; exp(-1e4) already is.
+    # Clamp: 0 * -inf would be NaN, and exp(-1e4) is already 0.
     return -dot(q_BV, logq_BV if finite else torch.clamp(logq_BV, min=-1e4, out=scratch_BV), scratch_BV)
 
 
@@ -209,10 +204,10 @@ def record_rows(
     token_B: Tensor,
     logp_draw_B: Tensor,
 ) -> Tensor:
-    """[B, R] float32, columns in RECORD_FIELDS order, for the drawn tokens [B].
+    """Return the record of the drawn tokens [B]: float32 [B, R], columns in RECORD_FIELDS order.
 
-    Takes the logits and temperatures that were given to `mix`; logp_draw_B is the log-probability each token was drawn
-    with once top-k, top-p and penalties had acted on q.
+    Pass the logits and temperatures that `mix` received. logp_draw_B is the log-probability with which each token was
+    drawn, after top-k, top-p and penalties were applied to q.
     """
     divisor = _divisor(temperature_B)
     index_B1 = token_B.long()[:, None]

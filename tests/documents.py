@@ -1,6 +1,6 @@
-"""Markdown as the tests of the documents see it: headings, links, code blocks; and how a block is run.
+"""Parser for the Markdown documents (headings, links, code blocks) and checks of shell commands.
 
-tests/test_docs.py runs them on tiny models; everything but the size is as it is written.
+tests/test_docs.py uses it to run the code blocks on tiny models.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "json", "text"}
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
-# Kept beside the page while its blocks run, so that relative paths of the repository work.
+# Linked into the folder in which blocks run, so that relative paths of the repository work.
 LINKED = ("examples", "trainers", "benchmarks", "requirements", "pyproject.toml", "Makefile", "scripts")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block.
+    """Fenced code block of a page.
 
     Attributes:
         language, text: as in the page.
-        line: where it begins.
-        not_run: why it is not run, or None.
-        file: the file that the line before it names, for blocks that are one.
+        line: number of its first line.
+        not_run: the stated reason for not running it, or None.
+        file: name of the file that the block shows, if the text before the block names one.
     """
 
     language: str
@@ -42,13 +42,13 @@ class Block:
 
 
 def headings(text: str) -> list[tuple[int, str]]:
-    """Level and text of every heading outside code."""
+    """Return level and text of every heading outside code blocks."""
     bare = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.+)$", bare, flags=re.MULTILINE)]
 
 
 def blocks(text: str) -> list[Block]:
-    """The fenced blocks of a page, in order."""
+    """Return the fenced blocks of a page, in order."""
     found, lines, start = [], text.splitlines(), None
     for number, line in enumerate(lines):
         if line.startswith("```") and start is None:
@@ -59,17 +59,17 @@ def blocks(text: str) -> list[Block]:
             named = re.match(r"`([\w.]+\.(?:yaml|jsonl))` ", lines[start - 2]) if start > 1 else None
             found.append(Block(lines[start][3:], body, start + 1, marker[1] if marker else None, named[1] if named else None))
             start = None
-    assert start is None, f"the block of line {start} does not end"
+    assert start is None, f"the block that starts at line {start} has no end"
     return found
 
 
 def links(text: str) -> list[str]:
-    """Targets of the links and images of a page."""
+    """Return the targets of the links and images of a page."""
     return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
 
 
 def anchor(title: str) -> str:
-    """The name that a Markdown host gives a heading."""
+    """Return the anchor that a Markdown host generates for a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
 
 
@@ -77,7 +77,7 @@ def anchor(title: str) -> str:
 
 
 def commands(script: str) -> Iterator[tuple[list[str], str | None]]:
-    """Words of every command of a shell block, and the here-document it reads."""
+    """Yield the words of every command of a shell block, and its here-document or None."""
     lines = iter(script.replace("\\\n", " ").splitlines())
     for line in lines:
         heredoc = re.search(r"<<'(\w+)'", line)
@@ -91,14 +91,15 @@ def commands(script: str) -> Iterator[tuple[list[str], str | None]]:
 
 
 def check_make(words: list[str]) -> None:
+    """Check that the targets of a `make` command exist."""
     targets = [word for word in words[1:] if "=" not in word]
     known = re.findall(r"^(\S+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert targets
-    assert set(targets) <= set(known), f"make {targets}: the targets are {known}"
+    assert set(targets) <= set(known), f"make {targets}: known targets are {known}"
 
 
 def check_pip(words: list[str]) -> None:
-    """`pip install`, `uv pip install`: requirements parse, extras and files exist."""
+    """Check a `pip install` or `uv pip install` command: requirements parse, extras and files exist."""
     pyproject = (ROOT / "pyproject.toml").read_text()
     for word in words[words.index("install") + 1 :]:
         if word.endswith(".txt"):
@@ -110,5 +111,5 @@ def check_pip(words: list[str]) -> None:
 
 
 def script_main(path: str) -> Any:
-    """The `main` of a script of the repository, loaded as Python would load it to run it."""
+    """Load a script of the repository as Python does when it runs it, and return its `main`."""
     return runpy.run_path(str(ROOT / path))["main"]

@@ -1,4 +1,4 @@
-"""The reference that the engine's tests compare with: transformers' logits, float64, bisection. Shares no code with osd."""
+"""Float64 reference for the engine tests: logits of transformers, alpha by bisection. Shares no code with osd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 
 def completion_logits(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
-    """Logits that precede each completion token, float64 [T, V]."""
+    """Return the logits that predict each completion token, float64 [T, V]."""
     ids = torch.tensor([[*prompt, *completion]])
     with torch.no_grad():
         logits = model(ids).logits[0, len(prompt) - 1 : -1]
@@ -22,17 +22,17 @@ def completion_logits(model: torch.nn.Module, prompt: Sequence[int], completion:
 
 
 def reference(path: Path) -> torch.nn.Module:
-    """A transformers model in float32, whatever the checkpoint's dtype."""
+    """Load a transformers model in float32, independent of the checkpoint's dtype."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def mixture(logp_theta: torch.Tensor, logp_teacher: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """log q* of normalised float64 log-probabilities [N, V] and α [N, 1]."""
+    """Return log q* of normalised float64 log-probabilities [N, V] and α [N, 1]."""
     return ((1 - alpha) * logp_theta + alpha * logp_teacher).log_softmax(-1)
 
 
 def bisect(condition: Callable[[torch.Tensor], torch.Tensor], rows: int) -> torch.Tensor:
-    """The root of an increasing condition in [0, 1], clamped to it; α [rows, 1] float64."""
+    """Return the root of an increasing condition, clamped to [0, 1]: α [rows, 1] float64."""
     low, high = torch.zeros(rows, 1, dtype=torch.float64), torch.ones(rows, 1, dtype=torch.float64)
     for _ in range(60):
         middle = (low + high) / 2
@@ -42,7 +42,7 @@ def bisect(condition: Callable[[torch.Tensor], torch.Tensor], rows: int) -> torc
 
 
 def solve(method: str, ls: torch.Tensor, lt: torch.Tensor) -> torch.Tensor:
-    """α [N, 1] by the definition of each method, from log-probabilities [N, V]."""
+    """Return α [N, 1] by the definition of the method, from log-probabilities [N, V]."""
 
     def q(alpha: torch.Tensor) -> torch.Tensor:
         return mixture(ls, lt, alpha)
@@ -64,10 +64,11 @@ def solve(method: str, ls: torch.Tensor, lt: torch.Tensor) -> torch.Tensor:
 def pit_chi_square(
     logq: torch.Tensor, tokens: Sequence[int], order_by: torch.Tensor, *, bins: int = 64, seed: int = 0
 ) -> float:
-    """Chi-square of the randomised probability integral transform of draws under log q* [N, V]; ``bins - 1`` degrees.
+    """Return the chi-square of the randomised probability integral transform of draws under log q* [N, V].
 
-    Each draw y becomes F(y-) + U·q(y), with F cumulative over the ids in the order of ``order_by`` [N, V]; that is uniform
-    on [0, 1] exactly when y was drawn from q*, whatever the context. An error is seen best along an order that it shifts.
+    Each draw y becomes F(y-) + U·q(y), where F cumulates over the ids in the order of ``order_by`` [N, V]. This value is
+    uniform on [0, 1] in every context if y was drawn from q*. The power is highest for an order along which an error
+    shifts mass. The statistic has ``bins - 1`` degrees of freedom.
     """
     order = order_by.argsort(-1)
     q = logq.exp().gather(-1, order)

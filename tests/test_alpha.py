@@ -1,14 +1,13 @@
-"""Alpha against a bisection in float64 on the same inputs, written from the definitions and sharing no code with it.
+"""Comparison of alpha with a float64 bisection on the same inputs (tests.definitions.Exact, no shared code).
 
-The tolerance is 1e-4 everywhere. Float32 inputs of size 60 are themselves only known to 4e-6, so that a few problems
-move by more than that when every logit moves by its last bit; there alpha may differ by what such a move changes, and
-by no more (`wobble`). Policies that agree to better than 1e-36 have no defined root at all in float32: 1/2.
+The tolerance is 1e-4 everywhere. Float32 inputs of size 60 are known only to 4e-6. In a few problems the solution changes
+by more than 1e-4 when every logit changes by its last bit. There the tolerance grows by twice that change (`sensitivity`).
+Policies that agree to better than 1e-36 have no defined root in float32; the result must be 1/2.
 """
 
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,74 +18,10 @@ from osd import alpha as alpha_module
 from osd import log_partition as log_partition_module
 from osd.alpha import entropy, solve_alpha
 from osd.core import MixingConfig
+from tests.definitions import INF, Exact, randn, sensitivity
 
 CURVE_METHODS = ("kl_symmetry", "ess_balance", "reverse_kl_symmetry")
 TOLERANCE = 1e-4
-INF = float("inf")
-
-
-def log_sum(v: np.ndarray) -> float:
-    top = v.max()
-    return float(top + np.log(np.exp(v - top).sum()))
-
-
-class Exact:
-    """One row in float64. Log-ratios x are taken relative to the likeliest shared token, so that the row may be peaked or
-    the policies nearly equal without the interesting part being lost to rounding."""
-
-    def __init__(self, theta: Tensor, teacher: Tensor) -> None:
-        a, b = theta.double().numpy(), teacher.double().numpy()
-        shared = np.isfinite(a) & np.isfinite(b)
-        self.a = a[shared]
-        gap = b[shared] - self.a
-        self.x = gap - gap[np.argmax(self.a + b[shared])]
-        self.log_pi = self.a - log_sum(self.a)
-        self.norm_shared = self._log_mean_exp(self.x)  # log E_theta[e^x] on S
-        self.norm = self.norm_shared + self._log_on(a, shared) - self._log_on(b, shared)
-
-    @staticmethod
-    def _log_on(z: np.ndarray, shared: np.ndarray) -> float:
-        off = np.exp(z[~shared] - log_sum(z)).sum()
-        return np.log1p(-off) if off < 0.5 else log_sum(z[shared]) - log_sum(z)
-
-    def _log_mean_exp(self, y: np.ndarray) -> float:
-        mean = (np.exp(self.log_pi) * np.expm1(np.minimum(y, 500))).sum()
-        if y.max() < 500 and -0.5 < mean < 1e3:
-            return float(np.log1p(mean))
-        return log_sum(self.log_pi + y)
-
-    def mean(self, alpha: float) -> float:
-        log_q = self.log_pi + alpha * self.x
-        return float((np.exp(log_q - log_sum(log_q)) * self.x).sum())
-
-    def condition(self, method: str, alpha: float) -> float:
-        if method == "kl_symmetry":
-            return self.mean(alpha) - self.norm
-        ratio = self.x - self.norm  # log pi_t / pi_theta
-        return self._log_mean_exp(-alpha * ratio) - self._log_mean_exp((2 - alpha) * ratio)
-
-    def solve(self, method: str) -> float:
-        if not self.x.any() and (self.norm == 0 or method == "reverse_kl_symmetry"):
-            return 0.5
-        if method == "reverse_kl_symmetry":
-            to_theta, to_teacher = self.mean(1.0) - self.norm_shared, self.norm_shared - self.mean(0.0)
-            return to_theta / (to_theta + to_teacher)
-        low, high = 0.0, 1.0
-        for _ in range(24):
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.condition(method, middle) > 0 else (middle, high)
-        return (low + high) / 2
-
-
-def wobble(theta: Tensor, teacher: Tensor, method: str) -> float:
-    """How far the exact solution moves when every logit moves by about its last bit."""
-    g = torch.Generator().manual_seed(0)
-
-    def moved(z: Tensor) -> Tensor:
-        return z * (1 + 2.0**-23 * torch.randn(z.shape, generator=g, dtype=torch.float64))
-
-    solutions = [Exact(moved(theta.double()), moved(teacher.double())).solve(method) for _ in range(3)]
-    return max(abs(s - Exact(theta, teacher).solve(method)) for s in solutions)
 
 
 def assert_exact(theta: Tensor, teacher: Tensor, method: str, rows: range | None = None) -> None:
@@ -96,11 +31,7 @@ def assert_exact(theta: Tensor, teacher: Tensor, method: str, rows: range | None
         expected = Exact(theta[i], teacher[i]).solve(method)
         error = abs(float(alpha[i]) - expected)
         if not error <= TOLERANCE:
-            assert error <= TOLERANCE + 2 * wobble(theta[i], teacher[i], method), (i, float(alpha[i]), expected)
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+            assert error <= TOLERANCE + 2 * sensitivity(theta[i], teacher[i], method), (i, float(alpha[i]), expected)
 
 
 def peaked(seed: int, rows: int, vocab: int, gap: float, at: int) -> Tensor:
@@ -191,8 +122,8 @@ def test_alpha_is_the_root_in_bfloat16(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", CURVE_METHODS)
-def test_alpha_is_the_root_without_looking_at_values(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The branch that CUDA takes: no value decides what is computed, and the number of steps is fixed."""
+def test_alpha_is_the_root_without_value_dependent_control_flow(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests the branch used during CUDA graph capture: no decision depends on values, and the number of steps is fixed."""
     for module in (alpha_module, log_partition_module):
         monkeypatch.setattr(module, "blind", lambda values: True)
     for theta, teacher in problems(50).values():
@@ -221,7 +152,7 @@ def test_alpha_is_the_root_at_full_size() -> None:
     bfloat=st.booleans(),
     method=st.sampled_from(CURVE_METHODS),
 )
-def test_alpha_is_the_root_wherever_one_looks(
+def test_alpha_is_the_root_of_random_problems(
     seed: int,
     vocab: int,
     size: float,
@@ -250,7 +181,7 @@ def test_identical_policies_give_one_half(method: str) -> None:
     config = MixingConfig(alpha_method=method)
     for z in (randn(1, 4, 100), peaked(2, 4, 100, 1e4, 3), masked(3, 4, 100, 0.5), torch.zeros(4, 100)):
         assert solve_alpha(z, z.clone(), config).tolist() == [0.5] * 4
-    # Off-peak mass below float32's range: the two are the same distribution.
+    # The off-peak mass is below the range of float32, so the two distributions are equal.
     assert solve_alpha(peaked(4, 4, 9, 1e4, 0), peaked(5, 4, 9, 2e4, 0), config).tolist() == [0.5] * 4
 
 
@@ -261,7 +192,7 @@ def test_swapping_the_policies_mirrors_alpha(method: str, scale: float) -> None:
     config = MixingConfig(alpha_method=method)
     there, back = solve_alpha(theta, teacher, config), solve_alpha(teacher, theta, config)
     torch.testing.assert_close(there, 1 - back, atol=2e-5, rtol=0)
-    assert scale < 1 or (there - 0.5).abs().max() > 1e-3  # and not because it is always one half
+    assert scale < 1 or (there - 0.5).abs().max() > 1e-3  # alpha is not always one half
 
 
 @pytest.mark.parametrize("method", [*CURVE_METHODS, "entropy"])
@@ -277,8 +208,8 @@ def test_alpha_stays_within_its_bounds(method: str) -> None:
     assert torch.equal(solve_alpha(theta, teacher, pinned), torch.full((60,), 0.3))
 
 
-def test_a_clamped_alpha_minimises_log_z_over_the_bounds() -> None:
-    """KL symmetry's solution is the argmin of a convex function, also where its root lies outside the bounds."""
+def test_clamped_alpha_minimises_log_z_within_the_bounds() -> None:
+    """The solution of kl_symmetry minimises a convex function, also if the root lies outside the bounds."""
     theta, teacher = 3 * randn(1, 40, 20), 3 * randn(2, 40, 20)
     config = MixingConfig(alpha_min=0.55, alpha_max=0.8)
     alpha = solve_alpha(theta, teacher, config).double()
@@ -292,9 +223,9 @@ def test_a_clamped_alpha_minimises_log_z_over_the_bounds() -> None:
     assert (log_z(alpha[:, None]) <= best + 1e-7).all()
 
 
-def test_entropy_share() -> None:
+def test_entropy_method_gives_the_students_share_of_the_entropy() -> None:
     theta, teacher = 3 * randn(1, 8, 200), randn(2, 8, 200)
-    theta[0] = peaked(3, 1, 200, 30, 4)[0]  # entropy 1e-11, which 1 - p would round to 0
+    theta[0] = peaked(3, 1, 200, 30, 4)[0]  # entropy 1e-11; a formula with 1 - p would round it to 0
     teacher[0] = peaked(4, 1, 200, 29, 4)[0]
     theta[1] = masked(5, 1, 200, 0.5)[0]
 
@@ -312,7 +243,7 @@ def test_entropy_share() -> None:
     torch.testing.assert_close(alpha.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_fixed() -> None:
+def test_fixed_method_gives_fixed_alpha() -> None:
     config = MixingConfig(alpha_method="fixed", fixed_alpha=0.3)
     assert torch.equal(solve_alpha(randn(1, 3, 9), randn(2, 3, 9), config), torch.full((3,), 0.3))
 
@@ -328,7 +259,7 @@ def test_disjoint_supports_give_the_lower_bound(method: str) -> None:
 
 @pytest.mark.parametrize("method", [*CURVE_METHODS, "entropy"])
 def test_rows_do_not_affect_each_other(method: str) -> None:
-    """Nor does a row that is no distribution, on either side, in any of the ways in which it can fail to be one."""
+    """The result of a row must not depend on its batch, nor on rows with NaN, +inf or all -inf on either side."""
     rows = [pair for pair in problems(50).values() if pair[0].abs().nan_to_num(0, 0, 0).max() < 1e3]
     theta, teacher = torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows])
     config = MixingConfig(alpha_method=method)
@@ -347,7 +278,7 @@ def test_rows_do_not_affect_each_other(method: str) -> None:
     torch.testing.assert_close(spoilt[~bad], together[~bad], atol=2e-5, rtol=0)
 
 
-def test_inputs_are_left_alone_and_results_outlive_the_next_call() -> None:
+def test_inputs_are_unchanged_and_results_survive_the_next_call() -> None:
     theta, teacher = randn(1, 4, 100), randn(2, 4, 100)
     before = theta.clone(), teacher.clone()
     config = MixingConfig()
@@ -380,7 +311,7 @@ def test_threads_inference_mode_and_gradients_share_the_workspace_safely() -> No
         torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
 
 
-def test_shapes_are_checked() -> None:
+def test_wrong_shapes_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"student logits \(2, 5\) and teacher logits \(2, 6\).*shared vocabulary"):
         solve_alpha(torch.zeros(2, 5), torch.zeros(2, 6), MixingConfig())
     with pytest.raises(ValueError, match=r"\[B, V\]"):
@@ -388,8 +319,8 @@ def test_shapes_are_checked() -> None:
 
 
 @pytest.mark.parametrize("planted", [0.0, 2e-4])
-def test_the_comparison_would_see_an_error(planted: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Power: the same comparison fails when the solver's root is moved by twice the tolerance."""
+def test_planted_error_fails_the_comparison(planted: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power: the comparison fails if the root of the solver is shifted by twice the tolerance."""
     solver = alpha_module._root
     monkeypatch.setattr(alpha_module, "_root", lambda *args: solver(*args) + planted)
     theta, teacher = problems(4000)["random"]

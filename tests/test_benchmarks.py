@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, lose nothing that is finished, and their systems run. No test asserts a time."""
+"""Tests of the benchmarks: their arithmetic, saved partial results, and short runs of every system. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MEASURED = result(
 )
 
 
-def test_summary_has_every_ratio():
+def test_summary_contains_every_ratio():
     found = summary.summarise(MEASURED)
     [first] = [r for r in found["ratios"] if r["statistic"] == "ms_per_step" and r["batch_size"] == 8]
     assert first["over_teacher"] == {"teacher": 1, "student": 0.5, "paired": 2.25, "nested": 20}
@@ -52,29 +52,29 @@ def test_summary_has_every_ratio():
     assert found["start"]["cold"]["paired_over_sum"] == 1.5
 
 
-def test_tables_show_what_failed_and_what_was_not_measured():
+def test_tables_show_failures_and_missing_measurements():
     failed = result(teacher=system(row(4)), paired={**process.nothing("out of memory")})
     text = summary.tables(failed)
     assert "OSD pair FAILED: out of memory" in text
     assert "20.0×" in summary.tables(MEASURED)
 
 
-def test_merging_adds_systems_and_replaces_shapes():
+def test_merge_adds_systems_and_replaces_shapes():
     merged = summary.merge([MEASURED, result(paired=system(row(5)), transformers=system(row(60)))])
     assert summary.rows(merged, "paired", "batch")[8, 16]["ms_per_step"] == 5
     assert summary.rows(merged, "paired", "batch", record=False)[8, 16]["ms_per_step"] == 6
     assert set(merged["systems"]) == {"teacher", "student", "paired", "nested", "transformers"}
     assert len(merged["runs"]) == 2
-    with pytest.raises(ValueError, match="of x, another of y"):
+    with pytest.raises(ValueError, match="device is 'x' in one and 'y' in another"):
         summary.merge([MEASURED, {**MEASURED, "hardware": {"device": "y"}}])
 
 
-def test_a_failed_run_does_not_replace_a_finished_one():
+def test_failed_run_does_not_replace_a_finished_one():
     merged = summary.merge([MEASURED, result(paired=process.nothing("crashed"))])
     assert merged["systems"]["paired"] == MEASURED["systems"]["paired"]
 
 
-def test_a_step_is_the_difference_between_n_tokens_and_one():
+def test_step_time_is_the_difference_between_n_tokens_and_one():
     times = {"fresh": [2.0, 1.6], "first": [0.2, 0.1], "seen": [1.1, 1.3]}
     found = worker.step_times(times, new_tokens=11)
     assert found["ms_per_step"] == pytest.approx(100)
@@ -84,7 +84,7 @@ def test_a_step_is_the_difference_between_n_tokens_and_one():
 
 
 class Counting:
-    """A system that generates nothing, and counts; ``short`` leaves the last token out."""
+    """Fake system that records its calls. Its sequences are ``short`` tokens too short."""
 
     settings: dict[str, Any] = {}  # noqa: RUF012
 
@@ -108,7 +108,7 @@ class Counting:
 SHAPE = dict(kind="batch", batch_size=2, prompt_tokens=3, new_tokens=6, record_off_too=True)
 
 
-def test_variants_take_turns_on_prompts_that_each_sees_first():
+def test_variants_alternate_on_fresh_prompts():
     counting = Counting()
     rows = worker.measure(counting, SHAPE, vocab_size=500, repeats=2, shape_seconds=60)
     assert [r["record"] for r in rows] == [True, False]
@@ -118,12 +118,12 @@ def test_variants_take_turns_on_prompts_that_each_sees_first():
     assert [len(r["seconds"]["seen"]) for r in rows] == [2, 2]
 
 
-def test_a_system_that_ends_early_is_an_error():
-    with pytest.raises(RuntimeError, match=r"got 2 of lengths \[5\]"):
+def test_short_sequences_are_an_error():
+    with pytest.raises(RuntimeError, match=r"got 2 sequences of lengths \[5\]"):
         worker.measure(Counting(short=1), SHAPE, vocab_size=500, repeats=1, shape_seconds=60)
 
 
-def test_a_worker_writes_its_error():
+def test_worker_writes_its_error():
     written: list[dict[str, Any]] = []
     job = dict(teacher="t", student="s", dtype="float32", random_weights=True, gpu=False, max_model_len=16, max_num_seqs=1)
     spec = {"system": "nonsense", "job": job, "shapes": [], "repeats": 1, "shape_seconds": 1}
@@ -131,14 +131,14 @@ def test_a_worker_writes_its_error():
     assert "nonsense" in written[-1]["error"]
 
 
-def test_the_result_is_written_after_each_system(tmp_path, monkeypatch, capsys):
+def test_result_is_written_after_each_system(tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"
     seen = []
 
     def run_worker(spec, env, folder, seconds):
         seen.append(json.loads(path.read_text())["systems"].keys() if path.exists() else None)
         if spec["system"] == "paired":
-            return process.nothing("its process ended with exit code -9")
+            return process.nothing("the worker process ended with exit code -9")
         return {**system(row(4)), "start": {"ready_s": 1.0}}
 
     monkeypatch.setattr(sampling, "run_worker", run_worker)
@@ -150,7 +150,7 @@ def test_the_result_is_written_after_each_system(tmp_path, monkeypatch, capsys):
     assert "exit code -9" in capsys.readouterr().out
 
 
-def test_a_time_limit_keeps_what_was_written(tmp_path, monkeypatch):
+def test_time_limit_keeps_partial_results(tmp_path, monkeypatch):
     slow = "import sys, time, pathlib; pathlib.Path(sys.argv[2]).write_text(sys.argv[1]); time.sleep(60)"
     kept = {"status": "failed", "error": None, "start": None, "settings": None, "rows": [row(4)]}
     popen = subprocess.Popen
@@ -161,10 +161,11 @@ def test_a_time_limit_keeps_what_was_written(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", start)
     found = process.run_worker({"system": "teacher"}, dict(os.environ), tmp_path, seconds=3)
     assert found["rows"] == [row(4)]
-    assert found["error"] == "cut off at the time limit"
+    assert found["error"] == "stopped at the time limit"
 
 
-def test_only_the_pair_is_timed_without_its_record_and_only_fast_systems_at_contexts():
+def test_shapes_of_each_system():
+    """Only the pair is also timed without its record. The slow systems are not timed at the contexts."""
     args = sampling.parse_args(["--batch-sizes", "8", "32", "--contexts", "256", "4096"])
     assert {s["new_tokens"] for s in sampling.shapes("nested", args)} == {64}
     assert [s["prompt_tokens"] for s in sampling.shapes("teacher", args) if s["kind"] == "context"] == [256, 4096]
@@ -172,7 +173,7 @@ def test_only_the_pair_is_timed_without_its_record_and_only_fast_systems_at_cont
     assert [s["kind"] for s in sampling.shapes("paired", args) if s["record_off_too"]] == ["batch", "batch"]
 
 
-def test_singles_keep_vllms_defaults_and_caches_are_not_shared(tmp_path, monkeypatch):
+def test_single_models_keep_vllm_defaults_and_own_caches(tmp_path, monkeypatch):
     monkeypatch.setenv(process.MULTIPROCESSING, "0")
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     args = sampling.parse_args(["--in-process", "paired"])
@@ -183,7 +184,7 @@ def test_singles_keep_vllms_defaults_and_caches_are_not_shared(tmp_path, monkeyp
     assert teacher["VLLM_CACHE_ROOT"] != paired["VLLM_CACHE_ROOT"]
 
 
-def test_pairs_are_two_known_shapes():
+def test_pair_option_takes_two_known_shapes():
     assert parse_pair("14B+1.5B") == ("14B", "1.5B")
     assert config("7B")["vocab_size"] == 152064
     for wrong in ("3B", "3B+2B", "3B+1.5B+0.5B"):
@@ -191,7 +192,7 @@ def test_pairs_are_two_known_shapes():
             parse_pair(wrong)
 
 
-def test_the_plot_draws_a_panel_for_each_pair(tmp_path):
+def test_plot_draws_one_panel_per_pair(tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks.plot import curves, plot
 
@@ -203,7 +204,7 @@ def test_the_plot_draws_a_panel_for_each_pair(tmp_path):
 
 
 def benchmark(script: str, folder: Path, *options: str) -> dict[str, Any]:
-    """The result of a whole run."""
+    """Run a benchmark script and return its result."""
     path = folder / "result.json"
     command = [sys.executable, str(ROOT / "benchmarks" / script), *options, "--output", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=300)
@@ -212,14 +213,14 @@ def benchmark(script: str, folder: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_all_five_systems_run_on_a_tiny_pair(tmp_path):
+def test_five_sampling_systems_run_on_a_tiny_pair(tmp_path):
     path = tmp_path / "out.json"
     options = "--pair small+tiny --batch-sizes 3 --prompt-tokens 16 --new-tokens 6 --slow-tokens 4 --contexts 16 32 --no-prime"
     options += " --context-batch 2 --context-tokens 4 --repeats 2"
     engine = json.dumps({"kv_cache_memory_bytes": 64 << 20, "block_size": 32})
     command = [sys.executable, str(ROOT / "benchmarks" / "sampling.py"), *options.split()]
     command += ["--engine-kwargs", engine, "--output", str(path)]
-    env = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}  # nothing here asks how fast; compiling takes most of the time
+    env = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}  # times are not asserted, and compilation dominates the run
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.read_text())
@@ -228,7 +229,7 @@ def test_all_five_systems_run_on_a_tiny_pair(tmp_path):
     assert found["versions"]["torch"]
     assert found["runs"][0]["configuration"]["new_tokens"] == 6
     for name, measured in found["systems"].items():
-        # A worker fails on any sequence that is not as long as asked for, so a finished one got its tokens.
+        # A worker fails on any sequence of the wrong length, so status "ok" implies the right lengths.
         assert measured["status"] == "ok"
         assert measured["start"]["ready_s"] > 0
         assert measured["settings"]
@@ -238,7 +239,7 @@ def test_all_five_systems_run_on_a_tiny_pair(tmp_path):
         assert contexts == ([] if name in sampling.SLOW else [16, 32])
         assert all(len(r["seconds"]["seen"]) == 2 for r in measured["rows"])
     assert found["systems"]["paired"]["settings"]["enable_prefix_caching"]
-    # The two policies differ: with vLLM's dummy weights as they are, both would be uniform, and alpha free to choose.
+    # The two policies differ. Unscaled dummy weights of vLLM would make both uniform, and alpha would be undefined.
     assert all(r["observed"]["kl_theta"] > 0.1 for r in found["systems"]["paired"]["rows"] if r["record"])
     assert found["systems"]["nested"]["settings"]["student_logprobs"] == 20
     assert found["summary"]["start"]["cold"]["paired_over_sum"] > 0
@@ -247,7 +248,7 @@ def test_all_five_systems_run_on_a_tiny_pair(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_weight_sync_benchmark_runs_osds_ways_and_trls(tmp_path):
+def test_weight_sync_benchmark_runs(tmp_path):
     found = benchmark("weight_sync.py", tmp_path, "--pair", "small+tiny", "--repeats", "2")
     ways = {name: [row["way"] for row in system["rows"]] for name, system in found["systems"].items()}
     raw = ["raw, at once", "raw copy"]
@@ -261,7 +262,7 @@ def test_the_weight_sync_benchmark_runs_osds_ways_and_trls(tmp_path):
 # -- a training step ----------------------------------------------------------------------------------------------------
 
 
-def test_every_second_of_a_step_is_counted_once_to_the_innermost_part(monkeypatch):
+def test_stopwatch_counts_each_second_to_the_innermost_part(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
     drains = []
@@ -278,7 +279,7 @@ def test_every_second_of_a_step_is_counted_once_to_the_innermost_part(monkeypatc
     watch.around(trainer, "loss", "student")
     watch.around(trainer, "teacher", lambda model: "teacher" if model == "teacher" else None)
     assert trainer.loss() == "studentteacher"
-    assert not drains, "a stopwatch that is off must not slow a step down"
+    assert not drains, "a stopwatch that is off must not drain the device"
     watch.start()
     trainer.loss()
     assert watch.lap() == {"other": 2, "student": 2, "teacher": 1}
@@ -294,7 +295,7 @@ def training(step: float, **parts: float) -> dict[str, Any]:
     return {"status": "ok", "step_s": [step, 9 * step, step], "parts_s": [whole] * 2, "memory_bytes": memory, "trainer": job}
 
 
-def test_a_training_steps_summary_compares_medians():
+def test_training_summary_compares_medians():
     systems = {"trl": training(2.0, generate=1.0, teacher=0.5), "osd": training(1.0, generate=1.5)}
     summary = train_step.summarise(systems)
     assert summary["trl"]["tokens_per_s"] == 16
@@ -302,15 +303,15 @@ def test_a_training_steps_summary_compares_medians():
     assert summary["osd"]["allocated_peak_gb"] == 2
     assert summary["osd_over_trl"]["step_s"] == 0.5
     assert summary["osd_over_trl"]["teacher_s"] == 0
-    assert "sync_s" not in summary["osd_over_trl"], "nothing divides by zero"
+    assert "sync_s" not in summary["osd_over_trl"], "a ratio over zero must be left out"
     assert "generate_s" in train_step.table(summary)
     assert set(train_step.summarise({**systems, "osd": process.nothing("crashed")})) == {"trl"}
 
 
-def test_the_trainers_must_have_sampled_every_token():
+def test_short_completions_of_a_trainer_are_an_error():
     logs = [{"loss": 1.0, "completions/min_length": 8, "completions/max_length": 8}, {"train_runtime": 1.0}]
     train_worker.check_lengths(logs, 8)
-    with pytest.raises(RuntimeError, match=r"should have 8 tokens, and they have between \[7, 8\]"):
+    with pytest.raises(RuntimeError, match=r"must have 8 tokens; the shortest and longest have \[7, 8\]"):
         train_worker.check_lengths([*logs, {**logs[0], "completions/min_length": 7}], 8)
 
 
@@ -322,7 +323,7 @@ def test_the_trainers_must_have_sampled_every_token():
         ("--steps 0", "at least 1"),
     ],
 )
-def test_training_steps_that_cannot_be_compared_are_refused(options, message, capsys):
+def test_incomparable_training_options_are_rejected(options, message, capsys):
     with pytest.raises(SystemExit):
         train_step.parse_args(options.split())
     assert message in capsys.readouterr().err
@@ -333,7 +334,7 @@ def test_both_trainers_run_on_a_tiny_pair(tmp_path):
     options = "--pair tiny+tiny --prompt-tokens 8 --new-tokens 6 --completions 4 --micro-batch 2 --steps 2 --warm-up 1"
     found = benchmark("train_step.py", tmp_path, *options.split(), "--engine-kwargs", json.dumps({"block_size": 32}))
     for name, system in found["systems"].items():
-        # A worker fails on any completion that is not as long as asked for, so a finished one got its tokens.
+        # A worker fails on any completion of the wrong length, so status "ok" implies the right lengths.
         assert system["status"] == "ok"
         assert len(system["step_s"]) == len(system["parts_s"]) == 2
         assert {tuple(parts) for parts in system["parts_s"]} == {stopwatch.PARTS}
@@ -350,7 +351,7 @@ def test_both_trainers_run_on_a_tiny_pair(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_lora_sync_benchmark_runs(tmp_path):
+def test_lora_sync_benchmark_runs(tmp_path):
     path = tmp_path / "lora.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "lora_sync.py"), "--pair", "small+tiny", "--repeats", "2"]
     command += ["--sequences", "2", "--tokens", "4", "--rank", "4", "--output", str(path)]

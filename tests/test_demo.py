@@ -1,4 +1,4 @@
-"""The demo: its task and its data, its page, and the whole of it on a few steps."""
+"""Tests of the demo: its task and data, its report page, and a run of a few steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WRITTEN_DATE = re.compile(
         json.dumps(json.loads(ANSWER), indent=2),
     ],
 )
-def test_right_completions(completion):
+def test_right_completions_score(completion):
     assert bookings.score(completion, ANSWER)
 
 
@@ -54,17 +54,17 @@ def test_right_completions(completion):
         "null",
     ],
 )
-def test_wrong_completions(completion):
+def test_wrong_completions_do_not_score(completion):
     assert not bookings.score(completion, ANSWER)
 
 
-def test_measure_counts_form_and_values_apart():
+def test_measure_counts_form_and_values_separately():
     rows = [{"message": "", "answer": ANSWER}] * 3
     counts = bookings.measure([ANSWER, ANSWER.replace("03", "30"), f"It is {ANSWER}."], rows)
     assert counts == {"correct": 1, "valid_json": 2, "values_anywhere": 2, "total": 3}
 
 
-def test_only_the_teacher_reads_the_answer():
+def test_only_the_teacher_prompt_holds_the_answer():
     for row in bookings.load("train") + bookings.load("held_out"):
         student, teacher = (json.dumps(prompt(row)) for prompt in (bookings.student_prompt, bookings.teacher_prompt))
         when = json.loads(row["answer"])["date"]
@@ -77,18 +77,18 @@ def fields(name, key):
 
 
 def sentence(row):
-    """A message without its guest, city and date."""
+    """Return the message with placeholders for guest, city and date."""
     answer = json.loads(row["answer"])
     text = row["message"].replace(answer["guest"], "GUEST").replace(answer["city"], "CITY")
     return WRITTEN_DATE.sub("DATE", text).lower()
 
 
 @pytest.mark.parametrize("key", ["guest", "city", "date"])
-def test_held_out_values_are_never_trained_on(key):
+def test_held_out_values_are_not_in_training_data(key):
     assert not fields("train", key) & fields("held_out", key)
 
 
-def test_held_out_sentences_are_never_trained_on():
+def test_held_out_sentences_are_not_in_training_data():
     train, held_out = ({sentence(row) for row in bookings.load(name)} for name in ("train", "held_out"))
     assert (len(train), len(held_out)) == (20, 8)
     assert not train & held_out
@@ -100,7 +100,7 @@ def read_date(message):
     return datetime.strptime(f"{day} {month} {year}", "%d %B %Y").date()
 
 
-def test_every_message_states_its_answer():
+def test_every_message_contains_its_answer():
     for row in bookings.load("train") + bookings.load("held_out"):
         answer = json.loads(row["answer"])
         assert answer["guest"] in row["message"]
@@ -134,17 +134,17 @@ def metrics():
     }
 
 
-def test_the_page_shows_the_numbers(metrics):
+def test_page_shows_the_numbers(metrics):
     page = report.render(metrics)
     for text in ("5%", "73%", "3 of 64", "47 of 64", "after 2 steps", "322 s", "a-model", "torch 9.8.7", ">63<", ">51<"):
         assert text in page, text
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 3
     assert page.count('<span class="tok') == 4
     for line in ("α       0.250", "log q*  -0.500", "log π_θ -1.250", "log π_t -0.125"):
         assert page.count(line) == 4, line
 
 
-def test_the_page_is_self_contained_and_escaped(metrics):
+def test_page_is_self_contained_and_escaped(metrics):
     page = report.render(metrics)
     assert not re.search(r"<script|<link|<img|\ssrc=|url\(http|@import", page)
     assert "<b>M" not in page
@@ -160,7 +160,7 @@ def test_tokens_are_coloured_by_alpha():
     assert len({report.shade(alpha / 20) for alpha in range(21)}) == 21
 
 
-def test_files_are_written_whole_and_as_json(metrics, tmp_path):
+def test_files_are_complete_and_strict_json(metrics, tmp_path):
     report.write(metrics, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "index.html"}
     read = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
@@ -168,14 +168,14 @@ def test_files_are_written_whole_and_as_json(metrics, tmp_path):
     assert read["history"][0]["q/kl_teacher"] is None
 
 
-def test_a_page_that_fails_leaves_no_metrics(metrics, tmp_path):
+def test_failed_page_leaves_no_metrics(metrics, tmp_path):
     del metrics["probes"]
     with pytest.raises(Exception, match="probes"):
         report.write(metrics, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_terminal_shows_the_numbers(metrics, tmp_path, capsys):
+def test_terminal_shows_the_numbers(metrics, tmp_path, capsys):
     report.show(metrics, tmp_path, report.Console(width=120))
     out = capsys.readouterr().out
     for text in ("3/64", "47/64", "73%", "2 steps, 322 seconds", "<b>M&M</b>"):
@@ -186,14 +186,14 @@ def test_the_terminal_shows_the_numbers(metrics, tmp_path, capsys):
 
 
 def run_demo(*flags):
-    # `python examples/demo.py`, as make does it, but on this checkout.
+    # The command of `make demo`, with this checkout first on the path.
     command = [sys.executable, "examples/demo.py", *map(str, flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.slow
-def test_the_demo_from_end_to_end(smollm2, tmp_path):
+def test_demo_runs_end_to_end(smollm2, tmp_path):
     (tmp_path / "metrics.json").write_text("an earlier run's")
     done = run_demo("--steps", 2, "--limit", 3, "--model", smollm2, "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -211,7 +211,7 @@ def test_the_demo_from_end_to_end(smollm2, tmp_path):
         assert 0 < entry["alpha/mean"] < 1
         assert entry["q/kl_theta"] == pytest.approx(entry["q/kl_teacher"], rel=0.05)
     assert [probe["step"] for probe in metrics["probes"]] == [0, 1, 2]
-    # What the page shows of a token is consistent: log q* is the normalised mixture, so it is above the weighted mean.
+    # log q* is the normalised mixture, so it is at least the weighted mean of the two log-probabilities.
     for token in metrics["probes"][0]["tokens"]:
         mean = (1 - token["alpha"]) * token["logp_theta"] + token["alpha"] * token["logp_teacher"]
         assert token["logq"] >= mean - 1e-3
@@ -219,7 +219,7 @@ def test_the_demo_from_end_to_end(smollm2, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_leaves_no_metrics(tmp_path):
+def test_failed_run_leaves_no_metrics(tmp_path):
     output, model = tmp_path / "output", tmp_path / "not-a-model"
     output.mkdir()
     model.mkdir()

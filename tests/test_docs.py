@@ -1,7 +1,7 @@
-"""The documents do what they say: every code block runs, links resolve, quoted messages are the code's, translations agree.
+"""Tests of the documents: code blocks run, links resolve, quoted messages exist in the code, translations agree.
 
-A page's blocks run in order, in one folder and (Python) one namespace, as a reader would try them. Documented models are
-replaced by tiny ones, and lengths, batches and steps are cut (see `tiny_world`); flags, keys and names are as written.
+The blocks of a page run in order, in one folder and (Python) one namespace. Documented models are replaced by tiny ones,
+and lengths, batches and steps are reduced (see `tiny_world`). Flags, keys and names stay as written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.tiny import tiny_engine_kwargs
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 BY_NAME = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in PAGES]
-# Each page as Python, and as a shell with its files. The usage page's shell is the README's at length.
+# One run per page and language: Python blocks, and shell blocks with their files. The shell run of the usage page is slow.
 RUNS = [
     pytest.param(path, languages, id=f"{path.stem}-{languages[0]}", marks=[pytest.mark.slow] if path.stem == slow else [])
     for languages, slow in ((("python",), ""), (("bash", "yaml", "json"), "usage"))
@@ -44,7 +44,7 @@ RUNS = [
 ]
 
 
-# -- what can be checked by reading -----------------------------------------------------------------------------------------
+# -- static checks ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [*BY_NAME, pytest.param(CHINESE, id="README.zh-CN.md")])
@@ -62,19 +62,19 @@ def test_links_resolve(path):
 
 
 @pytest.mark.parametrize("path", BY_NAME)
-def test_every_block_has_a_language_that_is_tested(path):
+def test_every_block_has_a_tested_language(path):
     for block in blocks(path.read_text()):
         assert block.language in LANGUAGES, f"{path.name}:{block.line}: {block.language!r}"
 
 
-def test_few_blocks_are_not_run_and_each_says_why():
+def test_skipped_blocks_are_few_and_state_a_reason():
     marked = [(path.name, block) for path in PAGES for block in blocks(path.read_text()) if block.not_run]
     assert len(marked) <= 5, [(name, block.line) for name, block in marked]
     for name, block in marked:
         assert len(block.not_run) > 15, f"{name}:{block.line}"
 
 
-def test_the_chinese_readme_keeps_step_with_the_english():
+def test_chinese_readme_matches_the_english_one():
     english, chinese = ENGLISH.read_text(), CHINESE.read_text()
     assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
     assert [(b.language, b.text) for b in blocks(english)] == [(b.language, b.text) for b in blocks(chinese)]
@@ -86,11 +86,11 @@ def test_the_chinese_readme_keeps_step_with_the_english():
     assert numbers[0] == numbers[1]
 
 
-def test_the_readme_can_be_read_in_five_minutes():
+def test_readme_is_short():
     assert len(re.findall(r"\w+", ENGLISH.read_text())) < 2000
 
 
-def test_docs_name_every_module():
+def test_structure_page_lists_every_module():
     text = (ROOT / "docs" / "structure.md").read_text()
     for folder in ("osd", "trainers", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -102,7 +102,7 @@ def test_docs_name_every_module():
 
 @cache
 def messages_of_the_code() -> str:
-    """Every string constant of our code, f-strings with … where a value goes, one per line."""
+    """Return all string constants of the code, one per line, with … in place of the values of f-strings."""
 
     def flat(node: ast.expr) -> str | None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -120,11 +120,11 @@ def messages_of_the_code() -> str:
 
 
 def in_the_code(message: str) -> bool:
-    """Whether each piece between the … of a message stands in the code."""
+    """Return True if the code contains each part of a message that is split at …."""
     return all(piece.strip() in messages_of_the_code() for piece in re.split(r"…", message) if len(piece.strip()) > 1)
 
 
-def test_quoted_messages_are_the_codes():
+def test_quoted_messages_exist_in_the_code():
     quoted = [block.text for block in blocks((ROOT / "docs" / "troubleshooting.md").read_text()) if block.language == "text"]
     assert len(quoted) > 20
     missing = [message for message in quoted if not in_the_code(message)]
@@ -132,11 +132,11 @@ def test_quoted_messages_are_the_codes():
     assert not in_the_code("the student's prompt has … tokens, which nobody says")
 
 
-# -- what is run --------------------------------------------------------------------------------------------------------------
+# -- running the blocks -------------------------------------------------------------------------------------------------------
 
 
 class Engines:
-    """Starts pairs, and lets the next block that wants the same models have one that is running."""
+    """Starter of engine pairs that reuses a running pair of the same models."""
 
     def __init__(self):
         from osd.engine.engine import PairEngine
@@ -145,13 +145,13 @@ class Engines:
         self.running = None
 
     def start(self, engine, config):
-        """In place of `PairEngine.__init__`."""
+        """Replace `PairEngine.__init__`."""
         from osd.engine.validate_models import check_models
 
         check_models(config)
         old = self.running
         same = old is not None and (old.config.teacher, old.config.student) == (config.teacher, config.student)
-        if same and old.weights_version == 0:  # a trained student is no longer the documented one
+        if same and old.weights_version == 0:  # a trained student differs from the documented model
             engine.__dict__ = old.__dict__
         else:
             self.close()
@@ -174,7 +174,7 @@ def engines():
 
 @pytest.fixture
 def tiny_world(tiny_pair, tmp_path, monkeypatch, engines):
-    """A folder like a clone with tiny models under the documented names, and runs that are short; returns a substitution."""
+    """Working folder like a clone, with short runs. Returns a function that replaces model names by tiny models."""
     from osd.engine.engine import PairConfig, PairEngine
     from trainers import OSDConfig
 
@@ -193,7 +193,7 @@ def tiny_world(tiny_pair, tmp_path, monkeypatch, engines):
     check_pair, check_args = PairConfig.__post_init__, OSDConfig.__post_init__
 
     def tiny_pair_config(self):
-        check_pair(self)  # as documented
+        check_pair(self)  # validates the documented settings before they are changed
         self.engine_kwargs.update({**tiny, "seed": self.engine_kwargs.get("seed", 0)})
 
     def short_run(self):
@@ -234,7 +234,7 @@ def _short_trl(monkeypatch):
 
 
 @pytest.mark.parametrize(("path", "languages"), RUNS)
-def test_the_blocks_of_a_page_run(path, languages, tiny_world, monkeypatch):
+def test_blocks_of_a_page_run(path, languages, tiny_world, monkeypatch):
     runner = Runner(tiny_world, monkeypatch)
     for block in (block for block in blocks(path.read_text()) if block.language in languages):
         try:
@@ -245,7 +245,7 @@ def test_the_blocks_of_a_page_run(path, languages, tiny_world, monkeypatch):
 
 
 class Runner:
-    """Runs the blocks of one page."""
+    """Runner of the blocks of one page."""
 
     def __init__(self, substituted, monkeypatch):
         self.substituted, self.monkeypatch = substituted, monkeypatch
@@ -255,11 +255,11 @@ class Runner:
         text = self.substituted(block.text)
         if block.language == "python" and not block.not_run:
             exec(compile(text, f"line {block.line}", "exec"), self.namespace)
-            if ".train()" in text:  # a data set smaller than a batch would be trained on without a word
+            if ".train()" in text:  # a data set smaller than a batch would silently train zero steps
                 assert self.namespace["trainer"].state.global_step == 2
         elif block.language == "yaml":
             check_yaml(text)
-            if block.file:  # tiny models have no right answers, and never stop by themselves
+            if block.file:  # remove filters: completions of tiny models are wrong and reach the length limit
                 Path(block.file).write_text(re.sub(r"^filter_.*$", "", text, flags=re.MULTILINE))
         elif block.language == "json":
             assert json.loads(text), "one object on one line"
@@ -290,7 +290,7 @@ class Runner:
         elif program == "python":
             run_script(rest, parse_only)
         else:
-            raise AssertionError(f"{program!r} is a command that no test knows how to run")
+            raise AssertionError(f"tests/test_docs.py cannot run the command {program!r}")
 
 
 def run_osd(arguments: list[str]) -> None:
@@ -304,12 +304,12 @@ def run_osd(arguments: list[str]) -> None:
 
 
 def cut(arguments: list[str]) -> list[str]:
-    """The same command, for models that never stop by themselves."""
+    """Add a length limit to a sampling command: tiny models never emit the end of sequence."""
     return arguments if arguments[0] not in ("generate", "compare") else [*arguments, "--max_completion_length", "8"]
 
 
 def run_accelerate(arguments: list[str]) -> None:
-    """What `accelerate launch` would run, in this process: tests/test_entry_points.py launches it for good."""
+    """Run the training script in this process. tests/test_entry_points.py tests a real `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
 
     from trainers.train_osd import main, parse
@@ -341,14 +341,14 @@ def run_script(arguments: list[str], parse_only: bool) -> None:
 
 
 def check_flags(script: str, flags: list[str]) -> None:
-    """Every flag of a script that is not run is one of its own."""
+    """Check that the script defines every flag."""
     text = (ROOT / script).read_text()
     for flag in flags:
         assert not flag.startswith("-") or f'"{flag}"' in text, f"{script} has no {flag}"
 
 
 def check_yaml(text: str) -> None:
-    """Both readers of a YAML file take it, key by key."""
+    """Check that training and the data commands accept a YAML file, and reject an unknown key."""
     from osd.data.parse import parse as parse_data
     from osd.data.settings import CompareConfig, GenerateConfig
     from trainers.train_osd import parse, training_keys
@@ -364,10 +364,10 @@ def check_yaml(text: str) -> None:
         parse_data(GenerateConfig, [*flags, "--output", "anywhere"], training_keys=training_keys)
 
 
-# -- what the tests themselves would miss -----------------------------------------------------------------------------------
+# -- tests of the checks ----------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_block_is_found(tiny_world, monkeypatch):
+def test_wrong_blocks_fail(tiny_world, monkeypatch):
     runner = Runner(tiny_world, monkeypatch)
     for language, text, error in (
         ("python", "from osd import OptimalSamplingV2", ImportError),
@@ -382,7 +382,7 @@ def test_a_wrong_block_is_found(tiny_world, monkeypatch):
             runner.run(Block(language, text, 1))
 
 
-def test_documented_settings_are_checked_before_they_are_cut(tiny_world):
+def test_documented_settings_are_validated_before_they_are_reduced(tiny_world):
     from osd.engine.config import PairConfig
 
     with pytest.raises(ValueError, match="is not an engine argument"):
@@ -392,14 +392,14 @@ def test_documented_settings_are_checked_before_they_are_cut(tiny_world):
 # -- the generated page and the tutorial ------------------------------------------------------------------------------------
 
 
-def test_the_api_page_is_what_the_docstrings_say():
+def test_api_page_is_up_to_date():
     import runpy
 
     made = runpy.run_path(str(ROOT / "docs" / "make_api.py"))
     assert made["PAGE"].read_text() == made["page"](), "run `python docs/make_api.py`"
 
 
-def test_the_tutorial_trains_a_student(tiny_world, tiny_pair, monkeypatch, capfd):
+def test_tutorial_trains_a_student(tiny_world, tiny_pair, monkeypatch, capfd):
     import runpy
 
     for name, value in {"MODEL_TEACHER": tiny_pair[0], "MODEL_STUDENT": tiny_pair[1], "OSD_TUTORIAL_OUTPUT": "out"}.items():

@@ -1,7 +1,7 @@
-"""Importance weights: which are unbiased for on-policy distillation, against a sum over every possible completion.
+"""Tests of the bias of importance weights for on-policy distillation, by enumerating all completions.
 
-A tiny student and teacher with 5 tokens, one of them the end, and at most 3 tokens: 85 completions. Expectations under the
-drawing distribution are sums over all of them, so that "unbiased" is an equation here and not a statistic.
+Student and teacher are tiny: 5 token ids, one of them the end, and at most 3 tokens give 85 completions. Expectations under
+the sampling distribution are exact sums over all of them, so the tests of unbiasedness need no statistics.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from trainers.importance import CORRECTIONS, importance_weights
 from trainers.lm_head import Head
 from trainers.losses import batch_loss
 
-# B completions (all there are), T tokens, V vocabulary, H hidden size.
+# B completions (all 85), T tokens, V vocabulary, H hidden size.
 
 V, T, END = 5, 3, 0
 STUDENT_PROMPT, TEACHER_PROMPT = [1, 2], [3, 4, 1, 2]
-BIAS_V = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0])  # a logit bias: tokens are drawn from another distribution than q*
+BIAS_V = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0])  # logit bias: the sampling distribution differs from q*
 
 
 def tiny(seed):
@@ -35,7 +35,7 @@ def tiny(seed):
 
 
 def every_completion():
-    """ids [B, T] padded with END, and mask [B, T]."""
+    """Return ids [B, T] padded with END, and mask [B, T]."""
     whole = [y for y in itertools.product(range(V), repeat=T) if END not in y[:-1]]
     cut = [(*start, END) for n in range(T - 1) for start in itertools.product(range(1, V), repeat=n)]
     lengths = torch.tensor([len(y) for y in (*whole, *cut)])
@@ -54,7 +54,7 @@ def head(model):
 
 @pytest.fixture(scope="module")
 def world():
-    """Both models at every state, and the probability of drawing every completion."""
+    """Hidden states of both models at every state, and the log-probabilities of all tokens."""
     student, teacher = tiny(2), tiny(1)
     ids_BT, mask_BT = every_completion()
     student_hidden, teacher_hidden = (
@@ -83,7 +83,7 @@ def probability(logp_BT, mask_BT):
 
 
 def expected(world, probability_B, weight_BT, of):
-    """E[Σ_t w_t D_t] over completions with these probabilities, and its gradient in the student's weights."""
+    """Return E[Σ_t w_t D_t] over completions with these probabilities, and its gradient in the student's weights."""
     result = batch_loss(
         world.student_hidden,
         world.teacher_hidden,
@@ -103,7 +103,7 @@ def on_policy(world, of=None):
 
 
 def corrected(world, correction, clip=None, logp_draw=None, of=None):
-    """The expectation of the estimator when completions are drawn as they are."""
+    """Return the expectation of the corrected estimator under the sampling distribution, and its gradient."""
     given = world.logp_draw if logp_draw is None else logp_draw
     weight_BT, _ = importance_weights(world.logp, given, world.mask, correction=correction, clip=clip)
     drawn = probability(world.logp_draw, world.mask)
@@ -111,12 +111,12 @@ def corrected(world, correction, clip=None, logp_draw=None, of=None):
 
 
 def error(world, *args, **kwargs):
-    """Relative errors of the expected loss and of its expected gradient."""
+    """Return the relative errors of the expected loss and of its expected gradient."""
     (loss, gradient), (wanted, wanted_gradient) = corrected(world, *args, **kwargs), on_policy(world)
     return abs(loss - wanted) / wanted, ((gradient - wanted_gradient).norm() / wanted_gradient.norm()).item()
 
 
-def test_the_probabilities_of_all_completions_add_up(world):
+def test_probabilities_of_all_completions_sum_to_one(world):
     assert len(world.mask) == 85
     for logp in (world.logp, world.logp_draw, world.logq):
         assert probability(logp, world.mask).sum().item() == pytest.approx(1, abs=1e-12)
@@ -133,19 +133,19 @@ def test_uncorrected_samples_are_biased(world):
     assert gradient > 0.5  # measured 0.86
 
 
-def test_they_are_unbiased_for_other_divergences_and_when_clipped_by_token(world):
+def test_prefix_weights_are_unbiased_for_other_divergences_and_token_clips(world):
     for of in (Divergence(beta=0.0), Divergence(beta=0.5, temperature=0.7), Divergence(kind="skew_reverse_kl", clip=0.3)):
         (loss, gradient), (wanted, wanted_gradient) = corrected(world, "prefix", of=of), on_policy(world, of)
         assert loss == pytest.approx(wanted, rel=1e-5)
         assert (gradient - wanted_gradient).norm() < 1e-5 * wanted_gradient.norm()
 
 
-def test_the_weight_is_of_the_distribution_that_drew_and_not_of_q(world):
+def test_weights_by_q_instead_of_the_sampling_distribution_are_biased(world):
     assert min(error(world, "prefix", logp_draw=world.logq)) > 0.02
 
 
-def test_token_weights_correct_the_last_step_only(world):
-    """Exact for the first two tokens, biased after them, and here less than no correction at all."""
+def test_token_weights_correct_only_one_step(world):
+    """Exact for the first two tokens and biased after them. The bias is smaller here than without a correction."""
     assert max(error(world, "none")) > max(error(world, "token")) > 1e-3
     first_two = SimpleNamespace(**{**vars(world), "mask": world.mask * torch.tensor([1, 1, 0])})
     weight_BT, _ = importance_weights(world.logp, world.logp_draw, world.mask, correction="token", clip=None)
@@ -157,16 +157,16 @@ def test_token_weights_correct_the_last_step_only(world):
     )
 
 
-def test_the_ratio_of_the_token_itself_would_correct_nothing(world):
-    """Why "token" is the ratio of the step before: weighting D_t by ρ_t has exactly the expectation of no weights."""
+def test_weighting_by_the_tokens_own_ratio_corrects_nothing(world):
+    """Weighting D_t by ρ_t has the same expectation as no weights. So "token" uses the ratio of the previous step."""
     own_BT = (world.logp - world.logp_draw).exp()
     drawn = probability(world.logp_draw, world.mask)
     of = Divergence(kind="skew_kl")
     assert expected(world, drawn, own_BT, of)[0] == pytest.approx(corrected(world, "none")[0], rel=1e-6)
 
 
-def test_a_clip_lowers_the_estimate_and_its_variance(world):
-    """Truncation is a bias towards too little, and is said to be one."""
+def test_clipping_lowers_the_estimate_and_is_reported(world):
+    """Truncation biases the estimate downwards. The clipped weights are reported."""
     weights = {
         clip: importance_weights(world.logp, world.logp_draw, world.mask, correction="sequence", clip=clip)
         for clip in (None, 1.0)
@@ -178,7 +178,7 @@ def test_a_clip_lowers_the_estimate_and_its_variance(world):
     assert corrected(world, "sequence", clip=1.0)[0] < 0.98 * on_policy(world)[0]
 
 
-def test_a_prefix_weight_varies_less_than_the_weight_of_the_whole(world):
+def test_prefix_weights_vary_less_than_sequence_weights(world):
     drawn = probability(world.logp_draw, world.mask)
     variance = {}
     for correction in ("prefix", "sequence"):
@@ -190,15 +190,15 @@ def test_a_prefix_weight_varies_less_than_the_weight_of_the_whole(world):
     assert (variance["prefix"] < variance["sequence"]).all()
 
 
-def test_samples_of_the_student_itself_have_weight_one(world):
+def test_samples_of_the_student_have_weight_one(world):
     for correction in CORRECTIONS:
         weight_BT, clipped_BT = importance_weights(world.logp, world.logp, world.mask, correction=correction, clip=1.0)
         assert (weight_BT == 1).all()
         assert not clipped_BT.any()
 
 
-def test_padding_has_no_say():
-    """Whatever stands behind the end of a completion, also numbers that are none."""
+def test_padding_does_not_affect_weights():
+    """Values after the end of a completion are ignored, including NaN."""
     logp, mask = torch.tensor([[-1.0, -2.0, float("nan")]]), torch.tensor([[1, 1, 0]])
     weight_BT, _ = importance_weights(logp, torch.tensor([[-2.0, -2.5, 0.0]]), mask, correction="sequence", clip=None)
     assert weight_BT[0, 0].item() == pytest.approx(torch.tensor(1.5).exp().item())

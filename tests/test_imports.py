@@ -1,4 +1,4 @@
-"""Dependencies point one way, and importing osd is cheap."""
+"""Tests of the dependency order of the modules and of the imports of `import osd`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Each may import what stands before it, and itself.
+# Each layer may import itself and the layers before it.
 LAYERS = [
     "osd.core",
     "osd.log_partition",
@@ -41,7 +41,7 @@ def layer(module: str) -> int | None:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports anywhere, also inside functions and under TYPE_CHECKING."""
+    """Return all modules that a file imports, including imports in functions and under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
     named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     return named | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}

@@ -1,4 +1,4 @@
-"""q and its diagnostics against their definitions in float64, and the configuration that chooses between them."""
+"""Tests of q, its diagnostics and the record against float64 definitions, and of MixingConfig."""
 
 import dataclasses
 import math
@@ -13,9 +13,10 @@ from torch import Tensor
 from osd import alpha as alpha_module
 from osd import log_partition as log_partition_module
 from osd.core import ALPHA_METHODS, RECORD_FIELDS, MixingConfig, TokenRecord
-from osd.mixing import Mixture, mix, nonfinite_side, record_rows
+from osd.mixing import Mixture, mix, record_rows
+from tests.definitions import INF, ess, kl, log_q, randn
 
-INF, NAN = float("inf"), float("nan")
+NAN = float("nan")
 CONFIGS = [
     *(MixingConfig(alpha_method=method) for method in ALPHA_METHODS),
     MixingConfig(alpha_method="fixed", fixed_alpha=0.0),
@@ -30,10 +31,6 @@ def fixed(alpha: float, mixture: str = "geometric") -> MixingConfig:
     return MixingConfig(alpha_method="fixed", fixed_alpha=alpha, mixture=mixture)
 
 
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def masked(seed: int, rows: int, vocab: int) -> Tensor:
     z = 2 * randn(seed, rows, vocab)
     z[randn(seed + 1, rows, vocab) > 0.8] = -INF
@@ -42,7 +39,7 @@ def masked(seed: int, rows: int, vocab: int) -> Tensor:
 
 
 def language_like(seed: int, rows: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Rows from diffuse to nearly certain, of two models that mostly agree."""
+    """Return logits of two models that mostly agree, with rows from diffuse to nearly certain."""
     theta = 2 * randn(seed, rows, vocab)
     theta[:, :8] += 4 + 3 * randn(seed + 1, rows, 8) * torch.linspace(0, 2, rows)[:, None]
     return theta, theta + 0.7 * randn(seed + 2, rows, vocab)
@@ -59,24 +56,6 @@ PAIRS = {
 }
 
 
-def log_q(theta: Tensor, teacher: Tensor, alpha: Tensor, config: MixingConfig) -> Tensor:
-    """The definition, [B, V] float64."""
-    p, t, a = theta.double().log_softmax(-1), teacher.double().log_softmax(-1), alpha.double()[:, None]
-    if config.mixture == "linear":
-        return ((1 - a) * p.exp() + a * t.exp()).log()
-    shared = ((p > -INF) & (t > -INF)).any(-1, keepdim=True)
-    between = ((1 - a) * p + a * t).log_softmax(-1)
-    return torch.where(a == 1, t, torch.where((a == 0) | ~shared, p, between))
-
-
-def kl(log_q_BV: Tensor, log_p_BV: Tensor) -> Tensor:
-    return (log_q_BV.exp() * (log_q_BV - log_p_BV)).nan_to_num(nan=0.0, posinf=INF).sum(-1)
-
-
-def ess(log_p_BV: Tensor, log_q_BV: Tensor) -> Tensor:
-    return 1 / (2 * log_p_BV - log_q_BV).nan_to_num(nan=-INF, posinf=INF, neginf=-INF).exp().sum(-1)
-
-
 def check(mixture: Mixture, theta: Tensor, teacher: Tensor, config: MixingConfig) -> None:
     expected = log_q(theta, teacher, mixture.alpha_B, config)
     p, t = theta.double().log_softmax(-1), teacher.double().log_softmax(-1)
@@ -86,15 +65,13 @@ def check(mixture: Mixture, theta: Tensor, teacher: Tensor, config: MixingConfig
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), exact, atol=atol, rtol=rtol)
 
-    # Logits of size 60 are sums of numbers known to 4e-6.
+    # Float32 logits of size 60 are known to 4e-6.
     close(mixture.logq_BV, expected, atol=3e-5)
     close(mixture.kl_theta_B, kl(expected, p))
     close(mixture.kl_teacher_B, kl(expected, t))
     close(mixture.ess_theta_B, ess(p, expected), rtol=1e-4)
     close(mixture.ess_teacher_B, ess(t, expected), rtol=1e-4)
     close(mixture.entropy_q_B, torch.special.entr(expected.exp()).sum(-1))
-    close(mixture.entropy_theta_B, torch.special.entr(p.exp()).sum(-1))
-    close(mixture.entropy_teacher_B, torch.special.entr(t.exp()).sum(-1))
     close(mixture.lse_theta_B, torch.logsumexp(theta.double(), -1))
     close(mixture.lse_teacher_B, torch.logsumexp(teacher.double(), -1))
     assert mixture.bad_side_B.tolist() == [0] * len(theta)
@@ -102,39 +79,41 @@ def check(mixture: Mixture, theta: Tensor, teacher: Tensor, config: MixingConfig
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.mixture} {c.alpha_method} {c.fixed_alpha}")
 @pytest.mark.parametrize("name", PAIRS)
-def test_q_and_its_diagnostics(name: str, config: MixingConfig) -> None:
+def test_q_and_its_diagnostics_match_the_definitions(name: str, config: MixingConfig) -> None:
     theta, teacher = PAIRS[name]
-    check(mix(theta, teacher, config, entropies=True), theta, teacher, config)
+    check(mix(theta, teacher, config), theta, teacher, config)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.mixture} {c.alpha_method} {c.fixed_alpha}")
-def test_the_branch_without_looking_at_values(config: MixingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mix_matches_the_definitions_without_value_dependent_control_flow(
+    config: MixingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (alpha_module, log_partition_module):
         monkeypatch.setattr(module, "blind", lambda values: True)
     for theta, teacher in PAIRS.values():
-        check(mix(theta, teacher, config, entropies=True), theta, teacher, config)
+        check(mix(theta, teacher, config), theta, teacher, config)
 
 
-def test_bfloat16_and_views() -> None:
-    """As the engine hands them over: bfloat16, and cut to the shared vocabulary."""
+def test_mix_accepts_bfloat16_views() -> None:
+    """The engine passes bfloat16 views, cut to the shared vocabulary."""
     theta, teacher = PAIRS["language"]
     wide_theta, wide_teacher = (
         torch.cat([theta, randn(1, 6, 64)], 1).bfloat16(),
         torch.cat([teacher, randn(1, 6, 16)], 1).bfloat16(),
     )
     theta, teacher = wide_theta[:, :2000], wide_teacher[:, :2000]
-    check(mix(theta, teacher, CONFIGS[0], entropies=True), theta.float(), teacher.float(), CONFIGS[0])
+    check(mix(theta, teacher, CONFIGS[0]), theta.float(), teacher.float(), CONFIGS[0])
 
 
 def chernoff(theta: Tensor, teacher: Tensor, alpha: Tensor) -> Tensor:
-    """-log Z(alpha) in float64."""
+    """Return -log Z(alpha) in float64."""
     return -torch.logsumexp(
         torch.lerp(theta.double().log_softmax(-1), teacher.double().log_softmax(-1), alpha.double()[:, None]), -1
     )
 
 
-def test_at_the_chernoff_point_both_divergences_are_the_chernoff_information() -> None:
-    """And TV(q, pi_theta) <= sqrt(C / 2) follows from it (Pinsker)."""
+def test_both_divergences_equal_the_chernoff_information() -> None:
+    """Also checks the consequence TV(q, pi_theta) <= sqrt(C / 2) (Pinsker)."""
     for theta, teacher in (language_like(1, 40, 3000), (3 * randn(2, 40, 30), 3 * randn(3, 40, 30))):
         mixture = mix(theta, teacher, MixingConfig())
         information = chernoff(theta, teacher, mixture.alpha_B).float()
@@ -153,8 +132,8 @@ def record_of(mixture: Mixture, theta: Tensor, teacher: Tensor) -> TokenRecord:
     return TokenRecord(values_TR=values, teacher_hidden_TH=None, weights_version=0)
 
 
-def test_the_records_self_check_sees_an_alpha_that_is_off() -> None:
-    """Power: gaps are below 1e-4 when all is well, and above 1e-3 at every token when alpha is off by 0.05."""
+def test_chernoff_gap_detects_a_wrong_alpha() -> None:
+    """Power: gaps are below 1e-4 for the right alpha, and above 1e-3 at every token if alpha is off by 0.05."""
     theta, teacher = 3 * randn(2, 200, 300), 3 * randn(3, 200, 300)
     config = MixingConfig()
     clean = mix(theta, teacher, config)
@@ -164,7 +143,7 @@ def test_the_records_self_check_sees_an_alpha_that_is_off() -> None:
     assert record_of(planted, theta, teacher).chernoff_gap(config).min() > 1e-3
 
 
-def test_the_self_check_leaves_out_clamped_tokens_and_other_methods() -> None:
+def test_chernoff_gap_excludes_clamped_tokens_and_other_methods() -> None:
     theta, teacher = 3 * randn(2, 50, 30), 3 * randn(3, 50, 30)
     config = MixingConfig(alpha_min=0.47, alpha_max=0.53)
     record = record_of(mix(theta, teacher, config), theta, teacher)
@@ -176,8 +155,8 @@ def test_the_self_check_leaves_out_clamped_tokens_and_other_methods() -> None:
     assert len(record.chernoff_gap(fixed(0.5))) == 0
 
 
-def test_a_student_cut_to_its_top_20_gives_another_q() -> None:
-    """Power: what the full vocabulary is for. The comparison above allows 3e-5; this is a thousand times more."""
+def test_truncating_the_student_to_its_top_20_changes_q() -> None:
+    """Power: the truncation changes q by a thousand times the tolerance of 3e-5 that the comparison above allows."""
     theta, teacher = language_like(5, 20, 3000)
     cut = theta.masked_fill(theta < theta.topk(20, -1).values[:, -1:], -INF)
     whole, truncated = mix(theta, teacher, MixingConfig()), mix(cut, teacher, MixingConfig())
@@ -188,7 +167,7 @@ def test_a_student_cut_to_its_top_20_gives_another_q() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.mixture} {c.alpha_method} {c.fixed_alpha}")
-def test_equal_policies_are_their_own_mixture(config: MixingConfig) -> None:
+def test_mixture_of_equal_policies_is_that_policy(config: MixingConfig) -> None:
     z = torch.cat([3 * randn(1, 4, 50), masked(2, 4, 50)])
     mixture = mix(z, z.clone(), config)
     torch.testing.assert_close(mixture.logq_BV, z.log_softmax(-1), atol=3e-6, rtol=1e-6)
@@ -200,7 +179,7 @@ def test_equal_policies_are_their_own_mixture(config: MixingConfig) -> None:
 
 @pytest.mark.parametrize("mixture", ["geometric", "linear"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_the_ends_are_the_policies_themselves(alpha: float, mixture: str) -> None:
+def test_alpha_0_and_1_give_the_policies(alpha: float, mixture: str) -> None:
     theta, teacher = masked(1, 8, 60), masked(3, 8, 60)
     own, other = (theta, teacher) if alpha == 0 else (teacher, theta)
     result = mix(theta, teacher, fixed(alpha, mixture))
@@ -215,16 +194,16 @@ def test_the_ends_are_the_policies_themselves(alpha: float, mixture: str) -> Non
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_greedy_at_the_ends_survives_ties_made_by_rounding(alpha: float) -> None:
-    """0.1 and the next float32 above it are one number after log 50000 is subtracted; greedy must not notice."""
+def test_argmax_at_alpha_0_and_1_survives_rounding_ties(alpha: float) -> None:
+    """0.1 and the next float32 become equal when log 50000 is subtracted. The argmax of q must still be the larger logit."""
     z = torch.zeros(1, 50000)
     z[0, 7] = 0.1
     z[0, 40000] = torch.nextafter(z[0, 7], torch.tensor(1.0))
-    assert (z - torch.logsumexp(z, -1, keepdim=True)).argmax() == 7  # the hazard is real
+    assert (z - torch.logsumexp(z, -1, keepdim=True)).argmax() == 7  # plain subtraction does produce the tie
     assert mix(z, z.clone(), fixed(alpha)).logq_BV.argmax() == 40000
 
 
-def test_disjoint_supports_stay_on_policy() -> None:
+def test_disjoint_supports_give_the_student() -> None:
     theta, teacher = PAIRS["disjoint"]
     for config in (MixingConfig(alpha_min=0.25), fixed(0.6)):
         mixture = mix(theta, teacher, config)
@@ -238,8 +217,8 @@ def test_disjoint_supports_stay_on_policy() -> None:
 
 @pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance", "fixed"])
-def test_a_token_masked_by_a_finite_number_is_masked(mask: float, method: str) -> None:
-    """On one side, the other, and both; the rest of the row must keep its probabilities."""
+def test_large_finite_masks_equal_minus_infinity(mask: float, method: str) -> None:
+    """Covers masks on one side, the other side and both. The other tokens must keep their probabilities."""
     theta, teacher = 2 * torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(0))
     results = []
     for value in (mask, -torch.inf):
@@ -253,10 +232,10 @@ def test_a_token_masked_by_a_finite_number_is_masked(mask: float, method: str) -
             torch.testing.assert_close(finite, infinite, atol=1e-6, rtol=1e-6)
 
 
-def test_temperature_divides_first_and_zero_means_one() -> None:
+def test_temperature_divides_the_logits_and_zero_means_one() -> None:
     theta, teacher = PAIRS["random"]
     temperature = torch.tensor([0.0, 1.0, 0.5, 2.0, 0.1, 1.3])
-    mixture = mix(theta, teacher, MixingConfig(), temperature_B=temperature, entropies=True)
+    mixture = mix(theta, teacher, MixingConfig(), temperature_B=temperature)
     divisor = torch.where(temperature == 0, 1.0, temperature)[:, None]
     check(mixture, theta / divisor, teacher / divisor, MixingConfig())
     by_hand = mix(theta / divisor, teacher / divisor, MixingConfig())
@@ -271,7 +250,7 @@ def test_temperature_divides_first_and_zero_means_one() -> None:
             mix(theta, teacher, MixingConfig(), temperature_B=bad)
 
 
-def test_weights_of_single_requests() -> None:
+def test_given_alpha_overrides_the_configuration() -> None:
     theta, teacher = PAIRS["random"]
     config = MixingConfig(alpha_max=0.6)
     given_alpha = torch.tensor([0.9, NAN, 0.0, 1.0, NAN, 0.2])
@@ -279,22 +258,21 @@ def test_weights_of_single_requests() -> None:
     unset = given_alpha.isnan()
     torch.testing.assert_close(mixture.alpha_B, torch.where(unset, solved.alpha_B, given_alpha), atol=1e-6, rtol=0)
     torch.testing.assert_close(mixture.logq_BV.double(), log_q(theta, teacher, mixture.alpha_B, config), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"alpha_B is \(5,\).*\(6,\)"):
+    with pytest.raises(ValueError, match=r"alpha_B has shape \(5,\).*\(6,\)"):
         mix(theta, teacher, config, alpha_B=torch.zeros(5))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.mixture} {c.alpha_method} {c.fixed_alpha}")
-def test_a_bad_row_names_its_side_and_spoils_only_itself(config: MixingConfig) -> None:
+def test_bad_row_is_nan_and_reports_its_side(config: MixingConfig) -> None:
     theta, teacher = 2 * randn(1, 9, 30), 2 * randn(2, 9, 30)
-    clean = mix(theta, teacher, config, entropies=True)
+    clean = mix(theta, teacher, config)
     theta[1, 3], theta[2], theta[3, 0] = NAN, -INF, INF
     teacher[4, 3], teacher[5], teacher[6, 29] = NAN, -INF, INF
     theta[7, 0], teacher[7, 0] = INF, INF
     sides = [0, 1, 1, 1, 2, 2, 2, 3, 0]
-    mixture = mix(theta, teacher, config, entropies=True)
+    mixture = mix(theta, teacher, config)
     assert mixture.bad_side_B.tolist() == sides
     assert mixture.bad_side_B.dtype == torch.int8
-    assert nonfinite_side(theta.bfloat16(), teacher.bfloat16()).tolist() == sides
     bad = torch.tensor(sides) > 0
     for name, value in vars(mixture).items():
         if name != "bad_side_B":
@@ -304,7 +282,7 @@ def test_a_bad_row_names_its_side_and_spoils_only_itself(config: MixingConfig) -
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from([2, 7, 200]), st.floats(-6, 1), st.sampled_from(CONFIGS))
-def test_q_is_a_distribution_and_its_rows_are_independent(seed: int, vocab: int, noise: float, config: MixingConfig) -> None:
+def test_q_is_a_distribution_with_independent_rows(seed: int, vocab: int, noise: float, config: MixingConfig) -> None:
     theta = 4 * randn(seed, 5, vocab)
     teacher = theta + 10**noise * randn(seed + 1, 5, vocab)
     theta[4, -1] = -INF
@@ -320,20 +298,20 @@ def test_q_is_a_distribution_and_its_rows_are_independent(seed: int, vocab: int,
             torch.testing.assert_close(vars(flipped)[name].flip(0), value, atol=1e-4, rtol=1e-4)
 
 
-def test_results_outlive_the_next_call_and_inputs_are_left_alone() -> None:
+def test_results_survive_the_next_call_and_inputs_are_unchanged() -> None:
     theta, teacher = PAIRS["random"]
     for config in CONFIGS:
         before = theta.clone(), teacher.clone()
-        mixture = mix(theta, teacher, config, temperature_B=0.7, entropies=True)
+        mixture = mix(theta, teacher, config, temperature_B=0.7)
         kept = {name: value.clone() for name, value in vars(mixture).items()}
-        mix(teacher, theta, MixingConfig(alpha_method="ess_balance"), temperature_B=1.5, entropies=True)
+        mix(teacher, theta, MixingConfig(alpha_method="ess_balance"), temperature_B=1.5)
         for name, value in vars(mixture).items():
             assert torch.equal(value, kept[name]), name
         assert torch.equal(theta, before[0])
         assert torch.equal(teacher, before[1])
 
 
-def test_record_rows() -> None:
+def test_record_rows_match_the_definitions() -> None:
     theta, teacher = PAIRS["language"][0].bfloat16(), PAIRS["language"][1].bfloat16()
     temperature = torch.tensor([0.0, 1.0, 0.5, 2.0, 0.7, 1.3])
     mixture = mix(theta, teacher, MixingConfig(), temperature_B=temperature)
@@ -366,7 +344,7 @@ def test_record_rows() -> None:
         assert column.data_ptr() == values[:, RECORD_FIELDS.index(name)].data_ptr()  # a view
 
 
-def test_token_record_checks_its_shapes() -> None:
+def test_token_record_rejects_wrong_shapes() -> None:
     good = torch.zeros(4, len(RECORD_FIELDS))
     for values in (good[:, :-1], good.double(), good[0]):
         with pytest.raises(ValueError, match=r"values_TR is .*use float32 \[T, 10\]"):
@@ -408,14 +386,14 @@ def test_token_record_checks_its_shapes() -> None:
         ),
     ],
 )
-def test_bad_configurations_are_refused_with_the_fix(values: dict, message: str) -> None:
+def test_bad_configurations_are_rejected_with_the_fix(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         MixingConfig(**values)
     with pytest.raises(ValueError, match=re.escape(message)):
         MixingConfig.from_dict(values)
 
 
-def test_configuration_round_trip_and_unknown_keys() -> None:
+def test_configuration_round_trips_and_rejects_unknown_keys() -> None:
     config = MixingConfig(alpha_method="fixed", fixed_alpha=0.2, alpha_min=0.1, alpha_max=0.9, mixture="linear")
     assert MixingConfig.from_dict(config.to_dict()) == config
     assert MixingConfig.from_dict({}) == MixingConfig()
@@ -425,6 +403,6 @@ def test_configuration_round_trip_and_unknown_keys() -> None:
         MixingConfig.from_dict({"alpha_mim": 0.1})
 
 
-def test_an_option_without_effect_warns() -> None:
+def test_fixed_alpha_without_effect_warns() -> None:
     with pytest.warns(UserWarning, match="fixed_alpha=0.2 has no effect with alpha_method='kl_symmetry'"):
         MixingConfig(fixed_alpha=0.2)

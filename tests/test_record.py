@@ -1,4 +1,4 @@
-"""The record's log returns every row under its own request and in order, from batches of any order."""
+"""Tests of RecordLog: rows are returned by request and in order, for any sequence of batches."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from osd.engine.record import RecordLog, dump_records, load_records
 
 R, H = 3, 5
-# Requests come, go and change places; two runs of the same rows, and a request that pauses.
+# Request ids of each step: requests start, end, change rows and pause; some batches repeat.
 BATCHES = [["a"], ["a", "b"], ["a", "b"], ["b", "a"], ["b", "c", "a"], ["b", "c"], ["b", "c"], ["c"], ["a", "c"]]
 
 
-def test_rows_come_back_by_request_and_in_order():
+def test_rows_are_returned_by_request_and_in_order():
     log = RecordLog(weights_version=4)
     expected: dict[str, list[torch.Tensor]] = {}
     hidden: dict[str, list[torch.Tensor]] = {}
@@ -23,7 +23,7 @@ def test_rows_come_back_by_request_and_in_order():
             expected.setdefault(request_id, []).append(values_BR[row])
             hidden.setdefault(request_id, []).append(hidden_BH[row])
     log.admitted("teacher", "a", 7)
-    log.admitted("student", "d", 2)  # admitted, and never sampled
+    log.admitted("student", "d", 2)  # admitted but never sampled
     records = load_records(dump_records(log.take()))
     assert records.keys() == {"a", "b", "c", "d"}
     for request_id, rows in expected.items():
@@ -35,7 +35,7 @@ def test_rows_come_back_by_request_and_in_order():
     assert not log.take()
 
 
-def test_hidden_states_of_some_steps_only():
+def test_hidden_states_may_be_missing_for_some_steps():
     log = RecordLog()
     log.append(["a", "b"], torch.zeros(2, R), None)
     log.append(["a"], torch.ones(1, R), torch.ones(1, H))

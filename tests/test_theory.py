@@ -1,7 +1,7 @@
-"""One check, or a few, of each theorem in theory/optimal_sampling.md, and of every number that it quotes.
+"""Numerical checks of every theorem in theory/optimal_sampling.md, and of every number quoted there.
 
-p is the student's distribution and r the teacher's, float64 and from the definitions (theory/pairs.py), except where a theorem
-is about osd's own solver and mixture. `says` ties a computed number to the sentence that quotes it.
+p is the student's distribution and r the teacher's. Both are float64, from the definitions in theory/pairs.py, except where a
+theorem is about osd's solver and mixture. `says` compares a computed number with the sentence that quotes it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def flat(text: str) -> str:
 
 
 def says(quote: str, *values: float) -> None:
-    """The document contains the quote, line breaks aside, and its last numbers are these values, to the digits given."""
+    """Assert that the document contains the quote, and that the last numbers of the quote equal the values, rounded.
+
+    Line breaks are ignored.
+    """
     assert flat(quote) in flat(TEXT), f"the document does not say {quote!r}"
     numbers = re.findall(r"\d+\.\d+", quote)[-len(values) :] if values else []
     assert len(numbers) == len(values)
@@ -64,7 +67,7 @@ def says(quote: str, *values: float) -> None:
 
 
 def random_q(seed: int, on: Vector, count: int) -> Vector:
-    """Distributions with support `on`, of every sharpness."""
+    """Draw distributions with support `on`, from flat to peaked."""
     rng = np.random.default_rng(seed)
     q = np.zeros((count, len(on)))
     for row, concentration in zip(q, 10 ** rng.uniform(-1, 1, count), strict=True):
@@ -73,7 +76,7 @@ def random_q(seed: int, on: Vector, count: int) -> Vector:
 
 
 def near_family(pair: Two, seed: int, count: int) -> Iterator[Vector]:
-    """Small perturbations of members of the geometric family, at every α."""
+    """Yield small perturbations of members of the geometric family at random α."""
     rng = np.random.default_rng(seed)
     for alpha, size in zip(rng.uniform(0, 1, count), 10 ** rng.uniform(-4, -0.5, count), strict=True):
         q = pair.q(alpha) * np.exp(size * rng.normal(size=len(pair.p)))
@@ -97,11 +100,11 @@ def osd_mix(pair: Two, **bounds: float) -> Mixture:
 
 
 def dominates(a: tuple[float, float], b: tuple[float, float], slack: float = 0.0) -> bool:
-    """a is better than b by more than `slack` in one objective, and no worse in the other."""
+    """Return True if a is better than b by more than `slack` in one objective, and not worse in the other."""
     return a[0] <= b[0] and a[1] <= b[1] and (a[0] < b[0] - slack or a[1] < b[1] - slack)
 
 
-def test_every_theorem_has_a_test_and_every_test_a_theorem() -> None:
+def test_theorems_and_tests_match() -> None:
     def slug(title: str) -> str:
         ascii_only = unicodedata.normalize("NFKD", title.replace("–", " ")).encode("ascii", "ignore").decode()
         return "_".join(re.findall(r"[a-z0-9]+", ascii_only.lower()))
@@ -172,15 +175,15 @@ def test_theorem_03_the_pareto_front__no_q_dominates_a_member() -> None:
         for q in itertools.chain(random_q(3, pair.shared, 1000), anywhere, near_family(pair, 4, 300)):
             point_q = pair.forward(q)
             assert not any(dominates(point_q, point, 1e-12) for point in front)
-            assert point_q[0] > 0  # so that p is not dominated either
+            assert point_q[0] > 0  # so no q dominates p
 
 
-def test_theorem_03_the_pareto_front__every_other_q_is_dominated_by_a_member_with_the_margin() -> None:
+def test_theorem_03_the_pareto_front__other_q_are_dominated_with_the_margin() -> None:
     inside = 0
     for pair in [*PAIRS[:5], *OVERLAPPING]:
         for q in itertools.chain(random_q(5, pair.shared, 40), near_family(pair, 6, 40)):
             mean = float(q[pair.shared] @ pair.gap)
-            alpha = bisect(lambda a, pair=pair, mean=mean: pair.moment(a, 1) - mean)  # an end where there is none
+            alpha = bisect(lambda a, pair=pair, mean=mean: pair.moment(a, 1) - mean)  # 0 or 1 without a root
             best, point, margin = pair.forward(pair.q(alpha)), pair.forward(q), kl(q, pair.q(alpha))
             assert dominates(best, point) or margin < 1e-10
             if pair.moment(0, 1) < mean < pair.moment(1, 1):
@@ -194,7 +197,7 @@ def test_theorem_03_the_pareto_front__slope_and_lost_support() -> None:
         for alpha in (0.2, 0.5, 0.9):
             (x0, y0), (x1, y1) = (pair.forward(pair.q(alpha + d)) for d in (-1e-5, 1e-5))
             assert (y1 - y0) / (x1 - x0) == pytest.approx(-(1 - alpha) / alpha, rel=1e-3)
-    # Off S, p dominates whatever the teacher cannot write.
+    # p dominates every q with mass outside S.
     q = BOTH_LOSE.linear(0.3)
     assert BOTH_LOSE.forward(q) == (np.inf, np.inf)
     assert dominates(BOTH_LOSE.forward(BOTH_LOSE.p), (0.1, np.inf))
@@ -203,13 +206,16 @@ def test_theorem_03_the_pareto_front__slope_and_lost_support() -> None:
 
 @pytest.mark.parametrize("family", ["linear", "quadratic"])
 def test_theorem_04_other_directions_other_families(family: str) -> None:
-    """Both inclusions: nothing dominates a member; for everything else there is a member that is no worse."""
+    """Both inclusions: no q dominates a member of the family, and for every q a member is at least as good."""
     for pair in [*PAIRS[:5], *OVERLAPPING]:
         objectives = pair.reverse if family == "linear" else pair.second_moments
         member = getattr(pair, family)
 
         def as_good(q: Vector, objectives: Objectives = objectives, member: Family = member) -> tuple[float, float]:
-            """Of the member that equals q in the first objective, by the last bit better, or of r where all are better."""
+            """Return the objectives of the member that equals q in the first objective, or is better by one bit.
+
+            If every member is better there, returns the objectives of r.
+            """
             weight = bisect(lambda w: objectives(member(w))[0] - objectives(q)[0])
             return objectives(member(max(weight - 4e-16, 0)))
 
@@ -218,15 +224,15 @@ def test_theorem_04_other_directions_other_families(family: str) -> None:
             point = objectives(q)
             assert not any(dominates(point, (x, y), 1e-12) for x, y in members)
             assert (np.array(as_good(q)) <= np.array(point) * (1 + 1e-9) + 1e-12).all()
-        # And the geometric family is not what these objectives ask for (with two tokens, all families are one line).
+        # Another member dominates the geometric one (with two tokens all families are the same line).
         assert len(pair.p) == 2 or dominates(as_good(pair.q(0.5)), objectives(pair.q(0.5)), 1e-6)
-        for weight in (0.2, 0.7):  # the unique minimiser of the weighted sum
+        for weight in (0.2, 0.7):  # the member is the unique minimiser of the weighted sum
             least = np.array([1 - weight, weight]) @ objectives(member(weight))
             for q in random_q(8, pair.p + pair.r > 0, 100):
                 assert np.array([1 - weight, weight]) @ objectives(0.9 * member(weight) + 0.1 * q) > least
 
 
-def test_theorem_04_other_directions_other_families__the_table() -> None:
+def test_theorem_04_other_directions_other_families__table() -> None:
     pair = RUNNING
     linear = pair.linear(bisect(lambda w: np.subtract(*pair.reverse(pair.linear(w)))))
     quadratic = pair.quadratic(bisect(lambda w: np.subtract(*pair.second_moments(pair.quadratic(w)))))
@@ -312,7 +318,7 @@ def test_theorem_07_minimax__for_every_q() -> None:
 
 
 def test_theorem_07_minimax__numerically() -> None:
-    """A general optimiser that knows nothing of the geometric family finds q* and C."""
+    """A general optimiser finds q* and C without using the geometric family."""
     for pair in (RUNNING, ONE_LOSES, AT_THE_END, Two.random(3, 4)):
         support = np.flatnonzero(pair.shared)
 
@@ -350,7 +356,7 @@ def test_theorem_08_bounds() -> None:
     says("$0.5124\\le C=0.5207\\le0.9343$", *values)
 
 
-def test_theorem_09_ess_and_kl_for_near_policies__exactly() -> None:
+def test_theorem_09_ess_and_kl_for_near_policies__exact() -> None:
     for pair in PAIRS:
         for alpha in (0.1, 0.5, 0.8):
             log_theta, log_teacher = np.log(pair.second_moments(pair.q(alpha)))
@@ -364,7 +370,7 @@ def test_theorem_09_ess_and_kl_for_near_policies__exactly() -> None:
 
 
 def test_theorem_09_ess_and_kl_for_near_policies__orders() -> None:
-    """Each error, divided by its order in ε, settles: it neither vanishes (the order is right) nor grows."""
+    """Each error divided by its order in ε converges to a non-zero constant, so the order is exact."""
     for seed in range(3):
         settled = []
         for scale in (0.1, 0.05):
@@ -374,7 +380,7 @@ def test_theorem_09_ess_and_kl_for_near_policies__orders() -> None:
             distance, third = kl(q, pair.p), pair.moment(0, 3)
             assert -log_ess / (2 * distance) == pytest.approx(1, abs=scale)
             ratio = pair.moment(0.5, 3) / pair.moment(0.5, 2)
-            mirror = pair.q(1 - alpha)  # the roles exchanged: of -ℓ, under r
+            mirror = pair.q(1 - alpha)  # exchanged roles: -ℓ under r
             to_teacher = np.log(second_moment(pair.r, mirror)) - 2 * kl(mirror, pair.r)
             settled.append(
                 (
@@ -392,7 +398,7 @@ def test_theorem_09_ess_and_kl_for_near_policies__orders() -> None:
         assert settled[1][2:4] == pytest.approx((1, 1), abs=0.02)
 
 
-def test_theorem_10_where_the_ess_relation_fails() -> None:
+def test_theorem_10_failure_of_the_ess_relation() -> None:
     for eta, tau in itertools.product((0.3, 0.05, 0.01), (1e-4, 1e-9, 1e-14)):
         pair = swapped_tail(eta, tau)
         assert pair.chernoff() == pytest.approx(0.5)
@@ -418,7 +424,7 @@ def test_theorem_10_where_the_ess_relation_fails() -> None:
     assert osd_alpha(pair, "ess_balance") == pytest.approx(pair.ess_balance(), abs=1e-4)
 
 
-def test_theorem_10_where_the_ess_relation_fails__lost_support() -> None:
+def test_theorem_10_failure_of_the_ess_relation__lost_support() -> None:
     for alpha in (0.01, 0.5, 0.99):
         assert BOTH_LOSE.second_moments(BOTH_LOSE.q(alpha)) == (np.inf, np.inf)
         theta, teacher = ONE_LOSES.second_moments(ONE_LOSES.q(alpha))
@@ -454,7 +460,7 @@ def test_theorem_11_cramer_rao_and_its_finite_version() -> None:
         assert not better.all()
 
 
-def test_theorem_11_cramer_rao_and_its_finite_version__the_numbers() -> None:
+def test_theorem_11_cramer_rao_and_its_finite_version__numbers() -> None:
     pair = RUNNING
     most = optimize.minimize_scalar(lambda a: -pair.moment(a, 2), bounds=(0, 1), method="bounded").x
     says("largest at $\\alpha=0.795$, not at $\\alpha^{\\ast}=0.561$", most, pair.chernoff())
@@ -465,7 +471,7 @@ def test_theorem_11_cramer_rao_and_its_finite_version__the_numbers() -> None:
 
 
 class Rows:
-    """Pairs as float64 rows [B, V]: what `_root` needs of them, with every evaluated α kept."""
+    """Pairs as float64 rows [B, V] with the inputs of `_root`. Keeps every evaluated α."""
 
     def __init__(self, theta: torch.Tensor, teacher: torch.Tensor) -> None:
         self.theta, self.gap = theta.log_softmax(-1), teacher.log_softmax(-1) - theta.log_softmax(-1)
@@ -492,7 +498,7 @@ class Rows:
 
 
 def solver_problems() -> Iterator[Rows]:
-    """7,000 pairs of policies: logits with a standard deviation up to 10, apart by 1e-3 to 10 of it, some heavy-tailed."""
+    """Yield 7,000 pairs: logits with standard deviation up to 10, differences with 1e-3 to 10, some heavy-tailed."""
     rng = np.random.default_rng(12)
     for vocab, near in itertools.product((2, 3, 5, 20), (0.0, 0.5, 2.0)):
         count = 584 if vocab < 20 else 582
@@ -523,7 +529,7 @@ def test_theorem_12_the_solver_converges() -> None:
 
 
 def test_theorem_12_the_solver_converges__from_the_worst_start() -> None:
-    """Global convergence does not rest on the start: nor on where the root is."""
+    """The solver converges from either end, wherever the root is."""
     for problem in solver_problems():
         exact = problem.exact()
         for start in (0.0, 1.0):
@@ -558,14 +564,14 @@ def test_theorem_12_the_solver_converges__rate_and_stopping() -> None:
 
 
 def two_tokens(share: float, size: float) -> Two:
-    """ℓ takes the values size and -share * size about its mean under q at 1/2."""
+    """Make a pair for which ℓ minus its mean under q at 1/2 takes the values size and -share * size."""
     w, x = np.array([share, 1.0]), np.array([size, -share * size])
     p, r = w * np.exp(-x / 2), w * np.exp(x / 2)
     return Two(p / p.sum(), r / r.sum())
 
 
 def expansion_error(pair: Two) -> tuple[float, float]:
-    """(error of the expansion, s)."""
+    """Return (error of the expansion, s)."""
     guess = 0.5 + pair.moment(0.5, 3) / pair.moment(0.5, 2) / 24
     return abs(pair.chernoff() - guess), float(abs(pair.gap - pair.moment(0.5, 1)).max())
 
@@ -588,7 +594,7 @@ def test_theorem_13_the_expansion_about_one_half() -> None:
 
 
 def test_theorem_13_the_expansion_about_one_half__bounds_on_cumulants() -> None:
-    """The lemma in the proof, on random variables of mean 0 with |X| <= 1; its extremes are approached."""
+    """Checks the lemma of the proof on random variables of mean 0 with |X| <= 1, including nearly extreme ones."""
     rng, most = np.random.default_rng(13), np.zeros(2)
     for _ in range(4000):
         size = rng.integers(2, 5)
@@ -636,7 +642,7 @@ def test_theorem_14_conditioning__in_float32() -> None:
     assert abs(direct(theta.log_softmax(-1), teacher.log_softmax(-1)) - exact) > 0.01
     assert abs(float(solve_alpha(theta, teacher, MixingConfig())) - exact) < 1e-5
     says("the direct evaluation is off by more than 0.01, and `solve_alpha` by less than $10^{-5}$")
-    # The identity that replaces it.
+    # The identity that the solver uses instead.
     pair = Two.near(1, 5, 0.3)
     w = pair.q(0.5)
     x = pair.gap - w @ pair.gap
@@ -653,7 +659,7 @@ def balanced(pair: Two) -> float:
 
 
 def reached(tree: Tree) -> Iterator[tuple[float, Two]]:
-    """Every prefix with its probability under Q, and the pair there."""
+    """Yield the probability under Q of every prefix, and the pair after it."""
     level: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
     for _ in range(tree.length):
         following = []
@@ -677,7 +683,7 @@ def test_theorem_15_balance_along_a_sequence() -> None:
 
         _, clamped = tree.joint(lambda pair: min(balanced(pair), 0.4))
         assert np.subtract(*joint.forward(clamped)) == pytest.approx(clamped @ gap)
-        assert clamped @ gap < -1e-3  # clamped towards the student: nearer to it
+        assert clamped @ gap < -1e-3  # clamping towards the student makes Q closer to it
 
 
 def test_theorem_15_balance_along_a_sequence__with_the_solver() -> None:
@@ -687,7 +693,7 @@ def test_theorem_15_balance_along_a_sequence__with_the_solver() -> None:
         assert to_student == pytest.approx(to_teacher, abs=1e-3)
 
 
-def test_theorem_16_what_balance_along_a_sequence_is_not() -> None:
+def test_theorem_16_limits_of_balance_along_a_sequence() -> None:
     for tree in (random_tree(1), random_tree(2), LOOK_AHEAD, MIRRORED):
         joint, q = tree.joint(balanced)
         alpha = joint.chernoff()
@@ -695,7 +701,7 @@ def test_theorem_16_what_balance_along_a_sequence_is_not() -> None:
         assert excess > 1e-3
         assert joint.forward(q)[0] == pytest.approx(-joint.psi(alpha) + excess)
         assert dominates(joint.forward(joint.q(alpha)), joint.forward(q))
-        # Look-ahead: the first token's law under G is q_α times the sum over continuations.
+        # Look-ahead: the distribution of the first token under G is q_α times the sum over continuations.
         width = len(tree.after(()).p)
         first = tree.after(()).q(alpha) * (joint.p ** (1 - alpha) * joint.r**alpha / 1).reshape(width, -1).sum(1)
         first /= tree.after(()).p ** (1 - alpha) * tree.after(()).r ** alpha
@@ -706,7 +712,7 @@ def test_theorem_16_what_balance_along_a_sequence_is_not() -> None:
     assert joint.chernoff() == pytest.approx(RUNNING.chernoff())
 
 
-def test_theorem_16_what_balance_along_a_sequence_is_not__the_examples() -> None:
+def test_theorem_16_limits_of_balance_along_a_sequence__examples() -> None:
     joint, q = LOOK_AHEAD.joint(balanced)
     g = joint.q(joint.chernoff())
     says("$D(Q\\Vert P)=D(Q\\Vert R)=0.807$", joint.forward(q)[0])
@@ -714,8 +720,8 @@ def test_theorem_16_what_balance_along_a_sequence_is_not__the_examples() -> None
     joint, q = MIRRORED.joint(balanced)
     g = joint.q(joint.chernoff())
     assert joint.chernoff() == pytest.approx(0.5)
-    says("the tokens' own are 0.682 and 0.318", MIRRORED.after(()).chernoff(), MIRRORED.after((0,)).chernoff())
-    says("divergences are 0.735; those of $G$ are 0.632", joint.forward(q)[1], joint.forward(g)[1])
+    says("the $\\alpha$ of the two tokens are 0.682 and 0.318", MIRRORED.after(()).chernoff(), MIRRORED.after((0,)).chernoff())
+    says("divergences of $Q$ are 0.735; those of $G$ are 0.632", joint.forward(q)[1], joint.forward(g)[1])
 
 
 def test_theorem_17_weights_of_prefixes() -> None:
@@ -766,8 +772,7 @@ def test_theorem_18_two_prompts() -> None:
     says("it remains at $C=0.112$, with $\\alpha^{\\ast}=0.458$", -pair.psi(alpha), alpha)
 
 
-def test_figures(tmp_path: Path) -> None:
-    """Each figure that the document shows is committed, small, and drawn by the script."""
+def test_figures_are_committed_and_drawn_by_the_script(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from theory import figures
 

@@ -1,4 +1,4 @@
-"""Tiny random models with a real tokenizer, made on the fly: distributions that can be computed exactly."""
+"""Builders of tiny random models with a tokenizer, whose distributions can be computed exactly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tokenizer(path: Path, vocab: int, *, eos: str = "<eos>") -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of ``vocab`` ids: the special tokens, the three roles, then ``w7``, ``w8``, ..."""
+    """Save a word-level tokenizer of ``vocab`` ids at ``path``: special tokens, three roles, then ``w7``, ``w8``, ..."""
     words = [*SPECIAL, "system", "user", "assistant"]
     words += [f"w{i}" for i in range(len(words), vocab)]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -35,7 +35,7 @@ def save_tokenizer(path: Path, vocab: int, *, eos: str = "<eos>") -> PreTrainedT
 def tiny_model(
     path: Path, *, vocab: int = 64, seed: int = 0, scale: float = 0.3, tokenizer_vocab: int | None = None, **config: Any
 ) -> Path:
-    """Save a random two-layer Llama in float32 and its tokenizer at ``path``; returns ``path``.
+    """Save a random two-layer Llama in float32 and its tokenizer at ``path``, and return ``path``.
 
     ``scale`` is the standard deviation of the weights: 0.3 gives distributions far from uniform and far from one-hot.
     """
@@ -60,9 +60,10 @@ def tiny_model(
 
 
 def tiny_engine_kwargs(**overrides: Any) -> dict[str, Any]:
-    """Engine arguments that start a tiny pair in seconds; OSD_TEST_CUDA_GRAPHS=1 compiles and captures graphs on a GPU.
+    """Return engine arguments that start a tiny pair in seconds.
 
-    Scheduling is async, as on GPUs, on a CPU too (see tests/async_cpu.py).
+    OSD_TEST_CUDA_GRAPHS=1 compiles the models and captures CUDA graphs. Scheduling is async, as on GPUs; for CPUs see
+    tests/async_cpu.py.
     """
     settings = dict(
         dtype="float32",
@@ -71,7 +72,7 @@ def tiny_engine_kwargs(**overrides: Any) -> dict[str, Any]:
         block_size=32,
         max_num_seqs=64,
         kv_cache_memory_bytes=64 << 20,
-        gpu_memory_utilization=0.2,  # what vLLM wants to find free at start-up, whatever it takes
+        gpu_memory_utilization=0.2,  # vLLM requires this share to be free at start-up
         async_scheduling=True,
         seed=0,
     )

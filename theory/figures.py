@@ -36,7 +36,7 @@ STYLE = {
 
 
 def curve(objectives: Callable[[Vector], tuple[float, float]], family: Callable[[float], Vector]) -> Vector:
-    """[points, 2]: both objectives along a family, its ends included where they are finite."""
+    """Return both objectives along a family, [points, 2], without infinite points."""
     points = np.array([objectives(family(weight)) for weight in ALPHAS])
     return points[np.isfinite(points).all(1)]
 
@@ -56,7 +56,7 @@ def chernoff(left: Axes, right: Axes) -> None:
     left.plot(crossing, crossing * slopes[0], "s", color=GREY, ms=4, label="α of reverse_kl_symmetry")
     left.annotate("", (best, least), (best, 0), arrowprops={"arrowstyle": "<->", "color": OTHER, "lw": 1})
     left.text(best + 0.02, least / 2, "C", color=OTHER)
-    left.set(xlabel="α, the teacher's weight", ylabel="nats", title="The curve and its lowest point")
+    left.set(xlabel="α, the teacher's weight", ylabel="nats", title="log Z and its minimum")
     left.legend(loc="lower left", fontsize=8)
     points = np.array([pair.forward(pair.q(alpha)) for alpha in ALPHAS])
     right.plot(ALPHAS, points[:, 0], color=STUDENT, label="D(q ‖ student)")
@@ -87,13 +87,13 @@ def pareto(left: Axes, right: Axes) -> None:
             axes.plot(*objectives(family(balanced(objectives, family))), "o", color=color, ms=5)
         axes.set(xlim=(-0.02, size), ylim=(-0.02, size), xlabel=names[0], ylabel=names[1], aspect="equal")
         axes.locator_params(nbins=6)
-    left.set_title("What q has in reach: geometric is the front")
-    right.set_title("What q covers: linear is the front")
+    left.set_title("D(q ‖ ·): the geometric family is the front")
+    right.set_title("D(· ‖ q): the linear family is the front")
     left.legend(loc="upper right")
 
 
 def ess(left: Axes, right: Axes) -> None:
-    for seed, label in zip(range(3), ("random directions, ever nearer", None, None), strict=True):
+    for seed, label in zip(range(3), ("random directions", None, None), strict=True):
         rows = []
         for scale in np.geomspace(0.02, 2, 30):
             pair = Two.near(seed, 6, scale)
@@ -106,7 +106,7 @@ def ess(left: Axes, right: Axes) -> None:
     moments = [second_moment(pair.p, pair.q(0.5)) for pair in tails]
     left.loglog([-2 * pair.psi(0.5) for pair in tails], np.log(moments), color=OURS, label="Theorem 10.1, τ → 0")
     left.loglog([1e-5, 2], [1e-5, 2], ":", color=GREY, label="−log ESS = 2D")
-    left.set(xlabel="2D(q*‖π)", ylabel="−log ESS", xlim=(1e-5, 2), title="First order, and its failure")
+    left.set(xlabel="2D(q*‖π)", ylabel="−log ESS", xlim=(1e-5, 2), title="First-order relation and counterexample")
     left.legend(loc="upper left", fontsize=8)
     pair = NEARLY_LOST
     inside = ALPHAS[1:-1]
@@ -118,7 +118,7 @@ def ess(left: Axes, right: Axes) -> None:
         right.text(alpha + 0.015, 1.06, f"{name}\nα = {alpha:.3f}", color=color, fontsize=8.5)
     right.axhline(np.exp(2 * pair.psi(pair.chernoff())), color=GREY, lw=1, ls=":", label="promised at KL balance, $e^{-2C}$")
     right.set(xlabel="α, the teacher's weight", ylabel="effective share of samples", ylim=(0, 1.2), xlim=(0, 1))
-    right.set_title("A token of 1% that the teacher all but lost")
+    right.set_title("A token of 1% that the teacher nearly excludes")
     right.legend(loc="center right", bbox_to_anchor=(1, 0.42))
 
 
@@ -147,7 +147,7 @@ def solver(left: Axes, right: Axes) -> None:
 
 
 def float32_errors(scale: float) -> tuple[float, float, float]:
-    """Errors of α: evaluating the equation directly, osd's solver (both float32), and the expansion in float64."""
+    """Return the errors of α of the directly evaluated equation and of osd's solver (both float32), and of the expansion."""
     generator = torch.Generator().manual_seed(0)
     theta = 3 * torch.randn(1, 1000, generator=generator)
     teacher = theta + scale * torch.randn(1, 1000, generator=generator).exp()
@@ -156,7 +156,7 @@ def float32_errors(scale: float) -> tuple[float, float, float]:
     pair = Two(*(z.double().softmax(-1)[0].numpy() for z in (theta, teacher)))
     gap = (teacher.double() - theta.double())[0].numpy()
     w = pair.q(0.5)
-    x = gap - w @ gap  # relative coordinates: in these, float64 is exact enough to compare with
+    x = gap - w @ gap  # in these relative coordinates float64 is precise enough for a reference
     k0 = np.log1p(w @ (np.expm1(x / 2) - x / 2)) - np.log1p(w @ (np.expm1(-x / 2) + x / 2))
 
     def slope(alpha: float) -> float:
@@ -178,7 +178,7 @@ def sequence(left: Axes, right: Axes) -> None:
     left.annotate("", joint.forward(best), joint.forward(q), arrowprops={"arrowstyle": "->", "color": GREY, "shrinkB": 6})
     left.set(xlabel="D(· ‖ P), the student", ylabel="D(· ‖ R), the teacher", xlim=(-0.02, 2), ylim=(-0.02, 2), aspect="equal")
     left.locator_params(nbins=5)
-    left.set_title("Balanced, and off the front")
+    left.set_title("Q is balanced, but not on the front")
     left.legend(loc="upper right")
     lengths = np.arange(33)
     for moment, color, name in zip(

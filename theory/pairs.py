@@ -1,6 +1,6 @@
-"""Two policies over one finite vocabulary in float64, as optimal_sampling.md writes them: p the student's, r the teacher's.
+"""Pairs of policies over one finite vocabulary in float64, with the notation of optimal_sampling.md: p student, r teacher.
 
-Written from the definitions, sharing no code with osd. The examples that the document quotes are at the end.
+Written from the definitions. Shares no code with osd. The examples quoted in the document are at the end.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ Vector = np.ndarray
 
 
 def kl(a: Vector, b: Vector) -> float:
-    """KL(a || b) in nats; inf where a has mass that b lacks."""
+    """Return KL(a || b) in nats, inf if a has mass outside the support of b."""
     on = a > 0
     with np.errstate(divide="ignore"):
         return float((a[on] * np.log(a[on] / b[on])).sum())
 
 
 def second_moment(pi: Vector, q: Vector) -> float:
-    """E_q[(pi/q)^2] = sum pi^2/q = 1/ESS; inf where pi has mass that q lacks."""
+    """Return E_q[(pi/q)^2] = sum pi^2/q = 1/ESS, inf if pi has mass outside the support of q."""
     on = pi > 0
     with np.errstate(divide="ignore"):
         return float((pi[on] ** 2 / q[on]).sum())
 
 
 def bisect(increasing: Callable[[float], float]) -> float:
-    """The root in [0, 1] of an increasing function, or the end that it lies beyond."""
+    """Return the root of an increasing function, clamped to [0, 1]."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -39,7 +39,7 @@ def bisect(increasing: Callable[[float], float]) -> float:
 
 @dataclass(frozen=True)
 class Two:
-    """The student's distribution p and the teacher's r."""
+    """Pair of the student's distribution p and the teacher's distribution r."""
 
     p: Vector
     r: Vector
@@ -50,13 +50,13 @@ class Two:
 
     @classmethod
     def random(cls, seed: int | Sequence[int], size: int, concentration: float = 0.7) -> Two:
-        """Equal supports, neither flat nor one-hot."""
+        """Draw a pair with equal supports, neither flat nor one-hot."""
         draws = np.random.default_rng(seed).dirichlet(np.full(size, concentration), 2) + 1e-9
         return cls(*(draws / draws.sum(1, keepdims=True)))
 
     @classmethod
     def near(cls, seed: int, size: int, scale: float) -> Two:
-        """r ∝ p e^(scale g), with p and a skewed g fixed by the seed."""
+        """Make a pair with r ∝ p e^(scale g), where the seed fixes p and a skewed g."""
         rng = np.random.default_rng(seed)
         p, g = rng.dirichlet(np.ones(size)), rng.exponential(size=size)
         r = p * np.exp(scale * g)
@@ -64,71 +64,72 @@ class Two:
 
     @cached_property
     def shared(self) -> Vector:
-        """Which tokens are in S, the support of both."""
+        """Mask of the tokens in S, the shared support."""
         return (self.p > 0) & (self.r > 0)
 
     @cached_property
     def gap(self) -> Vector:
-        """ℓ = log r - log p on S."""
+        """Log-ratio ℓ = log r - log p on S."""
         return np.log(self.r[self.shared]) - np.log(self.p[self.shared])
 
     def _log_weights(self, alpha: float) -> Vector:
         return np.log(self.p[self.shared]) + alpha * self.gap
 
     def psi(self, alpha: float) -> float:
-        """log Z(α) for any real α; -inf where S is empty."""
+        """Return log Z(α) for any real α, -inf if S is empty."""
         return float(np.logaddexp.reduce(self._log_weights(alpha))) if self.shared.any() else -np.inf
 
     def q(self, alpha: float) -> Vector:
-        """The geometric mixture q_α."""
+        """Return the geometric mixture q_α."""
         q = np.zeros_like(self.p)
         q[self.shared] = np.exp(self._log_weights(alpha) - self.psi(alpha))
         return q
 
     def moment(self, alpha: float, order: int) -> float:
-        """The mean of ℓ under q_α (order 1), or its central moment of that order."""
+        """Return the mean of ℓ under q_α (order 1), or its central moment of that order."""
         q = self.q(alpha)[self.shared]
         mean = float(q @ self.gap)
         return mean if order == 1 else float(q @ (self.gap - mean) ** order)
 
     def chernoff(self) -> float:
-        """α*, the minimiser of log Z over [0, 1]."""
+        """Return α*, the minimiser of log Z over [0, 1]."""
         return bisect(lambda alpha: self.moment(alpha, 1))
 
     def ess_balance(self) -> float:
-        """The α at which the second moments of q_α agree (equal supports)."""
+        """Return the α at which the second moments of q_α are equal (for equal supports)."""
         return bisect(lambda alpha: self.psi(-alpha) - self.psi(2 - alpha))
 
     def linear(self, weight: float) -> Vector:
+        """Return the linear mixture."""
         return (1 - weight) * self.p + weight * self.r
 
     def quadratic(self, weight: float) -> Vector:
-        """The mixture in root mean square."""
+        """Return the root-mean-square mixture."""
         q = np.sqrt((1 - weight) * self.p**2 + weight * self.r**2)
         return q / q.sum()
 
     def forward(self, q: Vector) -> tuple[float, float]:
-        """(KL(q||p), KL(q||r))."""
+        """Return (KL(q||p), KL(q||r))."""
         return kl(q, self.p), kl(q, self.r)
 
     def reverse(self, q: Vector) -> tuple[float, float]:
-        """(KL(p||q), KL(r||q))."""
+        """Return (KL(p||q), KL(r||q))."""
         return kl(self.p, q), kl(self.r, q)
 
     def second_moments(self, q: Vector) -> tuple[float, float]:
-        """(sum p^2/q, sum r^2/q)."""
+        """Return (sum p^2/q, sum r^2/q)."""
         return second_moment(self.p, q), second_moment(self.r, q)
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A pair of sequence policies over sequences of a fixed length: the pair of next-token policies after each prefix."""
+    """Pair of policies over sequences of a fixed length, given by the pair of next-token policies after each prefix."""
 
     length: int
     after: Callable[[tuple[int, ...]], Two]
 
     def joint(self, alpha: Callable[[Two], float]) -> tuple[Two, Vector]:
-        """(P, R) over all sequences, and Q, drawn token by token from q at alpha(pair)."""
+        """Return (P, R) over all sequences, and Q, which draws each token from q at alpha(pair)."""
         rows = list(self._walk((), np.ones(3), alpha))
         p, r, q = np.array(rows).T
         return Two(p, r), q
@@ -142,24 +143,24 @@ class Tree:
             yield from self._walk((*prefix, token), weights * step, alpha)
 
 
-# The running example: its second token is what both can accept.
+# Running example: both policies accept its second token.
 RUNNING = Two.of([0.80, 0.19, 0.01], [0.10, 0.30, 0.60])
-# A token of 1% that the teacher all but lost: KL hardly notices, ESS does.
+# The teacher gives almost no probability to a token of 1%: KL changes little, ESS a lot.
 NEARLY_LOST = Two.of([0.69, 0.30, 0.01], [0.30, 0.70 - 1e-8, 1e-8])
-# Each side has a token that the other lacks; only the student has.
+# Each side has a token that the other does not have; then only the student has one.
 BOTH_LOSE = Two.of([0.6, 0.3, 0.1, 0.0], [0.3, 0.6, 0.0, 0.1])
 ONE_LOSES = Two.of([0.90, 0.09, 0.01], [0.30, 0.70, 0.00])
-# No interior balance: where the teacher can go at all, it is everywhere likelier than the student.
+# No interior balance: on the teacher's whole support the teacher is likelier than the student.
 AT_THE_END = Two.of([0.2, 0.1, 0.7], [0.6, 0.4, 0.0])
 
 _HALF = Two.of([0.5, 0.5], [0.5, 0.5])
 _APART = Two.of([0.99, 0.01], [0.01, 0.99])
-# The first token decides whether the policies will agree on the second.
+# The first token determines whether the policies agree on the second.
 LOOK_AHEAD = Tree(2, lambda prefix: _APART if prefix == (1,) else _HALF)
-# The second token swaps the roles of the first, so that the two have different α.
+# The second token swaps the roles of the first, so the two tokens have different α.
 MIRRORED = Tree(2, lambda prefix: Two.of([0.5, 0.5], [0.999, 0.001]) if prefix else Two.of([0.999, 0.001], [0.5, 0.5]))
 
 
 def swapped_tail(eta: float, tau: float) -> Two:
-    """A token of probability eta that the other side gives only tau, one way and the other."""
+    """Make a pair in which each side has a token of probability eta to which the other gives only tau."""
     return Two.of([1 - eta - tau, eta, tau], [1 - eta - tau, tau, eta])

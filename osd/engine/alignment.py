@@ -25,6 +25,7 @@ class Alignment:
         temperature_B, seed_B: float32 and int64, one entry per row of the teacher's batch.
         plain: every token is drawn from q* itself: nothing truncates, penalises or masks it, and no logprobs are wanted.
         ready_B, ready_S: 1 where a row is sampled, else 0, int32.
+        rejected_B, rejected_S: zeros, int32, where every row of a batch is sampled; None: the device counts rejected tokens.
         source_S: for each row of the student's batch the teacher's row that holds its token, int64 (any row where none is
             sampled); None: the same rows.
         recorded_ids, recorded_rows: requests whose record is kept, and their rows (None: all, in order).
@@ -41,6 +42,8 @@ class Alignment:
     plain: bool
     ready_B: torch.Tensor
     ready_S: torch.Tensor
+    rejected_B: torch.Tensor | None
+    rejected_S: torch.Tensor | None
     source_S: torch.Tensor | None
     recorded_ids: list[str]
     recorded_rows: torch.Tensor | None
@@ -103,11 +106,16 @@ class Aligner:
             plain=all(of_row[row].plain for row in sampled),
             ready_B=self._tensor([int(i in ready) for i in teacher_ids], torch.int32),
             ready_S=self._tensor([int(i in ready) for i in student_ids], torch.int32),
+            rejected_B=self._rejected(teacher_ids, ready),
+            rejected_S=self._rejected(student_ids, ready),
             source_S=self._index([teacher_row.get(i, 0) for i in student_ids], len(teacher_ids)),
             recorded_ids=[teacher_ids[row] for row in recorded],
             recorded_rows=self._index(recorded, len(teacher_ids)),
             hidden=any(of_row[row].options.hidden for row in recorded),
         )
+
+    def _rejected(self, ids: list[str], ready: set[str]) -> torch.Tensor | None:
+        return torch.zeros(len(ids), dtype=torch.int32, device=self.device) if ready.issuperset(ids) else None
 
     def _index(self, rows: list[int], size: int) -> torch.Tensor | None:
         """Rows as an index tensor; None if they are all rows in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -161,9 +162,9 @@ class PairEngine:
         params = []
         per_prompt = (one_each(name, given, len(prompts)) for name, given in (("sampling", sampling), ("options", options)))
         for index, (prompt, kwargs, option) in enumerate(zip(prompts, *per_prompt, strict=True)):
-            extra = {**vars(option), "weights_version": self.weights_version}
-            extra["student_prompt_token_ids"] = list(prompt.student_token_ids)
-            extra_args = {**(kwargs.get("extra_args") or {}), **PairOptions(**extra).to_extra_args()}
+            ids = list(prompt.student_token_ids)
+            option = replace(option, student_prompt_token_ids=ids, weights_version=self.weights_version)
+            extra_args = {**(kwargs.get("extra_args") or {}), **option.to_extra_args()}
             params.append(checked_params({**kwargs, "extra_args": extra_args}))
             check_request(index, prompt, params[-1], self.limits, option.teacher_only)
         return params

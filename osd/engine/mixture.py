@@ -96,7 +96,7 @@ class KernelDraw:
         self, inputs: MixtureInputs, config: MixingConfig, seed_B: torch.Tensor, length_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (token_P, bad_side_P, values_PR): ids >= 0 and sides, int32, and the record."""
-        token_P, bad_side_P, values_PR = self._draw(
+        (token_P, bad_side_P), values_PR = self._draw(
             inputs.student,
             inputs.teacher,
             config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from osd.core import TokenRecord
@@ -47,7 +47,7 @@ class PairOptions:
 
     def to_extra_args(self) -> dict[str, Any]:
         """Return the ``SamplingParams.extra_args`` entry that carries these options."""
-        return {EXTRA_ARGS_KEY: asdict(self)}
+        return {EXTRA_ARGS_KEY: {name: value for name, value in vars(self).items() if value != getattr(_DEFAULT, name)}}
 
     @classmethod
     def of(cls, sampling_params: Any) -> PairOptions:

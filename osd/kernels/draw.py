@@ -1,4 +1,4 @@
-"""The third pass: q, the token and the record; and whether the guess it used was right. See osd.kernels.common."""
+"""Third pass: computes q, the token and the record, and verifies the guess of alpha. See osd.kernels.common."""
 
 import triton
 import triton.language as tl
@@ -71,9 +71,9 @@ def draw_kernel(
     DRAW: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """Grid (programs, P). Writes log q [P, V] if WRITE, token [P] if DRAW, record [P, RECORD] and bad_side [P].
+    """Write log q [P, V] if WRITE, token [P] if DRAW, record [P, RECORD] and bad_side [P]. Grid (programs, P).
 
-    SECOND: only of the rows that were drawn from a wrong guess. Otherwise every tile has its program.
+    SECOND: process only rows drawn from a rejected guess, several tiles per program. Otherwise one program per tile.
     """
     row = tl.program_id(1)
     tiles, programs = tl.cdiv(vocab, TILE), tl.num_programs(0)
@@ -95,7 +95,7 @@ def draw_kernel(
     if WRITE:
         logq += row.to(tl.int64) * vocab
     wants_peak = greedy | (WRITE & (pure > 0))
-    # Not one loop for both: the first run's programs, which all rows wait for, have no use for one.
+    # Two branches instead of one loop: the first run has one tile per program, and a loop would slow down every row.
     if SECOND:
         for tile in range(tl.program_id(0), tiles, programs):
             _tile(
@@ -118,7 +118,7 @@ def draw_kernel(
             index_T = column_of(parts, 7, tile_T, tiles, TILES, 0.0)
             first = tl.min(tl.where(top_T == tl.max(top_T, 0), index_T, vocab), 0)
             chosen = tl.minimum(first, vocab - 1.0).to(tl.int32)
-            # Not one condition: nothing of this may be compiled where there is no logq.
+            # Nested conditions: without WRITE there is no logq, and this code must not be compiled.
             if WRITE:  # noqa: SIM102
                 if pure > 0:
                     _lift(logq + chosen)
@@ -156,14 +156,14 @@ def _tile(
     TILES: tl.constexpr,
     WRITE: tl.constexpr,
 ):
-    """Sums over one tile under q, into the row's parts, and its log q."""
+    """Store the sums over one tile under q in the parts of the row, and the tile's log q if WRITE."""
     token_N = tile * TILE + tl.arange(0, TILE)
     theta_N, teacher_N = load(theta, teacher, token_N, scale, vocab)
     gap_N = gap_of(theta_N, teacher_N, gap_peak)
     score_N = _scores(theta_N, teacher_N, gap_N, pure, mid_peak, delta)
     logq_N = score_N - level
     weight_N = exp(logq_N)
-    # Outside the support the weight is 0; a number that is not infinite makes the products below 0 too.
+    # Outside the support the weight is 0. A large finite number there makes the products below 0 instead of NaN.
     finite_N = tl.where(logq_N > -INF, logq_N, _OUTSIDE)
     first_N = weight_N * gap_N
     sums = tl.reduce(
@@ -190,22 +190,25 @@ def _tile(
 
 @triton.jit
 def _scores(theta_N, teacher_N, gap_N, pure, mid_peak, delta):
-    """What q is the softmax of: float32, -inf outside its support."""
+    """Return the scores whose softmax is q: float32, -inf outside its support."""
     mixed_N = 0.5 * theta_N + 0.5 * teacher_N - mid_peak + delta * gap_N
     return tl.where(pure == 0, mixed_N, tl.where(pure == 1, theta_N, teacher_N))
 
 
 @triton.jit
 def _peak_at(values_N, token_N):
-    """(maximum, first token that has it); (-inf, no token) where there is none."""
+    """Return (maximum, first token with that value), or (-inf, NO_TOKEN) if every value is -inf."""
     top = tl.max(values_N, 0)
     return top, tl.min(tl.where((values_N == top) & (values_N > -INF), token_N, NO_TOKEN), 0)
 
 
 @triton.jit
 def _lift(place):
-    """The next float32 up, 0 at most: where rounding makes a policy's favourite tie with another token, greedy decoding
-    of log q would differ."""
+    """Raise the stored value to the next float32, at most to 0.
+
+    Rounding can make the policy's likeliest token tie with another one. Greedy decoding of log q could then pick the
+    other.
+    """
     value = tl.load(place, cache_modifier=".cg")
     bits = value.to(tl.int32, bitcast=True)
     tl.store(place, tl.where(value < 0, (bits - 1).to(tl.float32, bitcast=True), value))
@@ -213,9 +216,9 @@ def _lift(place):
 
 @triton.jit
 def _finish(parts, state, record, bad_side, tiles, TILES: tl.constexpr):
-    """Write what the record keeps of a row whatever its token, LOG_SUM, and what came of a guess.
+    """Store the record columns that do not depend on the token, LOG_SUM, and the result of verifying a guess.
 
-    Returns the sum of the weights and its log.
+    Returns the sum of the weights and its logarithm.
     """
     tile_T = tl.arange(0, TILES)
     total, mean_log, mean, square_theta, square_teacher, m2 = tl.reduce(
@@ -281,9 +284,10 @@ def _invert(
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The first token at which the cumulative weight exceeds target: the tile by the tiles' sums, then within it.
+    """Return the first token at which the cumulative weight exceeds target.
 
-    Where rounding leaves none, the last token that has weight.
+    Finds the tile from the sums of the tiles, then the token within it. If rounding leaves no such token, returns the
+    last token with a positive weight.
     """
     tile_T = tl.arange(0, TILES)
     mass_T = sums_of(parts, 0, tile_T, tiles, TILES)
@@ -301,7 +305,7 @@ def _invert(
 
 @triton.jit
 def _token_columns(theta, teacher, scale, state, log_sum, token):
-    """(log q, log pi_theta, log pi_t) of a row's token, float32."""
+    """Return (log q, log pi_theta, log pi_t) of the token of a row, float32."""
     theta_1 = tl.load(theta + token).to(tl.float32) * scale
     teacher_1 = tl.load(teacher + token).to(tl.float32) * scale
     mid_peak, gap_peak = tl.load(state + MID_PEAK).to(tl.float32), tl.load(state + GAP_PEAK).to(tl.float32)
@@ -318,6 +322,7 @@ def _token_columns(theta, teacher, scale, state, log_sum, token):
 
 @triton.jit
 def _write_token(record, columns, logp_draw):
+    """Store the record columns that depend on the token."""
     tl.store(record + 1, columns[0])
     tl.store(record + 2, columns[1])
     tl.store(record + 3, columns[2])
@@ -341,7 +346,7 @@ def record_kernel(
     GATHER_TEACHER: tl.constexpr,
     TEMPERED: tl.constexpr,
 ):
-    """Grid (P,). The record's columns that depend on the token, for tokens drawn elsewhere."""
+    """Write the record columns that depend on the token, for tokens drawn elsewhere. Grid (P,)."""
     row = tl.program_id(0)
     row_teacher = row_of(rows_teacher, row, GATHER_TEACHER)
     theta += row_of(rows_theta, row, GATHER_THETA) * theta_stride

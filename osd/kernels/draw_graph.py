@@ -1,7 +1,8 @@
-"""`mix_and_draw` replayed as a CUDA graph, for a caller that gives it the same memory again and again.
+"""Replay of `mix_and_draw` as CUDA graphs, one per set of input addresses.
 
-Launching six kernels with some twenty arguments each takes the host longer than the kernels take the GPU. In steady decoding the
-logits are written to the same memory step after step, so a graph captured for a set of addresses fits nearly all steps.
+Launching six kernels with about twenty arguments each takes the host longer than the kernels take the GPU. In steady
+decoding the logits have the same addresses at almost every step, so a graph captured for a set of addresses serves nearly
+all steps.
 """
 
 from collections import OrderedDict
@@ -17,8 +18,8 @@ from osd.kernels.uniform import uniform
 
 _KEPT = 32  # graphs; one is a few kilobytes of device memory
 
-# A graph and the tensors that it writes. Not its inputs: memory that is kept alive is never handed out again.
-_Captured = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor]]
+# A graph with its output tensors. It holds no reference to its inputs: the allocator could not reuse their addresses.
+_Captured = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]
 
 
 class ReplayedDraw:
@@ -36,21 +37,21 @@ class ReplayedDraw:
     @torch.no_grad()
     def __call__(
         self, logits_theta: Tensor, logits_teacher: Tensor, config: MixingConfig, *, vocab_size: int, **tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Draw one token per row.
 
-        tensors: ``rows_theta``, ``rows_teacher``, ``temperature`` and ``alpha`` as in `mix_and_draw`; ``seed`` and ``length`` as in
-        `osd.kernels.uniform.uniform`, for the rows that are mixed.
+        tensors: ``rows_theta``, ``rows_teacher``, ``temperature`` and ``alpha`` as in `mix_and_draw`; ``seed`` and
+        ``length`` as in `osd.kernels.uniform.uniform`, for the rows that are mixed.
 
-        Returns (token_P >= 0 int32, bad_side_P int32, values_PR float32), in memory of their own.
+        Returns (drawn_2P, values_PR), in memory of their own: ids >= 0 and bad sides, int32 [2, P], and the record, float32.
         """
 
-        def run() -> tuple[Tensor, Tensor, Tensor]:
+        def run() -> tuple[Tensor, Tensor]:
             return _draw(logits_theta, logits_teacher, config, vocab_size=vocab_size, **tensors)
 
         key = (config, vocab_size, _address(logits_theta), _address(logits_teacher), *map(_address, tensors.values()))
         if key not in self._graphs:
-            # These addresses may never come back; a graph is captured the second time.
+            # Capture only addresses that come back: launch on the first call, capture on the second.
             self._keep(key, None)
             return run()
         captured = self._graphs[key]
@@ -59,10 +60,10 @@ class ReplayedDraw:
             captured = self._pool.capture(run)
             self._keep(key, captured)
         self._graphs.move_to_end(key)
-        graph, (token_P, bad_side_P, values_PR) = captured
+        graph, (drawn_2P, values_PR) = captured
         graph.replay()
         self.replayed += 1
-        return token_P.clone(), bad_side_P.clone(), values_PR.clone()
+        return drawn_2P.clone(), values_PR.clone()
 
     def _keep(self, key: Any, captured: _Captured | None) -> None:
         self._graphs[key] = captured
@@ -72,10 +73,10 @@ class ReplayedDraw:
 
 def _draw(
     logits_theta: Tensor, logits_teacher: Tensor, config: MixingConfig, *, seed: Tensor, length: Tensor, **arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     mixed = mix_and_draw(logits_theta, logits_teacher, config, uniform=uniform(seed, length), **arguments)
     assert mixed.token_P is not None
-    return mixed.token_P.clamp(min=0), (-1 - mixed.token_P).clamp(min=0), mixed.values_PR
+    return torch.stack((mixed.token_P, -1 - mixed.token_P)).clamp_(min=0), mixed.values_PR
 
 
 def _address(tensor: Tensor | None) -> Any:

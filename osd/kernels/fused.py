@@ -1,7 +1,7 @@
-"""Both models' raw logits to alpha, the draw and the record, in five launches: `mix_and_draw`.
+"""Fused computation of alpha, the draw and the record from the raw logits of both models, in five kernel launches.
 
-The same definitions as `osd.mixing.mix`, which is the reference; osd.kernels.common says how. Shape suffixes: B rows of
-a model's batch, P rows that are mixed, V vocabulary, R record columns. Needs Triton.
+The definitions are those of the reference `osd.mixing.mix`; osd.kernels.common describes the passes. Shape suffixes: B rows
+of a model's batch, P mixed rows, V vocabulary, R record columns. Needs Triton.
 """
 
 import math
@@ -21,14 +21,17 @@ from osd.kernels.refine import refine_kernel
 
 @dataclass(frozen=True)
 class Cut:
-    """How one pass is cut. tile: tokens of a program, a power of two; warps: of 32 threads; registers: most per thread."""
+    """Launch parameters of one pass.
+
+    tile: tokens per tile, a power of two. warps: warps of 32 threads per program. registers: limit per thread, or None.
+    """
 
     tile: int = 2048
     warps: int = 4
     registers: int | None = None
 
     def launch(self, vocab: int) -> tuple[int, dict[str, int]]:
-        """Tiles of a row, and the keyword arguments of a launch."""
+        """Return the number of tiles of a row and the keyword arguments of a launch."""
         tiles = -(-vocab // self.tile)
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return tiles, dict(TILE=self.tile, TILES=_power_of_two(tiles), num_warps=self.warps, **limit)
@@ -36,10 +39,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The cuts of the three passes; benchmarks/mixing.py --sweep finds them.
+    """Launch parameters of all passes; benchmarks/mixing.py --sweep measures candidates.
 
-    spare: programs of the passes that hardly any row needs (refine, and draw once more), shared among up to 64 rows; more rows
-        get as many each as 64 do. About what a GPU runs at once: more take longer to start than to find nothing to do.
+    spare: total number of programs of the passes that few rows need (refine, and the second draw), shared among up to 64
+        rows. With more rows each row gets as many as with 64. The default is about the number that a GPU runs at once:
+        with more, starting the programs costs more than their work.
     """
 
     meet: Cut = Cut()
@@ -48,7 +52,7 @@ class Tuning:
     spare: int = 512
 
     def spare_programs(self, tiles: int, rows: int) -> int:
-        """Of one row; enough that a row that needs them is soon done."""
+        """Return the number of spare programs per row: at least 1, at most one per tile."""
         return min(tiles, max(1, self.spare // max(1, min(rows, 64))))
 
 
@@ -61,12 +65,12 @@ def _power_of_two(n: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FusedMixture:
-    """What `mix_and_draw` found, for P rows.
+    """Result of `mix_and_draw` for P rows.
 
-    token_P: the drawn ids, int32, -1 - bad_side in a bad row; None if nothing was drawn.
-    values_PR: float32, columns as in RECORD_FIELDS; the token's columns are unwritten if nothing was drawn.
-    bad_side_P: int8 as in osd.mixing.Mixture; such a row's values are NaN.
-    logq_PV: log q, float32, or None if it was not asked for.
+    token_P: the drawn ids, int32, -1 - bad_side in a bad row; None without a draw.
+    values_PR: float32, columns as in RECORD_FIELDS. Without a draw the columns that depend on the token are not written.
+    bad_side_P: int8 as in osd.mixing.Mixture; the values of a bad row are NaN.
+    logq_PV: log q, float32, or None if write_logq was False.
     """
 
     token_P: Tensor | None
@@ -79,13 +83,13 @@ class FusedMixture:
 
     @property
     def alpha_P(self) -> Tensor:
-        """The teacher's weight, float32."""
+        """Teacher's weight of each row, float32."""
         return self.values_PR[:, 0]
 
     def record_at(self, token_P: Tensor, logp_draw_P: Tensor) -> Tensor:
-        """values_PR for tokens drawn elsewhere, with the log-probability of each draw; overwrites and returns it.
+        """Fill in values_PR for tokens drawn elsewhere with these log-probabilities, and return it.
 
-        The logits and temperatures given to `mix_and_draw` must still be what they were.
+        The logits and temperatures passed to `mix_and_draw` must be unchanged.
         """
         grid = (len(token_P),)
         record_kernel[grid](*self._inputs, self._state_P, token_P, logp_draw_P, self.values_PR, **self._flags, num_warps=1)
@@ -107,25 +111,25 @@ def mix_and_draw(
     write_logq: bool = False,
     tuning: Tuning = DEFAULT,
 ) -> FusedMixture:
-    """Temper, choose alpha, mix, draw and record, without a synchronisation; captured by CUDA graphs.
+    """Temper, choose alpha, mix, draw and record without a synchronisation. CUDA graphs can capture it.
 
     logits_theta, logits_teacher: [B, >= vocab_size] of any float dtype, last dimension contiguous; the two B may differ.
-    vocab_size: V, the ids that both sides share. What lies beyond is not read.
-    rows_theta, rows_teacher: int64 [P], the rows that belong together; None means all of them, in order.
-    temperature: float32, one for each of the teacher's rows, before rows_teacher is applied; below 1e-5 a row is mixed
-        at 1 and its token is the argmax of q. None means 1.
-    alpha: float32 [P], the teacher's weight where it is given, NaN where config chooses it.
-    uniform: float32 or float64 [P] in [0, 1): the draw inverts q's cumulative distribution there. None draws nothing.
-    write_logq: also write log q, for what acts on q before the draw; then see FusedMixture.record_at.
+    vocab_size: V, the number of shared token ids. Columns beyond V are not read.
+    rows_theta, rows_teacher: int64 [P], the batch rows to be mixed with each other. None: all rows, in order.
+    temperature: float32, one per row of the teacher's batch, indexed by rows_teacher. A row below 1e-5 is mixed at
+        temperature 1 and its token is the argmax of q. None: 1 for every row.
+    alpha: float32 [P], given weights of the teacher; NaN: choose this row's alpha by config.
+    uniform: float32 or float64 [P] in [0, 1), at which the draw inverts the cumulative distribution of q. None: no draw.
+    write_logq: also write log q, for processing before a draw elsewhere; then use FusedMixture.record_at.
 
-    Raises ValueError on a configuration that `supports` refuses, and on shapes.
+    Raises ValueError on a configuration that `supports` rejects, and on wrong shapes.
     """
     rows = _check(logits_theta, logits_teacher, config, vocab_size, rows_theta, rows_teacher, temperature, alpha, uniform)
     device = logits_theta.device
     smallest = min(tuning.meet.tile, tuning.refine.tile, tuning.draw.tile)
     parts = torch.empty(rows * PARTS.value * _power_of_two(-(-vocab_size // smallest)), device=device)
     state = torch.empty(rows * STATE.value, device=device, dtype=torch.float64)
-    # Whole 16 bytes each: Triton compiles a kernel anew for pointers that are not aligned to them.
+    # Pad each row of counters to 16 bytes: Triton compiles another kernel variant for pointers without that alignment.
     count = torch.zeros(5, -(-rows // 4) * 4, device=device, dtype=torch.int32)
     values = torch.empty(rows, len(RECORD_FIELDS), device=device)
     bad_side = torch.empty(rows, device=device, dtype=torch.int8)
@@ -180,7 +184,7 @@ def mix_and_draw(
 
 
 def _bounds(config: MixingConfig) -> tuple[float, float, float]:
-    """(alpha_min, alpha_max, alpha where it is not to be solved, else NaN)."""
+    """Return (alpha_min, alpha_max, the fixed alpha, or NaN if alpha is to be solved)."""
     low, high = config.alpha_min, config.alpha_max
     if config.alpha_method == "fixed":
         return low, high, config.fixed_alpha
@@ -198,17 +202,24 @@ def _check(
     alpha: Tensor | None,
     uniform: Tensor | None,
 ) -> int:
-    """P; raises ValueError where the arguments do not fit together."""
+    """Return P. Raises ValueError if the arguments do not fit together."""
     if not supports(config):
-        raise ValueError(f"alpha_method={config.alpha_method!r}, mixture={config.mixture!r} have no kernel; use osd.mixing.mix")
+        raise ValueError(
+            f"alpha_method={config.alpha_method!r} with mixture={config.mixture!r} has no kernel; use osd.mixing.mix"
+        )
     for name, logits in (("student", logits_theta), ("teacher", logits_teacher)):
         if logits.ndim != 2 or logits.shape[1] < vocab_size or logits.stride(1) != 1:
-            raise ValueError(f"{name} logits {tuple(logits.shape)}; use [B, >= {vocab_size}], contiguous along the vocabulary")
+            raise ValueError(
+                f"{name} logits have shape {tuple(logits.shape)} and strides {logits.stride()}; "
+                f"use [B, >= {vocab_size}], contiguous along the vocabulary"
+            )
     rows = len(logits_teacher if rows_teacher is None else rows_teacher)
     given = dict(student=logits_theta if rows_theta is None else rows_theta, alpha=alpha, uniform=uniform)
     for name, values in given.items():
         if values is not None and len(values) != rows:
-            raise ValueError(f"{name} has {len(values)} rows and the teacher {rows}; use one for each row that is mixed")
+            raise ValueError(f"{name} has {len(values)} rows and the teacher {rows}; use one per mixed row")
     if temperature is not None and len(temperature) != len(logits_teacher):
-        raise ValueError(f"temperature has {len(temperature)} rows; use one for each of the teacher's {len(logits_teacher)}")
+        raise ValueError(
+            f"temperature has {len(temperature)} values; use one per row of the teacher's batch, {len(logits_teacher)}"
+        )
     return rows

@@ -1,4 +1,4 @@
-"""The first pass: how the two policies meet at alpha = 1/2, and a guess of alpha from that. See osd.kernels.common."""
+"""First pass: computes the moments of the gap at alpha = 1/2 and guesses alpha from them. See osd.kernels.common."""
 
 import triton
 import triton.language as tl
@@ -38,14 +38,15 @@ from osd.kernels.common import (
 )
 from osd.kernels.scalar_solver import log1p, lse_at_peak, solve_interpolated
 
-_NARROW: tl.constexpr = tl.constexpr(0.25)  # gaps within this of their mean: the third-order expansion is the solution
+# If all gaps are within this of their mean, the third-order expansion is the solution.
+_NARROW: tl.constexpr = tl.constexpr(0.25)
 
 
 @triton.jit
 def _extremes(mid, token, max_theta, max_teacher, lowest, highest, mid_, token_, m_, n_, l_, h_):
-    """The first token of the highest mid, with it; two maxima, a minimum and a maximum. What is not a number loses.
+    """Combine two partial results: the first token with the highest mid, two maxima, a minimum and a maximum.
 
-    Commutative, ties too: a warp combines in both orders, and its threads must come to one answer.
+    NaN never wins. The function is commutative, also on ties: a warp combines in both orders, and its threads must agree.
     """
     take = (mid_ > mid) | ((mid_ == mid) & (token_ < token))
     return (
@@ -82,7 +83,10 @@ def meet_kernel(
     TEMPERED: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """Grid (tiles, P). fixed: alpha of the method "fixed", NaN for kl_symmetry."""
+    """Store the moments of one tile; the last program of a row chooses its alpha. Grid (tiles, P).
+
+    fixed: alpha of the method "fixed", NaN for kl_symmetry.
+    """
     tile, row = tl.program_id(0), tl.program_id(1)
     tiles = tl.num_programs(0)
     row_teacher = row_of(rows_teacher, row, GATHER_TEACHER)
@@ -93,9 +97,9 @@ def meet_kernel(
     theta_N, teacher_N = load(theta, teacher, token_N, scale, vocab)
 
     mid_N = 0.5 * theta_N + 0.5 * teacher_N
-    # Infinite where a policy reaches a token that the other does not, not a number where neither does.
+    # Infinite where only one policy reaches the token, NaN where neither does.
     difference_N = teacher_N - theta_N
-    rank_N = tl.maximum(mid_N, -INF)  # a number, in a bad row too
+    rank_N = tl.maximum(mid_N, -INF)  # replaces NaN, so that bad rows have a peak too
     top, peak, max_theta, max_teacher, lowest, highest = tl.reduce(
         (rank_N, token_N, theta_N, teacher_N, difference_N, difference_N), 0, _extremes
     )
@@ -136,7 +140,7 @@ def meet_kernel(
     for i in tl.static_range(8):
         tl.store(out + (8 + i) * TILES, sums[i])
     if last_to_arrive(count + row, tiles):
-        pinned = tl.full([], fixed, tl.float64)  # an argument is a float, in the interpreter a Python one
+        pinned = tl.full([], fixed, tl.float64)  # in the interpreter `fixed` is a Python float
         if GIVEN:
             given = tl.load(alpha + row).to(tl.float64)
             pinned = tl.where(given == given, given, pinned)
@@ -146,12 +150,14 @@ def meet_kernel(
 
 @triton.jit
 def _side(top, total, first, at_peak):
-    """One policy over its full support, from its maximum, the others' weights relative to that and their weighted gaps.
+    """Combine the sums of one policy over its full support.
 
-    Returns (log sum exp less its logit at the row's peak, the share off the peak, mean gap).
+    top: the policy's maximum. total, first: sum of the weights and of weight times gap, relative to top, without the
+    row's peak. at_peak: the policy's logit of the row's peak.
+    Returns (log sum exp minus at_peak, mass off the peak, mean gap).
     """
     share = 1 / (total + tl.exp(tl.minimum(at_peak - top, 0.0)))
-    # In float64: the row's peak may be hundreds of nats below a policy's own, at a low temperature.
+    # In float64: at a low temperature the row's peak may be hundreds of nats below the policy's maximum.
     return lse_at_peak(total, top.to(tl.float64) - at_peak.to(tl.float64)), total * share, first * share
 
 
@@ -179,7 +185,7 @@ def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
     at_theta = tl.where(empty, 0.0, tl.max(tl.where(peak_T == peak, peak_theta_T, -INF), 0))
     at_teacher = tl.where(empty, 0.0, tl.max(tl.where(peak_T == peak, peak_teacher_T, -INF), 0))
     gap_peak = (at_teacher - at_theta).to(tl.float64)
-    # Every tile left its own peak out of its sums; all but the row's are put back.
+    # Every tile excluded its own peak from its sums. Add all of them back except the row's peak.
     other_T = (top_T > -INF) & (peak_T != peak)
     own_T = tl.where(other_T, 1.0, 0.0).to(tl.float64)
     shift_T = tl.where(other_T, (peak_teacher_T - peak_theta_T).to(tl.float64) - gap_peak, 0.0)
@@ -223,7 +229,7 @@ def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
     lse_theta, lse_teacher = at_theta + theta_low, at_teacher + teacher_high
     if empty:
         lse_theta, lse_teacher = best_theta + tl.log(sum_theta), best_teacher + tl.log(sum_teacher)
-    # A maximum is finite, and the sum a number, exactly where the row is a distribution.
+    # A row is a distribution exactly if its maximum is finite and its sum is not NaN.
     fine_theta = (max_theta > -INF) & (max_theta < INF) & (sum_theta == sum_theta)
     fine_teacher = (max_teacher > -INF) & (max_teacher < INF) & (sum_teacher == sum_teacher)
     bad = tl.where(fine_theta, 0.0, 1.0) + tl.where(fine_teacher, 0.0, 2.0)
@@ -239,7 +245,7 @@ def _choose_alpha(parts, state, tiles, low, high, pinned, TILES: tl.constexpr):
     choice, level, agree = solve_interpolated(
         log1p(rest), m1, k2, k3, theta_low, teacher_high, mean_theta, mean_teacher, target, aim, low, high
     )
-    # Where supports differ, K's ends are not the policies' normalisers, and there is nothing to interpolate.
+    # If the supports differ, K at -1/2 and 1/2 is not the normalisers of the policies: no interpolation, one Newton step.
     newton = 0.5 + tl.minimum(tl.maximum((target - m1) * per_k2, -0.3), 0.3)
     choice = tl.where(lost & free, tl.minimum(tl.maximum(newton, low), high), choice)
     choice = tl.where(empty & free, low, choice)

@@ -1,4 +1,4 @@
-"""The second pass: alpha of the rows where the first pass has no guess, or a refuted one. See osd.kernels.common."""
+"""Second pass: solves for alpha in rows whose guess is missing or was rejected. See osd.kernels.common."""
 
 import triton
 import triton.language as tl
@@ -56,8 +56,11 @@ def refine_kernel(
     GATHER_TEACHER: tl.constexpr,
     TEMPERED: tl.constexpr,
 ):
-    """Grid (programs, P). One more step for rows that are open, by all their programs; the last one goes on alone."""
-    # Backwards: the rows read last are those that the cache still has.
+    """Solve for alpha in open rows, and for the level in pinned ones. Grid (programs, P).
+
+    All programs of a row share the first step. The last one to finish makes the remaining steps alone.
+    """
+    # Reverse order: the cache still holds the rows that were read last.
     row = tl.num_programs(1) - 1 - tl.program_id(1)
     tiles, programs = tl.cdiv(vocab, TILE), tl.num_programs(0)
     state += row.to(tl.int64) * STATE
@@ -133,7 +136,7 @@ def refine_kernel(
 
 @triton.jit
 def _moments(theta, teacher, token_N, scale, vocab, mid_peak, gap_peak, peak, delta):
-    """(top, sum, and sums weighted with the gap's powers 1 to 4) of e^(mid + delta gap - top) over a tile, peak excluded."""
+    """Return (top, sum of w, sums of w gap^k for k = 1 to 4) over a tile without the peak, w = e^(mid + delta gap - top)."""
     theta_N, teacher_N = load(theta, teacher, token_N, scale, vocab)
     gap_N = gap_of(theta_N, teacher_N, gap_peak)
     y_N = 0.5 * theta_N + 0.5 * teacher_N - mid_peak + delta * gap_N
@@ -149,7 +152,7 @@ def _moments(theta, teacher, token_N, scale, vocab, mid_peak, gap_peak, peak, de
 
 @triton.jit
 def _row_moments(theta, teacher, tiles, scale, vocab, mid_peak, gap_peak, peak, delta, TILE: tl.constexpr):
-    """`_moments` of a whole row, float64, relative to the larger of their maximum and the peak."""
+    """Return the `_moments` of a whole row, float64, relative to the larger of their maximum and the peak."""
     zero = tl.full([], 0.0, tl.float64)
     origin, t0, t1, t2, t3, t4 = zero, zero, zero, zero, zero, zero
     token_N = tl.arange(0, TILE)

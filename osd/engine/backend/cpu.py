@@ -100,7 +100,9 @@ def _post_update(
 ) -> None:  # fmt: skip
     rows, slot = len(slots), slots.numpy()
     real, sampled = slot >= 0, num_sampled.numpy()[:rows] > 0
-    delta = -num_rejected.numpy()[:rows] if starts is None else np.diff(starts.numpy()[: rows + 1]) - num_rejected.numpy()[:rows]
+    delta = (
+        -num_rejected.numpy()[:rows] if starts is None else np.diff(starts.numpy()[: rows + 1]) - num_rejected.numpy()[:rows]
+    )
     computed.numpy()[slot[real]] += delta[real]
     drawn = slot[real & sampled]
     new, at = tokens.numpy()[real & sampled, 0], total_len.numpy()
@@ -111,7 +113,9 @@ def _post_update(
         bins.numpy()[drawn, new] += 1
 
 
-def _gather_block_tables(self: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **_: Any) -> Any:
+def _gather_block_tables(
+    self: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **_: Any
+) -> Any:
     rows, slots = len(idx_mapping), idx_mapping.numpy()
     out = tuple(self.input_block_tables) if out is None else out
     for source, table in zip(self.block_tables, out, strict=True):
@@ -136,9 +140,7 @@ def _compute_slot_mappings(
 def _apply_write(self: Any) -> None:
     table, begin = self.gpu.numpy(), 0
     table = table if table.ndim == 2 else table[:, None]
-    for row, start, end in zip(
-        self._staged_write_indices, self._staged_write_starts, self._staged_write_cu_lens, strict=True
-    ):
+    for row, start, end in zip(self._staged_write_indices, self._staged_write_starts, self._staged_write_cu_lens, strict=True):
         table[row, start : start + end - begin] = self._staged_write_contents[begin:end]
         begin = end
     self.clear_staged_writes()

@@ -232,7 +232,8 @@ def checked_params(kwargs: dict[str, Any]) -> SamplingParams:
         ValueError: parameters that vLLM refuses, by whatever exception.
     """
     try:
-        return SamplingParams(**{"output_kind": RequestOutputKind.FINAL_ONLY, **kwargs})
+        # Each request has its own parameters, which vLLM need not copy.
+        return SamplingParams(**{"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True, **kwargs})
     except (AssertionError, TypeError, ValueError, VLLMValidationError) as error:
         raise ValueError(
             f"sampling: {error}" if str(error) else f"sampling {kwargs}: vLLM refuses it by an assertion"

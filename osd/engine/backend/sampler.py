@@ -247,11 +247,15 @@ def _without_student(values_PR: torch.Tensor) -> torch.Tensor:
 # -- what vLLM's runners need of a sampler ----------------------------------------------------------------------------
 
 
-def counts(states: RequestState, batch: InputBatch, ready_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def counts(
+    states: RequestState, batch: InputBatch, ready_B: torch.Tensor, rejected_B: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (num_sampled, num_rejected) of each row, int32: the rewind rule on the device, by vLLM's own kernel.
 
-    (1, 0) where a row is ready, (0, 1) where its side is ahead, (0, 0) inside a prefill.
+    (1, 0) where a row is ready, (0, 1) where its side is ahead, (0, 0) inside a prefill. With ``rejected_B``, every row is ready.
     """
+    if rejected_B is not None:
+        return ready_B, rejected_B
     return get_num_sampled_and_rejected(
         ready_B.clone(), batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, states.prefill_len.gpu
     )
@@ -298,7 +302,7 @@ class NoSampler:
         rows = len(logits)
         zeros = torch.zeros(rows, dtype=torch.int32, device=logits.device)
         outputs = StepOutputs(token_B=zeros, values_BR=torch.empty(0), bad_side_B=zeros)
-        return sampler_output(outputs, *counts(self.states, batch, torch.ones_like(zeros)))
+        return sampler_output(outputs, *counts(self.states, batch, torch.ones_like(zeros), None))
 
 
 class _NoPenalties:

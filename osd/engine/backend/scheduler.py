@@ -23,7 +23,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -62,6 +62,8 @@ class PairScheduler(AsyncScheduler):
         student_kv = student_kv_cache_config(student_config, kv_cache_config.num_blocks)
         with set_current_vllm_config(student_config):
             self.student = AsyncScheduler(student_config, student_kv, *args, **kwargs)
+        for side in (self, self.student):
+            _allocate_quickly(side)
         self.student_eos_ids = eos_ids(student_config)
         self.weights_version = 0
         seed = vllm_config.model_config.seed, vllm_config.parallel_config.data_parallel_index
@@ -99,9 +101,7 @@ class PairScheduler(AsyncScheduler):
             if not student[request_id].is_prefill_chunk:
                 _take_back(student[request_id])
         if self._mix_limits:
-            step.unmixed = {
-                i for i in ready & self._mix_limits.keys() if _position(self.requests[i]) >= self._mix_limits[i]
-            }
+            step.unmixed = {i for i in ready & self._mix_limits.keys() if _position(self.requests[i]) >= self._mix_limits[i]}
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -289,6 +289,26 @@ class PairScheduler(AsyncScheduler):
     def shutdown(self) -> None:
         super().shutdown()
         self.student.shutdown()
+
+
+def _allocate_quickly(scheduler: Scheduler) -> None:
+    """Skip vLLM's block allocation for a token whose block a request already has: it takes half of the time to schedule a step.
+
+    Only for one group of full attention, where it would do nothing: it allocates no block, and a block that becomes full is put into the
+    prefix cache when its last token is known, in ``update_from_output``.
+    """
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:
+        return
+    manager, block_size = scheduler.kv_cache_manager, scheduler.block_size
+    allocate = manager.allocate_slots
+
+    def allocate_slots(request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        if num_new_tokens == 1 and request.num_computed_tokens % block_size:
+            return manager.empty_kv_cache_blocks
+        return allocate(request, num_new_tokens, *args, **kwargs)
+
+    manager.allocate_slots = allocate_slots
 
 
 def _position(request: Request) -> int:

@@ -236,6 +236,7 @@ class PairWorker(Worker):
         self._admit(scheduler_output, step)
         if output is not None:
             # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
+            self._join_student()
             self._finish_step(self._align(None), None)
         return output
 
@@ -307,7 +308,7 @@ class PairWorker(Worker):
         outputs = self.sampler(inputs)
         self._outputs, self._student_logits = (alignment, outputs), None
         self._record(alignment, outputs, hidden_BH)
-        num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_B)
+        num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_B, alignment.rejected_B)
         return sampler_output(outputs, num_sampled, num_rejected), num_sampled, num_rejected
 
     def _constraint(self, batch: InputBatch) -> Any:
@@ -333,7 +334,6 @@ class PairWorker(Worker):
         """Write the drawn tokens into the student's state: vLLM's own bookkeeping after sampling."""
         runner = self.student_runner
         state, runner.execute_model_state = runner.execute_model_state, None
-        self._join_student()
         if state is None:
             return  # the student had nothing to compute
         batch = state.input_batch
@@ -341,7 +341,7 @@ class PairWorker(Worker):
             tokens = take(outputs.token_B, alignment.source_S)
         else:
             tokens = torch.zeros(batch.num_reqs, dtype=torch.int64, device=self.device)
-        num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_S)
+        num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_S, alignment.rejected_S)
         runner.postprocess_sampled(batch.idx_mapping, tokens.view(-1, 1), num_sampled, num_rejected, batch.query_start_loc)
 
     # -- the record -------------------------------------------------------------------------------------------------
@@ -350,9 +350,7 @@ class PairWorker(Worker):
         if not alignment.recorded_ids:
             return
         rows = as_index(alignment.recorded_rows)
-        self.records.append(
-            alignment.recorded_ids, outputs.values_BR[rows], hidden_BH[rows] if alignment.hidden else None
-        )
+        self.records.append(alignment.recorded_ids, outputs.values_BR[rows], hidden_BH[rows] if alignment.hidden else None)
 
     def collect_records(self) -> dict[str, RequestRecord]:
         """Return every request's record since the last call."""
@@ -366,9 +364,7 @@ class PairWorker(Worker):
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
-    def load_student_weights(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False
-    ) -> int:
+    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False) -> int:
         """Replace every weight of the student, or with ``partial`` those that are given.
 
         Until one call succeeds, no step runs.
