@@ -545,7 +545,9 @@ class TestOnAGpu:
         draw, ones = ReplayedDraw(), torch.ones(8, device=DEVICE)
         seed, length = torch.arange(8, device=DEVICE), torch.ones(8, dtype=torch.int32, device=DEVICE)
         buffers = [correlated(8, 32000, torch.bfloat16, seed=seed) for seed in range(2)]
-        given = dict(vocab_size=32000, rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, seed=seed, length=length)
+        given = dict(
+            vocab_size=32000, rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, seed=seed, length=length
+        )
         earlier = []
         for step in range(8):
             theta, teacher = buffers[step % 2]
@@ -568,7 +570,9 @@ class TestOnAGpu:
 
         draw, ones = ReplayedDraw(), torch.ones(8, device=DEVICE)
         seed, length = torch.arange(8, device=DEVICE), torch.ones(8, dtype=torch.int32, device=DEVICE)
-        given = dict(vocab_size=32000, rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, seed=seed, length=length)
+        given = dict(
+            vocab_size=32000, rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, seed=seed, length=length
+        )
         before = None
         for step in range(40):
             logits = correlated(8, 32000, torch.bfloat16, seed=step)

@@ -13,13 +13,17 @@ import inspect
 import re
 from importlib import metadata
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, envs, triton_utils
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.platforms.interface import Platform
 from vllm.v1.core.block_pool import BlockPool
@@ -35,6 +39,7 @@ from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -55,16 +60,20 @@ from osd.engine.request import _ACTING
 from tests.vllm_names import Names, attributes, imports
 
 # The classes of variables; of several, one must have the attribute.
-OWNERS: dict[str, tuple[type, ...]] = {
+OWNERS: dict[str, tuple[Any, ...]] = {
     "batch": (InputBatch,),
     "block": (KVCacheBlock,),
     "config": (VllmConfig, ModelConfig),
     "current_platform": (Platform,),
     "engine": (LLMEngine,),
     "grammar": (GrammarOutput,),
+    "groups": (KVCacheGroupSpec,),
+    "head": (VocabParallelEmbedding,),
     "kv_cache_config": (KVCacheConfig,),
     "llm": (LLM,),
-    "manager": (CoreEngineProcManager,),
+    "envs": (envs,),
+    "import_module()": (topk_topp_sampler,),
+    "manager": (CoreEngineProcManager, KVCacheManager),
     "mask": (torch.Tensor,),
     "model": (ModelConfig, LlamaForCausalLM),
     "model_runner": (GPUModelRunner,),
@@ -82,20 +91,25 @@ OWNERS: dict[str, tuple[type, ...]] = {
     "runner": (GPUModelRunner,),
     "scheduled": (SchedulerOutput,),
     "scheduler_output": (SchedulerOutput,),
+    "scheduler": (Scheduler,),
     "side": (Scheduler,),
     "source": (StagedWriteTensor,),
     "spec": (FullAttentionSpec,),
     "state": (ExecuteModelState,),
     "states": (RequestState,),
     "stock": (Sampler,),
-    "student": (Scheduler,),
+    "student": (Scheduler, Request),
     "student_config": (VllmConfig,),
     "student_output": (SchedulerOutput,),
     "student_runner": (GPUModelRunner,),
     "table": (StagedWriteTensor,),
     "teacher": (KVCacheConfig, VllmConfig, SchedulerConfig),
     "teacher_config": (VllmConfig,),
+    "utils": (layer_utils, triton_utils),
     "vllm_config": (VllmConfig,),
+    "_allocator()": (CuMemAllocator,),
+    "student_kv_cache_config()": (KVCacheConfig,),
+    "student_vllm_config()": (VllmConfig,),
 }
 # The classes of attributes.
 FIELDS: dict[str, type] = {
@@ -107,6 +121,8 @@ FIELDS: dict[str, type] = {
     "GPUModelRunner.sampler": Sampler,
     "GPUModelRunner.structured_outputs_worker": StructuredOutputsWorker,
     "KVCacheManager.get_blocks": KVCacheBlocks,
+    "KVCacheConfig.kv_cache_groups": KVCacheGroupSpec,
+    "KVCacheGroupSpec.kv_cache_spec": FullAttentionSpec,
     "LLM.llm_engine": LLMEngine,
     "LLMEngine.engine_core": SyncMPClient,
     "LLMEngine.vllm_config": VllmConfig,
@@ -164,11 +180,13 @@ def test_every_attribute_has_an_owner(names):
 
 
 def test_the_names_are_few(names, record_property):
-    used = {(cls.__name__, attr) for cls, attr in names.used if attr not in dir(torch.Tensor)}
-    count = len(used) + len(imports())
-    record_property("names_of_vllm", count)
-    print(f"{count} names of vLLM: {len(imports())} imports, {len(used)} attributes")
-    assert count <= 250
+    """Names of ``vllm.v1``, which has no stable interface, each counted once; the goal is 150."""
+    attrs = {attr for cls, attr in names.used if getattr(cls, "__module__", "").startswith("vllm.v1")}
+    imported = {name for module, name in imports() if module.startswith("vllm.v1")}
+    every = {attr for _, attr in names.used} | {name for _, name in imports()}
+    record_property("names_of_vllm", len(attrs | imported))
+    print(f"{len(attrs | imported)} names of vllm.v1 ({len(attrs)} attributes), {len(every)} of vLLM")
+    assert len(attrs | imported) <= 170
 
 
 def test_an_attribute_that_vllm_does_not_have_is_seen(names, monkeypatch):

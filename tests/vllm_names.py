@@ -15,13 +15,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
-ENGINE, BACKEND = ROOT / "osd/engine", ROOT / "osd/engine/backend"
-
-
-def load(path: str) -> Any:
-    """Return the object at ``module.name``."""
-    module, name = path.rsplit(".", 1)
-    return getattr(importlib.import_module(module), name)
+BACKEND = ROOT / "osd/engine/backend"
 
 
 def imports() -> set[tuple[str, str]]:
@@ -32,6 +26,13 @@ def imports() -> set[tuple[str, str]]:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
                 found |= {(node.module, alias.name) for alias in node.names}
     return found
+
+
+def _load(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:  # of another version or platform
+        return None
 
 
 class Names:
@@ -46,12 +47,13 @@ class Names:
         unowned: file, expression and attribute of what has none and is neither ours, torch's nor Python's.
     """
 
-    def __init__(self, owners: dict[str, tuple[type, ...]], fields: dict[str, type], bases: dict[str, type]) -> None:
-        self.owners, self.fields, self.bases = owners, fields, bases
-        self.used: set[tuple[type, str]] = set()
+    def __init__(self, owners: dict[str, tuple[Any, ...]], fields: dict[str, type], bases: dict[str, type]) -> None:
+        imported = {name: (cls,) for module, name in imports() if isinstance(cls := _load(module, name), type)}
+        self.owners, self.fields, self.bases = imported | owners, fields, bases
+        self.used: set[tuple[Any, str]] = set()
         self.missing: set[str] = set()
         self.unowned: set[tuple[str, str, str]] = set()
-        self.ours = _defined(ENGINE) | _known_elsewhere()
+        self.ours = _defined(ROOT / "osd") | _known_elsewhere()
         for file, tree in _sources(BACKEND):
             for top in tree.body:
                 base = bases.get(getattr(top, "name", ""))
@@ -71,7 +73,7 @@ class Names:
         elif node.attr not in self.ours:
             self.missing.add(f"{file}: {ast.unparse(node)}, of {' or '.join(cls.__name__ for cls in classes)}")
 
-    def _types(self, node: ast.expr, base: type | None) -> tuple[type, ...]:
+    def _types(self, node: ast.expr, base: type | None) -> tuple[Any, ...]:
         """Return the classes of vLLM that an expression may be of; none if it is not of vLLM."""
         match node:
             case ast.Name("self" | "cls") | ast.Call(ast.Name("super")):
@@ -81,17 +83,23 @@ class Names:
             case ast.Attribute(value, attr):
                 found = tuple(t for cls in self._types(value, base) if (t := self._field(cls, attr)))
                 return found or self.owners.get(attr, ())
+            case ast.Call(ast.Name(function)):
+                return self.owners.get(f"{function}()") or self.owners.get(function, ())
             case ast.Subscript(value) | ast.Call(value):
-                return self._types(value, base) if isinstance(value, ast.Attribute) else ()
+                return self._types(value, base)
         return ()
 
-    def _field(self, cls: type, attr: str) -> type | None:
-        return next((self.fields[key] for c in cls.__mro__ if (key := f"{c.__name__}.{attr}") in self.fields), None)
+    def _field(self, cls: Any, attr: str) -> type | None:
+        return next(
+            (self.fields[key] for c in getattr(cls, "__mro__", ()) if (key := f"{c.__name__}.{attr}") in self.fields), None
+        )
 
 
 @functools.cache
-def attributes(cls: type) -> frozenset[str]:
-    """Return every name that a class has: in its body, as a field, or assigned to ``self`` in any of its methods."""
+def attributes(cls: Any) -> frozenset[str]:
+    """Return every name that a class has (in its body, as a field, or assigned in any of its methods), or a module."""
+    if not isinstance(cls, type):
+        return frozenset(dir(cls))
     found = set(dir(cls)) | set(getattr(cls, "__dataclass_fields__", ())) | set(getattr(cls, "__struct_fields__", ()))
     for base in cls.__mro__:
         if not base.__module__.startswith("vllm"):
@@ -131,6 +139,7 @@ def _known_elsewhere() -> set[str]:
     """Return names of Python, torch and numpy that need no contract."""
     import gc
     import os
+    import queue
     import random
     import sys
     import threading
@@ -138,7 +147,34 @@ def _known_elsewhere() -> set[str]:
     from importlib import metadata
     from unittest import mock
 
-    owners: list[Any] = [dict, list, set, str, int, bytes, np.ndarray, np, torch, torch.Tensor, torch.nn.Module, torch.cuda]
-    owners += [torch.accelerator, torch.distributed, gc, os, random, random.Random, sys, threading, threading.Thread, weakref]
+    owners: list[Any] = [
+        dict,
+        list,
+        set,
+        str,
+        int,
+        bytes,
+        np.ndarray,
+        np,
+        torch,
+        torch.Tensor,
+        torch.nn,
+        torch.nn.Module,
+        torch.cuda,
+    ]
+    owners += [
+        torch.accelerator,
+        torch.distributed,
+        gc,
+        os,
+        queue,
+        random,
+        random.Random,
+        sys,
+        threading,
+        threading.Thread,
+        weakref,
+    ]
     owners += [metadata, mock, mock.patch, type, weakref.WeakSet, torch.cuda.Stream]
-    return {name for owner in owners for name in dir(owner)}
+    # "osd" is ours, on vLLM's SchedulerOutput; quantisation methods make a layer's weight.
+    return {"osd", "weight", "wait_stream", "language", *(name for owner in owners for name in dir(owner))}
