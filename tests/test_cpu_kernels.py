@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from osd.engine.backend import cpu
+from osd.engine.backend import worker as _worker  # noqa: F401  (vLLM's CPU worker replaces buffers that need a GPU)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these functions run on a CPU only")
 
@@ -195,7 +196,10 @@ def test_slot_mappings_are_computed_as_by_the_kernel(sizes):
 @pytest.mark.parametrize("shape", [(SLOTS, LONGEST), SLOTS], ids=["matrix", "vector"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
 def test_staged_writes_are_applied_as_by_the_kernel(shape, dtype):
-    cls = fresh("buffer_utils").StagedWriteTensor
+    from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
+
+    module = fresh("buffer_utils")
+    module.UvaBuffer, cls = UvaBuffer, module.StagedWriteTensor
     for seed in range(10):
         batch = Batch(seed)
         stock, ours = (cls(shape, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
