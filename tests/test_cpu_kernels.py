@@ -99,7 +99,7 @@ def post_update(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
     return state if bins is None else [*state, bins]
 
 
-# The function of vLLM that launches each kernel, and what calls it.
+# The function of vLLM's input_batch module that launches each kernel, and what calls it.
 LAUNCHERS = {
     "_prepare_prefill_inputs_kernel": ("prepare_prefill_inputs", prefill_inputs),
     "_prepare_pos_seq_lens_kernel": ("prepare_pos_seq_lens", positions),
@@ -122,8 +122,9 @@ def differing(kernel: str, function: Callable[..., None], seeds: int = 40) -> in
 
 
 def test_every_replaced_kernel_and_method_is_compared():
-    assert cpu.KERNELS.keys() == {"input_batch"}
+    assert cpu.KERNELS.keys() == {"input_batch", "structured_outputs"}
     assert cpu.KERNELS["input_batch"].keys() == LAUNCHERS.keys()
+    assert cpu.KERNELS["structured_outputs"].keys() == {"_apply_grammar_bitmask_kernel"}
     methods = {f"{owner}.{name}" for classes in cpu.METHODS.values() for owner, names in classes.items() for name in names}
     assert methods == {"BlockTables.gather_block_tables", "BlockTables.compute_slot_mappings", "StagedWriteTensor.apply_write"}
 
@@ -144,6 +145,30 @@ def test_ignored_prefills_and_skipped_rows_are_seen():
 
     assert differing("_get_num_sampled_and_rejected_kernel", no_prefill) > 10
     assert differing("_post_update_kernel", no_skipping) > 10
+
+
+def test_grammar_masks_are_those_of_the_kernel(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    store = InterpreterBuilder.create_masked_store
+
+    def with_boolean_mask(self, ptrs, value, mask, cache_policy):  # Triton 3.7's interpreter takes no other
+        mask.data = mask.data.astype(bool)
+        return store(self, ptrs, value, mask, cache_policy)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", with_boolean_mask)
+    kernel = fresh("structured_outputs")._apply_grammar_bitmask_kernel
+    for seed in range(20):
+        batch = Batch(seed)
+        rows = len(batch.slots)
+        masked = torch.randperm(rows, generator=batch.generator)[: batch.integer(1, rows)].int()
+        bitmask = batch.integers(2**31, (len(masked), (VOCAB + 31) // 32)).int()
+        logits = [torch.zeros(rows, VOCAB), torch.zeros(rows, VOCAB)]
+        for out, launch in zip(logits, (kernel[(len(masked), 1)], cpu._grammar_mask), strict=True):
+            arguments = (out, out.stride(0), masked, batch.cu_num_logits, bitmask, bitmask.stride(0), VOCAB)
+            launch(*arguments, MASK_STRIDE=1, BLOCK_SIZE=64)
+        assert logits[0].isinf().any()
+        assert torch.equal(*logits)
 
 
 def block_tables(batch: Batch, module: ModuleType, sizes: list[int]) -> Any:

@@ -28,7 +28,8 @@ from osd.kernels.graph import GraphPool
 from osd.mixing import mix
 from tests.definitions import INF, Exact, ess, kl, log_q, randn, sensitivity
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("OSD_TEST_INTERPRETED") == "1"  # not TRITON_INTERPRET, which the engine sets on a CPU
+COMPILED = os.environ.get("OSD_TEST_COMPILED") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 NAN = float("nan")
@@ -71,19 +72,35 @@ if INTERPRETED:
     ReduceOps.generic_reduce = tree
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the kernel tests run in this process")
-def test_kernels_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+def run_in_a_child(*options: str, **environment: str) -> None:
+    """Run this file in another process: Triton reads TRITON_INTERPRET when a kernel is defined; the engine sets it on a CPU."""
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-x", "-p", "no:cacheprovider", *options, __file__]
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     child = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
+        command,
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
     assert " passed" in child.stdout
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(GPU or INTERPRETED or COMPILED, reason="the kernel tests run in this process")
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_in_a_child(TRITON_INTERPRET="1", OSD_TEST_INTERPRETED="1")
+
+
+@pytest.mark.skipif(INTERPRETED or COMPILED, reason="this is the child process")
+def test_kernels_compile() -> None:
+    pytest.importorskip("triton")
+    run_in_a_child("-k", "compile_for_a_gpu", OSD_TEST_COMPILED="1")
+
+
+@pytest.mark.skipif(not COMPILED, reason="run by test_kernels_compile")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_kernels_compile_for_a_gpu(dtype: str) -> None:
     """Needs no GPU. The interpreter accepts code that the compiler rejects, such as a type that changes in a loop."""
@@ -545,9 +562,8 @@ class TestOnAGpu:
         draw, ones = ReplayedDraw(), torch.ones(8, device=DEVICE)
         seed, length = torch.arange(8, device=DEVICE), torch.ones(8, dtype=torch.int32, device=DEVICE)
         buffers = [correlated(8, 32000, torch.bfloat16, seed=seed) for seed in range(2)]
-        given = dict(
-            vocab_size=32000, rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, seed=seed, length=length
-        )
+        given = dict(rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, seed=seed, length=length)
+        given |= {"vocab_size": 32000}
         earlier = []
         for step in range(8):
             theta, teacher = buffers[step % 2]
@@ -570,9 +586,8 @@ class TestOnAGpu:
 
         draw, ones = ReplayedDraw(), torch.ones(8, device=DEVICE)
         seed, length = torch.arange(8, device=DEVICE), torch.ones(8, dtype=torch.int32, device=DEVICE)
-        given = dict(
-            vocab_size=32000, rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, seed=seed, length=length
-        )
+        given = dict(rows_theta=None, rows_teacher=None, temperature=ones, alpha=None, seed=seed, length=length)
+        given |= {"vocab_size": 32000}
         before = None
         for step in range(40):
             logits = correlated(8, 32000, torch.bfloat16, seed=step)

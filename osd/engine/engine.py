@@ -23,14 +23,11 @@ __all__ = ["EngineState", "PairCompletion", "PairConfig", "PairEngine", "PairPro
 
 
 class EngineState(Enum):
-    """State of a :class:`PairEngine`.
+    """State of a :class:`PairEngine`."""
 
-    OPEN samples. ASLEEP has given its memory back and can be woken. STALE must not sample until a weight sync succeeds. CLOSED is final.
-    """
-
-    OPEN = "open"
-    ASLEEP = "asleep"
-    STALE = "stale"
+    OPEN = "open"  # samples
+    ASLEEP = "asleep"  # has given its memory back, and can be woken
+    STALE = "stale"  # must not sample until a weight sync succeeds
     CLOSED = "closed"
 
 
@@ -209,8 +206,8 @@ class PairEngine:
     def _abandon(self, ids: dict[str, str]) -> None:
         """Clean up after an exception in mid-run: end every request, drop their records, and forget the prefix caches.
 
-        vLLM puts a block into the prefix cache when it schedules it, and a step that failed never filled it. An engine whose process has
-        ended (Ctrl-C reaches the whole process group) is closed.
+        vLLM puts a block into the prefix cache when it schedules it, and a step that failed never filled it. An engine whose
+        process has ended (Ctrl-C reaches the whole process group) is closed.
         """
         if self._state is EngineState.CLOSED:
             return
@@ -265,7 +262,7 @@ class PairEngine:
         return self._state is not EngineState.STALE
 
     def teacher_lm_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the teacher's output layer: weight [V, H] and bias [V] or None. By reference, or a copy if the engine can sleep.
+        """Return the teacher's output layer: weight [V, H] and bias [V] or None; a copy if the engine can sleep.
 
         Raises:
             RuntimeError: the worker is not in this process, or the vocabulary is sharded over several.
@@ -302,7 +299,7 @@ class PairEngine:
             raise RuntimeError(f"this engine is stale ({self._stale_reason}); sync the student before it sleeps")
         if self._state is EngineState.OPEN:
             self._state = EngineState.ASLEEP
-            self._frontend.sleep()
+            self._frontend.ask("sleep", level=1)
 
     def wake_up(self) -> None:
         """Take the memory again and restore both models at the same addresses, with empty caches.
@@ -311,13 +308,13 @@ class PairEngine:
         """
         self._check_open()
         if self._state is EngineState.ASLEEP:
-            self._frontend.wake_up()
+            self._frontend.ask("wake_up")
             self._state = EngineState.OPEN
 
     def reset_prefix_cache(self) -> bool:
         """Forget both sides' prefix caches; False if unfinished requests use them, and nothing was done."""
         self._check_open()
-        return self._frontend.reset_prefix_cache()
+        return self._frontend.ask("reset_prefix_cache")
 
     def _check_open(self) -> None:
         if self._state is EngineState.CLOSED:
@@ -340,7 +337,7 @@ class PairEngine:
             return
         try:
             if was is EngineState.ASLEEP and self._frontend.alive:
-                self._frontend.wake_up()  # vLLM's allocator cannot free memory that it has unmapped
+                self._frontend.ask("wake_up")  # vLLM's allocator cannot free memory that it has unmapped
         finally:
             self._frontend.close()
 

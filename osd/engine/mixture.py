@@ -146,8 +146,8 @@ def draw(logq_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, 
 def uniform(seed_B: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
     """Return a number in [0, 1) for each seed and length, float64 [B]: the same pair gives the same number.
 
-    SplitMix64 of the seed, then of that plus the length times the golden ratio; the top 53 bits. A request's draws depend on its
-    seed and on how many tokens come before, not on its batch, on preemptions or on the device.
+    SplitMix64 of the seed, then of that plus the length times the golden ratio; the top 53 bits. A request's draws depend on
+    its seed and on how many tokens come before, not on its batch, on preemptions or on the device.
 
     Args:
         seed_B: int64 [B].

@@ -24,8 +24,8 @@ class PairOptions:
         teacher_only: sample from the teacher and never run the student (its record has NaN in the student's columns).
         record: keep the per-token record on the device until ``take_records``.
         hidden: keep the teacher's final hidden state with it.
-        weights_version: the student weights to sample with. A version newer than the scheduler's resets the student's prefix cache,
-            and the worker refuses to run with any other weights. None: whatever is loaded.
+        weights_version: the student weights to sample with. A version newer than the scheduler's resets the student's prefix
+            cache, and the worker refuses to run with any other weights. None: whatever is loaded.
 
     Raises:
         ValueError: an α outside [0, 1], or a negative ``mix_tokens``.

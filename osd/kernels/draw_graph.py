@@ -36,7 +36,7 @@ class ReplayedDraw:
 
     @torch.no_grad()
     def __call__(
-        self, logits_theta: Tensor, logits_teacher: Tensor, config: MixingConfig, *, vocab_size: int, **tensors: Tensor | None
+        self, logits_theta: Tensor, logits_teacher: Tensor, config: MixingConfig, *, vocab_size: int, **tensors: Any
     ) -> tuple[Tensor, Tensor]:
         """Draw one token per row.
 

@@ -45,8 +45,7 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
 def _step_limits(teacher: SchedulerConfig, own: dict[str, Any]) -> dict[str, int]:
     """Return the teacher's step limits, adapted to the student's ``own`` engine arguments.
 
-    A side that admits less than the other holds it up, and vLLM's defaults would: they depend on the caller, and are 8 times larger
-    for `LLM` than elsewhere.
+    A side that admits less than the other holds it up. vLLM's defaults depend on the caller: 8 times larger for `LLM`.
     """
     tokens = own.get("max_num_batched_tokens", teacher.max_num_batched_tokens)
     if own.get("enable_chunked_prefill") is False and "max_num_batched_tokens" not in own:

@@ -1,9 +1,8 @@
-"""Everything that vLLM's model runner V2 needs on a CPU; nothing here acts on a GPU.
+"""Support for vLLM's model runner V2 on a CPU; nothing here acts on a GPU.
 
-The runner does its bookkeeping in Triton kernels. On a CPU, Triton's interpreter runs them, slowly: a third of a second a step for eight
-rows. The kernels of every step are therefore replaced by numpy functions with the same arguments, which
-`tests/test_cpu_kernels.py` compares with the kernels' own source in the interpreter. The rarely used ones (penalties, logit bias, bad words,
-min-p, grammars) stay interpreted.
+The runner does its bookkeeping in Triton kernels, and Triton's interpreter takes a third of a second for those of one step. So
+numpy functions with the same arguments replace the kernels of every step; tests/test_cpu_kernels.py compares them with the
+kernels' source in the interpreter. The rarely used kernels (penalties, logit bias, bad words, min-p) stay interpreted.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 def prepare() -> None:
     """Let vLLM use Triton on this CPU; call it before the modules of vLLM's model runner are imported.
 
-    vLLM takes Triton on a CPU only with a "cpu" backend, which the published Triton does not have. The interpreter stands in for it.
+    vLLM takes Triton on a CPU only with a "cpu" backend, which the published Triton lacks; the interpreter stands in for it.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -46,8 +45,8 @@ def prepare() -> None:
 
 
 def _prefill_inputs(
-    input_ids: Any, next_prefill: Any, _s: int, lookahead: int, slots: Any, starts: Any, all_ids: Any, _t: int, prefill_len: Any,
-    computed: Any, **_: Any,
+    input_ids: Any, next_prefill: Any, _s: int, lookahead: int, slots: Any, starts: Any, all_ids: Any, _t: int,
+    prefill_len: Any, computed: Any, **_: Any,
 ) -> None:  # fmt: skip
     ids, following, tokens = input_ids.numpy(), next_prefill.numpy(), all_ids.numpy()
     first, slot_of_row = starts.tolist(), slots.numpy()
@@ -113,6 +112,17 @@ def _post_update(
         bins.numpy()[drawn, new] += 1
 
 
+def _grammar_mask(
+    logits: Any, _l: int, mapping: Any, cu_logits: Any, bitmask: Any, _b: int, vocab_size: int, MASK_STRIDE: int, **_: Any
+) -> None:
+    rows, first = logits.numpy(), cu_logits.numpy()
+    forbidden = np.unpackbits(bitmask.numpy().view(np.uint8), axis=1, bitorder="little")[:, :vocab_size] == 0
+    for mask, index in zip(forbidden, mapping.tolist(), strict=True):
+        request, position = divmod(index, MASK_STRIDE)
+        if position < first[request + 1] - first[request]:
+            rows[first[request] + position, mask] = float("-inf")
+
+
 def _gather_block_tables(
     self: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **_: Any
 ) -> Any:
@@ -154,7 +164,8 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
         "_combine_sampled_and_draft_tokens_kernel": _combine_tokens,
         "_get_num_sampled_and_rejected_kernel": _sampled_and_rejected,
         "_post_update_kernel": _post_update,
-    }
+    },
+    "structured_outputs": {"_apply_grammar_bitmask_kernel": _grammar_mask},
 }
 METHODS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
     "block_table": {
@@ -187,7 +198,8 @@ def install_kernels() -> None:
         for owner, methods in classes.items():
             for name, function in methods.items():
                 setattr(getattr(import_module(f"vllm.v1.worker.gpu.{module}"), owner), name, function)
-    import_module("vllm.v1.sample.ops.topk_topp_sampler").HAS_TRITON = False  # its kernel needs more than the interpreter has
+    # The kernel of top-k and top-p needs more than the interpreter has.
+    vars(import_module("vllm.v1.sample.ops.topk_topp_sampler"))["HAS_TRITON"] = False
 
 
 # -- the student's weights --------------------------------------------------------------------------------------------
@@ -196,8 +208,8 @@ def install_kernels() -> None:
 def keep_weights() -> Any:
     """Load a model whose linear layers keep their weights beside the packed ones, so that a sync can load into them.
 
-    Symptom: a shape mismatch in ``load_weights`` after the first load. Cause: on a CPU vLLM packs every linear layer for oneDNN and drops
-    the original. Versions: 0.32. To be removed when vLLM can reload packed weights one tensor at a time.
+    Symptom: a shape mismatch in ``load_weights`` after the first load. Cause: on a CPU vLLM packs every linear layer for oneDNN
+    and drops the original. Versions: 0.32. To be removed when vLLM can reload packed weights one tensor at a time.
     """
     if not _is_cpu():
         return nullcontext()
@@ -221,8 +233,7 @@ def pack_weights(model: torch.nn.Module) -> None:
 def keep_torch_threads() -> None:
     """Keep vLLM on a CPU from leaving this process's torch, and a trainer in it, with one thread.
 
-    Its worker sets torch to one thread for serving unless OMP_NUM_THREADS says otherwise, and then makes ``torch.set_num_threads`` do
-    nothing.
+    Unless OMP_NUM_THREADS is set, its worker sets torch to one thread and then makes ``torch.set_num_threads`` do nothing.
     """
     from vllm import envs
 

@@ -6,7 +6,7 @@ import gc
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 from unittest import mock
@@ -40,7 +40,7 @@ class Frontend:
         RuntimeError: another one lives in this process; vLLM starts without the pair's worker.
     """
 
-    _in_this_process: weakref.ref[Frontend] | None = None
+    _in_this_process: Any = None  # a weak reference
 
     def __init__(self, config: PairConfig) -> None:
         self._check_alone()
@@ -134,29 +134,16 @@ class Frontend:
     # -- calls ------------------------------------------------------------------------------------------------------
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker; return their answers.
+        """Call a method of every worker; return their answers."""
+        return self.ask("collective_rpc", method, args=args)
+
+    def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of vLLM's ``LLM``. vLLM's own wait for an engine in another process never ends if that process does.
 
         Raises:
             EngineDied: the engine's process ended before it answered.
         """
-        assert self.llm is not None
-        return self._answer(self.llm.collective_rpc, method, args=args)
-
-    def reset_prefix_cache(self) -> bool:
-        """Forget both sides' prefix caches; False if unfinished requests use them, and nothing was done."""
-        assert self.llm is not None
-        return self._answer(self.llm.reset_prefix_cache)
-
-    def sleep(self) -> None:
-        assert self.llm is not None
-        self._answer(self.llm.sleep, level=1)
-
-    def wake_up(self) -> None:
-        assert self.llm is not None
-        self._answer(self.llm.wake_up)
-
-    def _answer(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function that waits for the engine's process. vLLM's own wait never ends if that process does."""
+        function = getattr(self.llm, name)
         if self._core is not None:
             return function(*args, **kwargs)
         result: list[Any] = []
@@ -215,7 +202,7 @@ class Frontend:
             return
         try:
             # vLLM's shutdown would destroy process groups that are a trainer's or another engine's.
-            with mock.patch.object(core, "cleanup_dist_env_and_memory", lambda: None):
+            with mock.patch.object(core, "cleanup_dist_env_and_memory"):
                 llm.llm_engine.engine_core.shutdown()
         finally:
             del llm

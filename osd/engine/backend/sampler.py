@@ -1,8 +1,8 @@
 """PairSampler: draws a step's tokens from q*, in the place of vLLM's sampler.
 
-Order of operations: both policies are tempered and mixed into log q*; then logit bias, allowed tokens, penalties, bad words, a
-thinking budget, a grammar, min-p, top-k and top-p act on log q* as vLLM defines them on logits. vLLM's own sampler keeps the state of
-these operations and applies them. Where none is active and a GPU is there, the kernels mix and draw at once and log q* is never written.
+Order of operations: both policies are tempered and mixed into log q*. Then a grammar, logit bias, allowed tokens, penalties,
+bad words, a thinking budget, min-p, top-k and top-p act on log q*, as vLLM defines them on logits; vLLM's own sampler keeps their
+state and applies them. Where none is active, on a GPU, the kernels mix and draw at once and log q* is never written.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StepInputs:
     """One step's logits and rows.
 
     Attributes:
-        teacher, student: raw logits [B, V'] and [S, V''] in the models' own vocabularies; student is None where no row is mixed.
+        teacher, student: raw logits [B, V'] and [S, V''] in the models' own vocabularies; no student where no row is mixed.
         alignment: the rows that are sampled, and how.
         batch: the teacher's batch.
         constrain: masks log q* [B, V'] in place by the requests' grammars, or None.
@@ -252,7 +252,7 @@ def counts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (num_sampled, num_rejected) of each row, int32: the rewind rule on the device, by vLLM's own kernel.
 
-    (1, 0) where a row is ready, (0, 1) where its side is ahead, (0, 0) inside a prefill. With ``rejected_B``, every row is ready.
+    (1, 0) where a row is ready, (0, 1) where its side is ahead, (0, 0) inside a prefill. ``rejected_B``: every row is ready.
     """
     if rejected_B is not None:
         return ready_B, rejected_B
@@ -282,10 +282,7 @@ def set_prompt_mask(stock: Sampler, slot: int, prompt_token_ids: list[int]) -> N
 
 
 class NoSampler:
-    """The student's sampler: it keeps no state, and its tokens are drawn by the teacher's side.
-
-    vLLM's own would copy its states in every step and hold a count of every token of the vocabulary for every request.
-    """
+    """The student's sampler: keeps no state, where vLLM's would hold a count of every token of the vocabulary per request."""
 
     def __init__(self, states: RequestState) -> None:
         self.states = states

@@ -1,19 +1,18 @@
 """PairScheduler: a stock vLLM scheduler for the teacher, another for the student, and the rule that keeps them in step.
 
-Every request exists in both, with its own prompt and its own KV blocks. A request advances only on a step where both sides compute
+Every request exists in both, with its own prompt and KV blocks. A request advances only on a step where both sides compute
 logits for the same output position. Where one side gets there first (chunked prefill, a prefix-cache hit, a preemption on the
-other side), its sample is rejected and its ``num_computed_tokens`` goes back by one, so that it computes just that token again in the
-next step. No side waits for the other, so there is no deadlock: both schedulers serve requests in arrival order, and the oldest
-request progresses on both sides in every step.
-
-Whether a request is sampled in a step is known when the step is scheduled, before any token arrives. The rule therefore holds with
-async scheduling, where a step is scheduled while the one before it runs.
+other side), its sample is rejected and its ``num_computed_tokens`` goes back by one, so that the next step computes just that
+token again. No side waits, so there is no deadlock: both schedulers serve requests in arrival order, and the oldest request
+progresses on both sides in every step. Which requests a step samples is known when it is scheduled, before any token arrives; so the rule
+holds with async scheduling, where a step is scheduled while the one before it runs.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +55,7 @@ class PairScheduler(AsyncScheduler):
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
-        assert not (self.connector or self.num_spec_tokens or self.use_pp or self.lora_config), "PairConfig refuses these"
+        assert not any((self.connector, self.num_spec_tokens, self.use_pp, self.lora_config)), "PairConfig refuses these"
         student_config = student_vllm_config(vllm_config)
         student_config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
         student_kv = student_kv_cache_config(student_config, kv_cache_config.num_blocks)
@@ -150,8 +149,8 @@ class PairScheduler(AsyncScheduler):
     def _scrub(self, request_id: str) -> None:
         """Evict a failed request's own KV blocks from both prefix caches, and zero them before their next use.
 
-        Attention multiplies a masked slot's value by zero, and NaN times zero is NaN, so NaN in a freed block would fail its next
-        owner. Blocks shared with other requests stay.
+        Attention multiplies masked slots by 0, and 0 × NaN is NaN, so NaN in a freed block would fail its next owner.
+        Blocks shared with other requests stay.
         """
         for side, to_zero in self._to_zero.items():
             if request_id not in side.requests:
@@ -183,7 +182,7 @@ class PairScheduler(AsyncScheduler):
             # Raising here would end the engine because of one bad request: answer the request with an error instead.
             self._refused.append((request, str(error)))
             return
-        params = request.sampling_params
+        request.sampling_params = params = copy(request.sampling_params)  # vLLM shares one between the n of a request
         self._add_student_eos(params)
         if params.seed is None:
             params.seed = self._seeds.getrandbits(63)  # here, so that all tensor-parallel ranks draw the same
@@ -292,10 +291,10 @@ class PairScheduler(AsyncScheduler):
 
 
 def _allocate_quickly(scheduler: Scheduler) -> None:
-    """Skip vLLM's block allocation for a token whose block a request already has: it takes half of the time to schedule a step.
+    """Skip vLLM's block allocation for a token whose block a request already has: half of a step's scheduling time.
 
-    Only for one group of full attention, where it would do nothing: it allocates no block, and a block that becomes full is put into the
-    prefix cache when its last token is known, in ``update_from_output``.
+    Only for one group of full attention, where it would allocate nothing. A block that becomes full enters the prefix cache
+    when its last token is known, in ``update_from_output``.
     """
     groups = scheduler.kv_cache_config.kv_cache_groups
     if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:

@@ -1,16 +1,17 @@
 """PairWorker: one vLLM worker process that holds two model runners on the same device.
 
-``self.model_runner`` is the teacher's, built by vLLM; ``self.student_runner`` is built here from the student's own ``VllmConfig``.
-Each has its own weights, KV cache, compile artefacts and CUDA graphs. A step runs both forward passes, draws from q* in the place of
-the teacher's sampler, and writes the drawn tokens into both runners' state.
+``self.model_runner`` is the teacher's, built by vLLM. ``self.student_runner`` is built here from the student's ``VllmConfig``.
+Each has its own weights, KV cache, compile artefacts and CUDA graphs. A step runs both forward passes, draws from q* in the
+place of the teacher's sampler, and writes the drawn tokens into both runners' state.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
@@ -80,7 +81,6 @@ class PairWorker(Worker):
         self.student_config = student_vllm_config(self.vllm_config)
         _refuse_recurrent(teacher=self.model_config, student=self.student_config.model_config)
         super().init_device()
-        self._create_cublas_workspace()
         with set_current_vllm_config(self.student_config):
             self.student_runner = type(self.model_runner)(self.student_config, self.device)
         self.records = RecordLog()
@@ -93,8 +93,7 @@ class PairWorker(Worker):
     def _as_student(self) -> Iterator[None]:
         """Run the body with the student in the teacher's place, so that vLLM's own worker code serves both.
 
-        Its CUDA graphs get a memory pool of their own: vLLM gives all graphs of a process one, which is right only for graphs that
-        never run at the same time.
+        The student's CUDA graphs get their own memory pool: vLLM's one pool is only for graphs that never run at the same time.
         """
         platform: Any = type(current_platform)
         own = {name: getattr(self, name) for name in ("vllm_config", "model_runner", *_CONFIG_ATTRIBUTES)}
@@ -166,33 +165,28 @@ class PairWorker(Worker):
 
     def _student_kv_cache_config(self, teacher: KVCacheConfig) -> KVCacheConfig:
         specs = self.student_runner.get_kv_cache_spec()
-        self._check_student_specs(specs, teacher.num_blocks)
-        self.student_config.cache_config.num_gpu_blocks_override = teacher.num_blocks
-        config = plan_kv_cache(self.student_config, specs, teacher.num_blocks * _block_bytes(specs))
-        for name in ("kv_cache_layout", "hash_block_size", "cache_hit_alignment_tokens"):
-            setattr(config, name, getattr(teacher, name))
-        return config
-
-    def _check_student_specs(self, specs: dict[str, Any], num_blocks: int) -> None:
-        """Raise unless the student's layers are the uniform full attention that its scheduler plans for."""
-        planned = student_kv_cache_config(self.student_config, num_blocks).kv_cache_groups[0].kv_cache_spec
+        planned = student_kv_cache_config(self.student_config, teacher.num_blocks).kv_cache_groups[0].kv_cache_spec
         for layer, spec in specs.items():
             if type(spec) is not type(planned) or spec.block_size != planned.block_size or spec.sliding_window:
                 raise ValueError(
                     f"student {self.student_config.model_config.model!r}: layer {layer} has the KV cache {spec}, and the "
                     "paired engine supports students with full attention in every layer (Llama, Qwen2, Qwen3, ...)"
                 )
+        self.student_config.cache_config.num_gpu_blocks_override = teacher.num_blocks
+        config = plan_kv_cache(self.student_config, specs, teacher.num_blocks * _block_bytes(specs))
+        for name in ("kv_cache_layout", "hash_block_size", "cache_hit_alignment_tokens"):
+            setattr(config, name, getattr(teacher, name))
+        return config
 
     def compile_or_warm_up_model(self) -> Any:
-        with self._as_student():
+        with self._as_student(), mock.patch.object(self, "_maybe_activate_jit_monitor", create=True):
             super().compile_or_warm_up_model()
-        times = super().compile_or_warm_up_model()
         self._warm_up_sampler()
-        return times
+        return super().compile_or_warm_up_model()  # ends by warning of kernels that are compiled from here on
 
     @torch.inference_mode()
     def _warm_up_sampler(self) -> None:
-        """Compile the kernels that the first step would compile; those of other methods are compiled when they are used."""
+        """Compile the default method's kernels, which the first step would compile."""
         logits = []
         for runner in (self.model_runner, self.student_runner):
             config = runner.model_config
@@ -201,10 +195,10 @@ class PairWorker(Worker):
         self.sampler.warm_up(*logits)
 
     def overlap_forwards(self, on: bool) -> bool:
-        """Run the student's forward pass beside the teacher's on a stream of its own, or before it; return which it will be.
+        """Run the student's forward pass beside the teacher's on its own stream, or before it; return which it will be.
 
-        Decoding a few rows leaves much of a GPU idle in either pass. Where the two share more than the device they run one after the
-        other: tensor parallel ranks (their collectives), mixtures of experts (vLLM's workspace).
+        They run one after the other where they share more than the device: tensor parallel ranks share collectives, mixtures of
+        experts share vLLM's workspace.
         """
         configs = (self.vllm_config, self.student_config)
         separate = self.parallel_config.world_size == 1 and not any(config.model_config.is_moe for config in configs)
@@ -230,7 +224,9 @@ class PairWorker(Worker):
         # An exception (an interrupt, out of memory) ends a step and leaves its forward pass here; it is not sampled.
         self.model_runner.execute_model_state = self.student_runner.execute_model_state = None
         self._check_weights(step)
-        with self._beside_the_teacher():
+        if self.student_stream is not None:
+            self.student_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.student_stream) if self.student_stream is not None else nullcontext():
             self._student_forward(step)
         output = super().execute_model(scheduler_output)
         self._admit(scheduler_output, step)
@@ -239,16 +235,6 @@ class PairWorker(Worker):
             self._join_student()
             self._finish_step(self._align(None), None)
         return output
-
-    @contextmanager
-    def _beside_the_teacher(self) -> Iterator[None]:
-        """Run the body on the student's stream, after everything that has been launched so far."""
-        if self.student_stream is None:
-            yield
-            return
-        self.student_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.student_stream):
-            yield
 
     def _student_forward(self, step: PairStep) -> None:
         runner, self._student_logits = self.student_runner, None
@@ -365,12 +351,9 @@ class PairWorker(Worker):
     # -- the student's weights --------------------------------------------------------------------------------------
 
     def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False) -> int:
-        """Replace every weight of the student, or with ``partial`` those that are given.
+        """Replace every weight of the student, or with ``partial`` those given; return the new version.
 
-        Until one call succeeds, no step runs.
-
-        Returns:
-            the new version.
+        No step runs until a call succeeds.
         """
         if partial and not (self.weights_loaded and self.weights_version):
             raise ValueError("partial=True: no sync of every weight came before, or the last one failed; push them all once")
@@ -413,28 +396,15 @@ class PairWorker(Worker):
             return super()._maybe_get_memory_pool_context(tag)
         return _allocator().use_memory_pool(tag=tag)  # vLLM's own would take the teacher's weights for another engine's
 
-    def _create_cublas_workspace(self) -> None:
-        """Make cuBLAS allocate its workspace now, outside of the pools that sleep unmaps: a trainer uses it meanwhile."""
-        if self.model_config.enable_sleep_mode:
-            torch.mm(torch.zeros(8, 8, device=self.device), torch.zeros(8, 8, device=self.device))
-
     def sleep(self, level: int = 1) -> None:
-        """Free the memory of both sides' weights and caches; the weights are backed up on the host, the caches are lost.
-
-        Raises:
-            ValueError: another level than 1; vLLM's level 2 would lose the teacher.
-        """
+        """Free the memory of both sides' weights and caches; the weights are backed up on the host, the caches are lost."""
         if level != 1:
             raise ValueError(f"sleep level={level}: a pair sleeps at level 1, which keeps both models on the host")
         super().sleep(level)
 
     @torch.inference_mode()
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Restore both models and zero both KV caches: attention multiplies masked slots by 0, and 0 × NaN is NaN.
-
-        Raises:
-            ValueError: ``tags`` that leave a part asleep.
-        """
+        """Restore both models and zero both KV caches: attention multiplies masked slots by 0, and 0 × NaN is NaN."""
         if tags is not None:
             raise ValueError(f"wake_up tags={tags}: a pair wakes up whole; leave them out")
         torch.accelerator.empty_cache()  # memory that a trainer in this process no longer uses
@@ -446,10 +416,7 @@ class PairWorker(Worker):
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
-        """Free both models and their KV caches even if something still references them (a traceback's frames, torch.compile).
-
-        vLLM's own shutdown handles one runner, and does not free a model that something references.
-        """
+        """Free both models and their KV caches even if something still references them (a traceback, torch.compile)."""
         workers.discard(self)
         runners = [runner for name in ("student_runner", "model_runner") if (runner := getattr(self, name, None))]
         models = [runner.get_model() for runner in runners if getattr(runner, "model", None) is not None]
@@ -471,10 +438,7 @@ class PairWorker(Worker):
 
 @torch.inference_mode()
 def _free(model: torch.nn.Module) -> None:
-    """Unregister a compiled model from torch's compiler, and free its parameters in place.
-
-    Its buffers stay: vLLM's models of one process share rotary caches.
-    """
+    """Unregister a model from torch's compiler and free its parameters in place; models share some buffers, so those stay."""
     for module in model.modules():
         if isinstance(module, TorchCompileWithNoGuardsWrapper):
             module.cleanup()
