@@ -33,12 +33,23 @@ def prepare() -> None:
     import triton.backends
     import triton.language
 
-    triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=_NoDriver, compiler=None)
     # vLLM was imported before, and took Triton for missing: so in its own worker processes.
     for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"]:
         for name, value in (("HAS_TRITON", True), ("triton", triton), ("tl", triton.language)):
             if name in vars(module):
                 setattr(module, name, value)
+
+
+class _NoDriver:
+    """A driver that counts as active and cannot be made: torch's compiler then goes on as without a GPU."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def __init__(self) -> None:
+        raise RuntimeError("0 active drivers: Triton's interpreter runs the kernels")
 
 
 # -- vLLM's kernels in numpy ------------------------------------------------------------------------------------------
