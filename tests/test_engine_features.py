@@ -309,10 +309,10 @@ PLACES = {
     "scheduler": ["schedule", "_pair_up", "_zero_scrubbed_blocks", "update_from_output", "_update_student"],
     "student scheduler": ["schedule"],
     "worker": [
-        *("execute_model", "_check_weights", "_student_forward", "_admit", "sample_tokens", "_sample"),
+        *("execute_model", "_check_weights", "_student_forward", "_admit", "sample_tokens"),
         *("_align", "_constraint", "_record", "_finish_step"),
     ],
-    "teacher runner": ["execute_model", "sample_tokens", "postprocess_sampled"],
+    "teacher runner": ["execute_model", "sample_tokens", "sample", "postprocess_sampled"],
     "student runner": ["execute_model", "postprocess_sampled"],
 }
 
