@@ -14,12 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # vLLM's attention for float32 on a GPU is Triton's, which multiplies in TF32 unless told otherwise: 1e-2 off.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.async_cpu import allow_async_scheduling
+from tests.exact import reference
+from tests.pairs import start
 from tests.tiny import tiny_model
 
 
@@ -34,6 +37,31 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two random models of one vocabulary (teacher, student), different enough for α to move."""
     root = tmp_path_factory.mktemp("tiny")
     return tiny_model(root / "teacher", seed=1), tiny_model(root / "student", seed=2)
+
+
+@pytest.fixture(scope="module")
+def model_paths(tiny_pair: tuple[Path, Path]) -> tuple[Path, Path]:
+    """Teacher and student of `engine` and `models`; a test module may define its own."""
+    return tiny_pair
+
+
+@pytest.fixture(scope="module")
+def engine(model_paths: tuple[Path, Path], request: pytest.FixtureRequest) -> Iterator:
+    """One open pair per test module.
+
+    Its arguments are those of `PairConfig`: the module's ``ENGINE``, updated by the fixture's parameter (``indirect=True``).
+    ``engine_kwargs`` update `tiny_engine_kwargs`.
+    """
+    config = {**getattr(request.module, "ENGINE", {}), **getattr(request, "param", {})}
+    with start(model_paths, config) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def models(model_paths: tuple[Path, Path]) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Teacher and student in transformers, float32."""
+    teacher, student = map(reference, model_paths)
+    return teacher, student
 
 
 @pytest.fixture(scope="session")

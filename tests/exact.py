@@ -78,3 +78,45 @@ def pit_chi_square(
     u = (before.gather(-1, place) + uniform * q.gather(-1, place))[:, 0]
     counts = np.histogram(u.clamp(0, 1 - 1e-12).numpy(), bins=bins, range=(0, 1))[0]
     return float(stats.chisquare(counts).statistic)
+
+
+def q_star(
+    models: Sequence[torch.nn.Module],
+    prompts: Sequence[Sequence[int]],
+    completion: Sequence[int],
+    temperature: float = 1.0,
+    vocab: int | None = None,
+) -> torch.Tensor:
+    """log q* before each completion token by KL symmetry, float64 [T, V]; models and prompts are (teacher, student)."""
+    lt, ls = (
+        (completion_logits(model, prompt, completion)[:, :vocab] / temperature).log_softmax(-1)
+        for model, prompt in zip(models, prompts, strict=True)
+    )
+    return mixture(ls, lt, solve("kl_symmetry", ls, lt))
+
+
+def penalised(
+    logq: torch.Tensor,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    *,
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+) -> torch.Tensor:
+    """Penalties as vLLM defines them on logits, applied to log q* [T, V]: the repetition penalty counts the prompt too."""
+    out, counts = logq.clone(), torch.zeros(logq.shape[-1], dtype=torch.float64)
+    seen = torch.zeros(logq.shape[-1], dtype=torch.bool)
+    seen[list(prompt)] = True
+    for row, token in enumerate(completion):
+        out[row] = torch.where(seen, torch.where(out[row] > 0, out[row] / repetition, out[row] * repetition), out[row])
+        out[row] -= frequency * counts + presence * (counts > 0)
+        counts[token] += 1
+        seen[token] = True
+    return out
+
+
+def not_greedy(logq: torch.Tensor, tokens: Sequence[int], tie: float = 1e-4) -> list[float]:
+    """Gaps in log q* [T, V] to the most likely token, of tokens that are not it; ties in float32 are left out."""
+    gaps = logq.amax(-1) - logq.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    return gaps[gaps > tie].tolist()

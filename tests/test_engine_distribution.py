@@ -8,16 +8,17 @@ each; measured 50 to 85. Measured with the planted errors: see each test's bound
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from osd.core import MixingConfig
-from osd.engine import parts, sampler
-from osd.engine.engine import PairCompletion, PairConfig, PairEngine, PairPrompt
-from osd.engine.rows import RowPlanner
-from tests.exact import completion_logits, mixture, pit_chi_square, reference, solve
-from tests.tiny import tiny_engine_kwargs
+from osd.engine import mixture as engine_mixture
+from osd.engine.alignment import Aligner
+from osd.engine.backend import sampler
+from osd.engine.engine import PairCompletion, PairEngine, PairPrompt
+from tests.exact import completion_logits, mixture, pit_chi_square, solve
 
 pytestmark = pytest.mark.gpu
 
@@ -26,22 +27,10 @@ SEEN = 3 * THRESHOLD
 COMPLETIONS, TOKENS = 128, 160
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def models(tiny_pair):
-    return tuple(map(reference, tiny_pair))
-
-
 def plant(monkeypatch, mix) -> None:
-    """Mix by this function, on a GPU too, where kernels would do it."""
-    monkeypatch.setattr(parts, "mix", mix)
-    monkeypatch.setattr(sampler, "fused", lambda *args: False)
+    """Mix with this function, on a GPU too, where kernels would do it."""
+    monkeypatch.setattr(engine_mixture, "mix", mix)
+    monkeypatch.setattr(sampler, "use_kernels", lambda *args: False)
 
 
 def prompt_pairs(count: int) -> list[PairPrompt]:
@@ -121,7 +110,7 @@ def test_a_swapped_prompt_is_seen(engine, statistic, side):
 
 def test_a_truncated_student_is_seen(engine, statistic, monkeypatch):
     """The earlier design cut the student to its 20 most likely tokens."""
-    exact_mix = parts.mix
+    exact_mix = engine_mixture.mix
 
     def truncated(student, teacher, config, **kwargs):
         least = student.topk(20, dim=-1).values[:, -1:]
@@ -132,7 +121,7 @@ def test_a_truncated_student_is_seen(engine, statistic, monkeypatch):
 
 
 def test_alpha_off_by_a_twentieth_is_seen(engine, statistic, monkeypatch):
-    exact_mix = parts.mix
+    exact_mix = engine_mixture.mix
 
     def shifted(student, teacher, config, *, alpha_B=None, **kwargs):
         alpha_B = (exact_mix(student, teacher, config, **kwargs).alpha_B + 0.05).clamp(0, 1)
@@ -144,24 +133,24 @@ def test_alpha_off_by_a_twentieth_is_seen(engine, statistic, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 def test_a_shifted_alpha_is_seen_through_the_kernels(engine, statistic, monkeypatch):
-    ours = engine._worker().sampler
+    ours = engine._frontend.worker.sampler
     monkeypatch.setattr(ours, "mixing", MixingConfig(alpha_method="fixed", fixed_alpha=0.7))
     assert statistic() > SEEN
-    assert ours._drawing._draw.replayed > 100
+    assert ours._kernel_draw._draw.replayed > 100
 
 
 def test_a_stale_alignment_of_rows_is_seen(engine, statistic, monkeypatch):
-    """Rows still paired as they were before one batch was reordered: here, the student's moved on by one place."""
-    exact_plan = RowPlanner._build
+    """The planted error: rows paired as they were before one batch was reordered (the student's shifted by one place)."""
+    exact_build = Aligner._build
 
-    def stale(self, teacher_ids, student_ids, step, options):
-        plan = exact_plan(self, teacher_ids, student_ids, step, options)
-        if len(step.ready) == len(teacher_ids) == len(student_ids):
-            rows = torch.arange(len(student_ids), device=self.device) if plan.rows.student is None else plan.rows.student
-            plan.rows.student = rows.roll(1)
-        return plan
+    def stale(self, teacher_ids, student_ids, ready, *rest):
+        alignment = exact_build(self, teacher_ids, student_ids, ready, *rest)
+        if not len(ready) == len(teacher_ids) == len(student_ids):
+            return alignment
+        rows = torch.arange(len(student_ids), device=self.device) if alignment.student is None else alignment.student
+        return replace(alignment, student=rows.roll(1))
 
-    monkeypatch.setattr(RowPlanner, "_build", stale)
+    monkeypatch.setattr(Aligner, "_build", stale)
     assert statistic() > SEEN
 
 
@@ -180,7 +169,7 @@ def test_a_stale_alignment_of_rows_is_seen(engine, statistic, monkeypatch):
 )
 def test_the_record_is_what_the_definitions_say(engine, models, monkeypatch, record_property, config):
     """α, log q*, both policies' log-probabilities and both KLs of every token, for every method, against float64."""
-    monkeypatch.setattr(engine._worker().sampler, "mixing", config)
+    monkeypatch.setattr(engine._frontend.worker.sampler, "mixing", config)
     prompts = prompt_pairs(12)
     completions = sample(engine, prompts, max_tokens=40)
     ls, lt = log_probabilities(models, prompts, completions)

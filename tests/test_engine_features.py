@@ -1,4 +1,4 @@
-"""What vLLM can do with a request, it can do with q*: truncation, penalties, bias, stops, seeds, n, logprobs, aborts."""
+"""vLLM's request features, applied to q*: truncation, penalties, bias, stops, seeds, n, logprobs, aborts, interrupts."""
 
 from __future__ import annotations
 
@@ -9,26 +9,15 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from osd.engine.backend import worker
+from osd.engine.engine import PairPrompt
 from osd.engine.request import PairOptions
-from tests.exact import completion_logits, mixture, reference, solve
-from tests.tiny import tiny_engine_kwargs
+from tests.exact import completion_logits, mixture, penalised, q_star
+from tests.pairs import collect, run, runners, step, submit
 
 pytestmark = pytest.mark.gpu
 
 # N sampled tokens, V vocabulary.
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def models(tiny_pair):
-    return tuple(map(reference, tiny_pair))
 
 
 PROMPTS = [PairPrompt(teacher_token_ids=[7 + i, 9, 10, 11], student_token_ids=[30, 31 + i]) for i in range(8)]
@@ -39,20 +28,14 @@ def sample(engine, prompts=PROMPTS, **sampling):
     return engine.generate(prompts, sampling=settings)
 
 
-def q_star(models, prompt, completion, temperature=1.0, solve_at=None) -> torch.Tensor:
-    """log q* [N, V] of one completion; α solved at another temperature if ``solve_at`` says so."""
-    logits = [
-        completion_logits(model, ids, completion.token_ids)
-        for model, ids in zip(models, (prompt.teacher_token_ids, prompt.student_token_ids), strict=True)
-    ]
-    lt, ls = ((x / temperature).log_softmax(-1) for x in logits)
-    return mixture(ls, lt, solve("kl_symmetry", ls, lt))
+def both(prompt: PairPrompt) -> tuple[list[int], list[int]]:
+    return prompt.teacher_token_ids, prompt.student_token_ids
 
 
 def check_draws(models, completions, transform, prompts=PROMPTS, temperature=1.0):
     """Every recorded draw has the log-probability that ``transform(log q*, completion)`` [N, V] gives it."""
     for prompt, completion in zip(prompts, completions, strict=True):
-        logq = q_star(models, prompt, completion, temperature)
+        logq = q_star(models, both(prompt), completion.token_ids, temperature)
         expected = transform(logq, completion).log_softmax(-1)
         token = torch.tensor(completion.token_ids)[:, None]
         error = (completion.record.logp_draw.double() - expected.gather(-1, token)[:, 0]).abs()
@@ -100,15 +83,31 @@ def test_logit_bias_acts_on_q(engine, models):
     check_draws(models, sample(engine, logit_bias=bias), biased)
 
 
-def test_penalties_act_on_q(engine, models):
-    def penalised(logq, completion):
-        logq, counts = logq.clone(), torch.zeros(logq.shape[-1], dtype=torch.float64)
-        for row, token in enumerate(completion.token_ids):
-            logq[row] -= 0.7 * counts + 0.4 * (counts > 0)
-            counts[token] += 1
-        return logq
+PENALTIES = [dict(repetition=1.3), dict(presence=0.4), dict(frequency=0.7), dict(repetition=1.2, presence=0.3, frequency=0.2)]
 
-    check_draws(models, sample(engine, frequency_penalty=0.7, presence_penalty=0.4), penalised)
+
+@pytest.mark.parametrize("penalties", PENALTIES, ids=lambda p: "+".join(p))
+def test_penalties_count_the_students_prompt_and_the_completion(engine, models, penalties):
+    """The teacher's private prompt must not count: it may hold the answer."""
+    completions = sample(engine, **{f"{name}_penalty": value for name, value in penalties.items()})
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+
+        def expected(logq, c, prompt=prompt):
+            return penalised(logq, prompt.student_token_ids, c.token_ids, **penalties)
+
+        check_draws(models, [completion], expected, [prompt])
+
+
+def test_a_penalty_that_counts_the_teachers_prompt_is_seen(engine, models, monkeypatch):
+    """The planted error: vLLM's own prompt mask, of the request's prompt."""
+    monkeypatch.setattr(worker, "set_prompt_mask", lambda *args: None)
+    completions = sample(engine, repetition_penalty=1.3)
+
+    def expected(logq, c):
+        return penalised(logq, PROMPTS[0].student_token_ids, c.token_ids, repetition=1.3)
+
+    with pytest.raises(AssertionError):
+        check_draws(models, completions[:1], expected, PROMPTS[:1])
 
 
 def test_allowed_tokens_restrict_q(engine, models):
@@ -126,17 +125,28 @@ def test_one_batch_serves_many_kinds_of_requests(engine, models):
     completions = engine.generate(PROMPTS, sampling=sampling)
     for i, kind in enumerate(kinds):
         if kind["temperature"] == 0.0:
-            assert q_star(models, PROMPTS[i], completions[i]).argmax(-1).tolist() == completions[i].token_ids
+            assert q_star(models, both(PROMPTS[i]), completions[i].token_ids).argmax(-1).tolist() == completions[i].token_ids
             assert completions[i].record.logp_draw.abs().max() == 0
         else:
             check_draws(models, [completions[i]], lambda logq, c: logq, [PROMPTS[i]], kind["temperature"])
 
 
-def test_a_seed_fixes_a_request_whatever_it_is_batched_with(engine):
+def test_a_seed_fixes_a_request_in_every_batch(engine):
+    """Alone, in a crowd, joined by others on the way, and beside requests that leave the kernels' fast path."""
     alone = sample(engine, PROMPTS[:1], seed=11)[0].token_ids
-    crowd = engine.generate(PROMPTS, sampling=[dict(max_tokens=24, ignore_eos=True, seed=11 + i) for i in range(8)])
-    assert crowd[0].token_ids == alone
-    assert len({tuple(c.token_ids) for c in sample(engine, [PROMPTS[0]] * 8)}) > 1
+    settings = [dict(max_tokens=24, ignore_eos=True, seed=11 + i) for i in range(8)]
+    assert engine.generate(PROMPTS, sampling=settings)[0].token_ids == alone
+    assert engine.generate(PROMPTS[::-1], sampling=settings[::-1])[-1].token_ids == alone
+    joined = with_one_that_joins(engine, settings[0], PairOptions(record=True), settings[1] | {"top_k": 5}, at=9)
+    assert joined[0][0].token_ids == alone
+
+
+def test_requests_without_a_seed_differ(engine):
+    assert len({tuple(c.token_ids) for c in sample(engine, [PROMPTS[0]] * 8)}) == 8
+
+
+def test_equal_seeds_give_equal_requests_equal_tokens(engine):
+    assert len({tuple(c.token_ids) for c in sample(engine, [PROMPTS[0]] * 8, seed=5)}) == 1
 
 
 def test_stop_strings_end_both_sides(engine):
@@ -147,7 +157,7 @@ def test_stop_strings_end_both_sides(engine):
         assert c.finish_reason == "stop"
         assert "w20" not in c.text
         assert len(c.record) == len(c.token_ids)
-    scheduler = engine._engine.engine_core.engine_core.scheduler
+    scheduler = engine._frontend.scheduler
     assert not scheduler.requests
     assert not scheduler.student.requests
 
@@ -157,7 +167,7 @@ def test_logprobs_are_of_q(engine, models):
     options = PairOptions(student_prompt_token_ids=prompt.student_token_ids)
     params = SamplingParams(max_tokens=12, logprobs=3, ignore_eos=True, extra_args=options.to_extra_args())
     output = engine.llm.generate({"prompt_token_ids": prompt.teacher_token_ids}, params, use_tqdm=False)[0].outputs[0]
-    logq = q_star(models, prompt, output)
+    logq = q_star(models, both(prompt), output.token_ids)
     for row, (token, logprobs) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
         assert set(logq[row].topk(3).indices.tolist()) <= set(logprobs)
         assert logprobs[token].logprob == pytest.approx(logq[row, token].item(), abs=5e-4)
@@ -171,70 +181,68 @@ def test_n_completions_of_one_request(engine, models):
     assert len({tuple(o.token_ids) for o in outputs}) == 4
     for output in outputs:
         token = torch.tensor(output.token_ids)[:, None]
-        expected = q_star(models, prompt, output).gather(-1, token)[:, 0]
+        expected = q_star(models, both(prompt), output.token_ids).gather(-1, token)[:, 0]
         given = torch.tensor([row[t].logprob for t, row in zip(output.token_ids, output.logprobs, strict=True)])
         torch.testing.assert_close(given.double(), expected, atol=5e-4, rtol=1e-3)
 
 
 def test_aborting_one_request_leaves_the_others_as_they_were(engine):
     undisturbed = [c.token_ids for c in sample(engine, temperature=0.0)]
-    params = engine._sampling_params(PROMPTS, dict(max_tokens=24, temperature=0.0, ignore_eos=True), PairOptions(record=True))
-    names = engine._submit(PROMPTS, params)
-    outputs = {}
-    for step in range(100):
-        if step == 5:
-            engine._engine.abort_request([list(names.values())[2]], internal=True)
-        outputs |= {o.request_id: list(o.outputs[0].token_ids) for o in engine._engine.step() if o.finished}
-        if not engine._engine.has_unfinished_requests():
-            break
-    engine._take_records()
-    kept = [i for i in range(8) if i != 2]
-    assert [outputs[list(names)[i]] for i in kept] == [undisturbed[i] for i in kept]
+    names = submit(engine, PROMPTS, dict(max_tokens=24, temperature=0.0, ignore_eos=True), PairOptions(record=True))
+    aborted, finished = list(names)[2], {}
+    for _ in range(5):
+        finished |= step(engine)
+    engine._frontend.abort([names.pop(aborted)])
+    while engine._frontend.busy:
+        finished |= step(engine)
+    kept = [output.token_ids for output, _ in collect(engine, names, finished)]
+    assert kept == [ids for i, ids in enumerate(undisturbed) if i != 2]
 
 
 PENALISED = dict(max_tokens=40, ignore_eos=True, presence_penalty=0.5)
 
 
 def with_one_that_joins(engine, sampling, option, joins, at=15):
-    """Records of two requests, the second (with ``joins`` as its sampling) admitted when the first has ``at`` tokens."""
-    ids, steps = {}, itertools.count()
-    for prompt, settings in ((PROMPTS[0], sampling), (PROMPTS[1], joins)):
-        engine._submit([prompt], engine._sampling_params([prompt], settings, option), ids)
-        while engine._engine.has_unfinished_requests() and (len(ids) > 1 or next(steps) < at):
-            engine._engine.step()
-    return list(engine._take_records().values())
+    """Sample two requests, the second with ``joins`` and admitted after ``at`` steps; return completions and records."""
+    finished = {}
+    names = submit(engine, PROMPTS[:1], sampling, option)
+    for _ in range(at):
+        finished |= step(engine)
+    names |= submit(engine, PROMPTS[1:2], joins, option)
+    while engine._frontend.busy:
+        finished |= step(engine)
+    return collect(engine, names, finished)
 
 
-def test_tokens_to_mix_are_counted_on_when_a_penalised_request_joins(engine):
-    """vLLM looks up the ids of the tokens sampled so far only from then on."""
+def test_mixed_tokens_are_counted_when_a_penalised_request_joins(engine):
     option = PairOptions(mix_tokens=20, record=True)
-    first, second = with_one_that_joins(engine, dict(max_tokens=40, ignore_eos=True), option, PENALISED)
-    for record in (first, second):
-        assert ((record.values_TR[:, 0] > 0).nonzero()[:, 0] == torch.arange(20)).all()
+    for _, record in with_one_that_joins(engine, dict(max_tokens=40, ignore_eos=True), option, PENALISED):
+        assert ((record.alpha > 0).nonzero()[:, 0] == torch.arange(20)).all()
 
 
 @pytest.mark.parametrize("joins", [PENALISED, dict(max_tokens=40, ignore_eos=True, bad_words=["w9 w10"])])
-def test_min_tokens_are_counted_on_when_a_request_joins_that_reads_its_own_tokens(engine, joins):
-    sampling = dict(max_tokens=60, min_tokens=20, logit_bias={2: 100.0})  # its end as soon as it may
-    first, _ = with_one_that_joins(engine, sampling, PairOptions(record=True), joins)
-    assert len(first.values_TR) in (21, 22)  # a step later is in flight when it ends
+def test_min_tokens_are_counted_when_a_request_joins_that_reads_its_own_tokens(engine, joins):
+    sampling = dict(max_tokens=60, min_tokens=20, logit_bias={2: 100.0})  # ends as soon as it may
+    (first, record), _ = with_one_that_joins(engine, sampling, PairOptions(record=True), joins)
+    assert len(first.token_ids) == len(record) == 21
 
 
 def test_an_interrupted_run_leaves_nothing_behind(engine, monkeypatch):
     calls = iter(range(100))
-    step = engine._engine.step
+    core = engine._frontend.engine
+    stock = core.step
 
     def interrupted():
         if next(calls) == 4:
             raise KeyboardInterrupt
-        return step()
+        return stock()
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._engine, "step", interrupted)
+        patch.setattr(core, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sample(engine)
-    assert not engine._engine.has_unfinished_requests()
-    assert engine._worker().records.take() == {}
+    assert not engine._frontend.busy
+    assert engine._frontend.worker.records.take() == {}
     assert [len(c.token_ids) for c in sample(engine)] == [24] * 8
 
 
@@ -254,15 +262,11 @@ def test_a_request_can_fix_alpha(engine, models, alpha):
 def test_teacher_only_requests_run_beside_paired_ones(engine, models):
     options = [PairOptions(teacher_only=i % 2 == 0, record=True) for i in range(8)]
     sampling = dict(max_tokens=12, ignore_eos=True)
-    params = [engine._sampling_params([p], sampling, o)[0] for p, o in zip(PROMPTS, options, strict=True)]
-    names = engine._submit(PROMPTS, params)
-    outputs, records = engine._run(8, progress=False), engine._take_records()
-    for prompt, option, (name, internal) in zip(PROMPTS, options, names.items(), strict=True):
-        completion = outputs[name].outputs[0]
-        record = records[internal].of_tokens(len(completion.token_ids))
+    results = run(engine, submit(engine, PROMPTS, sampling, options))
+    for prompt, option, (completion, record) in zip(PROMPTS, options, results, strict=True):
         token = torch.tensor(completion.token_ids)[:, None]
         lt = completion_logits(models[0], prompt.teacher_token_ids, completion.token_ids).log_softmax(-1)
-        expected = lt if option.teacher_only else q_star(models, prompt, completion)
+        expected = lt if option.teacher_only else q_star(models, both(prompt), completion.token_ids)
         torch.testing.assert_close(record.logq.double(), expected.gather(-1, token)[:, 0], atol=5e-4, rtol=1e-3)
         assert record.logp_theta.isnan().all() == option.teacher_only
 
@@ -290,7 +294,7 @@ def test_structured_output_masks_q_and_not_the_teacher(engine, models):
 def test_bad_requests_are_refused_before_anything_is_sampled(engine, prompt, sampling, message):
     with pytest.raises(ValueError, match=message):
         engine.generate([prompt], sampling=dict(max_tokens=10) | sampling)
-    assert not engine._engine.has_unfinished_requests()
+    assert not engine._frontend.busy
 
 
 def test_an_unknown_option_ends_only_its_own_request(engine):
@@ -301,42 +305,77 @@ def test_an_unknown_option_ends_only_its_own_request(engine):
     assert len(outputs[1].outputs[0].token_ids) == 4
 
 
-@pytest.mark.parametrize("where", ["_set_up_sampler", "_constrain", "_record"])
-def test_an_interrupt_between_a_forward_pass_and_its_end_leaves_nothing_behind(engine, monkeypatch, where):
-    expected = [c.token_ids for c in sample(engine, temperature=0.0)]
-    worker, calls = engine._worker(), itertools.count()
-    stock = getattr(worker, where)
+PLACES = {
+    "scheduler": ["schedule", "_pair_up", "_zero_scrubbed_blocks", "update_from_output", "_update_student"],
+    "student scheduler": ["schedule"],
+    "worker": [
+        *("execute_model", "_check_weights", "_student_forward", "_admit", "sample_tokens"),
+        *("_align", "_constraint", "_record", "_finish_step"),
+    ],
+    "teacher runner": ["execute_model", "sample_tokens", "sample", "postprocess_sampled"],
+    "student runner": ["execute_model", "postprocess_sampled"],
+}
 
-    def interrupted(*args):
-        if next(calls) == 4:
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("of", "where"), [(of, where) for of, places in PLACES.items() for where in places])
+def test_an_interrupt_at_any_place_of_a_step_leaves_nothing_behind(engine, monkeypatch, greedy, of, where, after):
+    front = engine._frontend
+    owner = {
+        "scheduler": front.scheduler,
+        "student scheduler": front.scheduler.student,
+        "worker": front.worker,
+        "teacher runner": front.worker.model_runner,
+        "student runner": front.worker.student_runner,
+    }[of]
+    calls, stock = itertools.count(), getattr(owner, where)
+
+    def interrupted(*args, **kwargs):
+        now = next(calls) == 4
+        if now and not after:
             raise KeyboardInterrupt
-        return stock(*args)
+        result = stock(*args, **kwargs)
+        if now:
+            raise KeyboardInterrupt
+        return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, where, interrupted)
+        patch.setattr(owner, where, interrupted)
         with pytest.raises(KeyboardInterrupt):
             sample(engine)
-    assert [c.token_ids for c in sample(engine, temperature=0.0)] == expected
-    sample(engine, PROMPTS[:1], max_tokens=1)  # by now both runners have been told who left
-    for runner in (worker.model_runner, worker.student_runner):
-        assert len(runner.requests) <= 1
+    assert [c.token_ids for c in sample(engine, temperature=0.0)] == greedy
+    check_forgotten(engine)
 
 
-def test_requests_whose_end_a_failed_step_swallowed_are_forgotten(engine, monkeypatch):
-    """A step that fails before a runner has read who ended is not sent again."""
-    worker = engine._worker()
+@pytest.fixture(scope="module")
+def greedy(engine) -> list[list[int]]:
+    return [c.token_ids for c in sample(engine, temperature=0.0)]
+
+
+def check_forgotten(engine) -> None:
+    """Check that both runners have been told which requests ended."""
+    sample(engine, PROMPTS[:1], max_tokens=1)
+    for runner in runners(engine).values():
+        assert len(runner.req_states.req_id_to_index) <= 1
+    assert len(engine._frontend.worker.requests) <= 1
+    assert engine._frontend.worker.records.take() == {}
+    for side in (engine._frontend.scheduler, engine._frontend.scheduler.student):
+        assert not side.requests
+        assert side.kv_cache_manager.usage == 0
+
+
+def test_requests_whose_end_was_lost_in_a_failed_step_are_forgotten(engine, monkeypatch):
+    """A step that fails before a runner has read which requests ended is not sent again."""
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
     sample(engine)
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "_check_weights", interrupted)
+        patch.setattr(engine._frontend.worker, "_check_weights", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sample(engine, PROMPTS[:1])
-    sample(engine, PROMPTS[:1], max_tokens=1)
-    for runner in (worker.model_runner, worker.student_runner):
-        assert len(runner.requests) <= 1
+    check_forgotten(engine)
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
@@ -347,14 +386,12 @@ def test_a_forward_pass_that_fails_leaves_no_uncomputed_block_in_a_cache(engine,
     ]
     expected = sample(engine, prompts, temperature=0.0)[0].token_ids
     engine.reset_prefix_cache()
-    worker = engine._worker()
-    runner = worker.model_runner if side == "teacher" else worker.student_runner
 
     def out_of_memory(*args, **kwargs):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_model_forward", out_of_memory)
+        patch.setattr(type(runners(engine)[side].get_model()), "forward", out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
             sample(engine, prompts, temperature=0.0)
     again = sample(engine, prompts, temperature=0.0)[0]
@@ -369,7 +406,7 @@ def test_a_token_id_outside_the_vocabulary_is_refused(engine):
     ):
         with pytest.raises(ValueError, match="token id 9999 is not one of"):
             sample(engine, [PROMPTS[0], pair])
-    assert not engine._engine.has_unfinished_requests()
+    assert not engine._frontend.busy
 
 
 def test_a_sync_resets_the_students_cache_for_every_front_end(engine, models):
@@ -386,11 +423,3 @@ def test_a_sync_resets_the_students_cache_for_every_front_end(engine, models):
     assert (given.double() - expected).abs().max() < 5e-4
     engine.load_student_weights(student.state_dict().items())
     assert engine.llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids == first.token_ids
-
-
-def test_a_closed_engine_says_so(tiny_pair):
-    engine = PairEngine.__new__(PairEngine)
-    engine.close()
-    engine.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        engine.generate([], sampling={})

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from osd.core import MixingConfig
-from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairPrompt
 from osd.engine.request import PairOptions
-from tests.tiny import tiny_engine_kwargs
+from tests.exact import completion_logits
+from tests.pairs import run, submit
 
 pytestmark = pytest.mark.gpu
 
@@ -16,13 +17,8 @@ PROMPTS = [PairPrompt(teacher_token_ids=[7 + i, 9, 10, 11] * (1 + i), student_to
 SAMPLING = {"max_tokens": 12, "ignore_eos": True, "temperature": 1.0}
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    teacher, student = map(str, tiny_pair)
-    # Few tokens per step, so that the longer prompts are prefilled in pieces and requests reach a position at other steps.
-    kwargs = tiny_engine_kwargs(max_num_batched_tokens=16, enable_chunked_prefill=True, max_num_seqs=16)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=kwargs)) as engine:
-        yield engine
+# Few tokens per step, so that the longer prompts are prefilled in pieces and requests reach a position at other steps.
+ENGINE = {"engine_kwargs": dict(max_num_batched_tokens=16, enable_chunked_prefill=True, max_num_seqs=16)}
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 12, 40])
@@ -38,14 +34,10 @@ def test_the_first_tokens_are_mixed_and_the_others_are_the_students(engine, limi
 def test_mixed_tokens_are_counted_by_each_request_for_itself(engine):
     """Requests that start and end at different steps, and their own limits, in one batch."""
     lengths, limits = (12, 3, 7, 9), (4, 1, None, 6)
-    params = engine._sampling_params(PROMPTS, [{**SAMPLING, "max_tokens": n} for n in lengths], PairOptions())
-    for param, limit in zip(params, limits, strict=True):
-        param.extra_args = PairOptions(mix_tokens=limit, record=True, student_prompt_token_ids=[30, 31]).to_extra_args()
-    ids = engine._submit(PROMPTS, params)
-    engine._run(len(ids), progress=False)
-    records = engine._take_records()
-    for name, length, limit in zip(ids.values(), lengths, limits, strict=True):
-        alpha = records[name].values_TR[:, 0]
+    options = [PairOptions(mix_tokens=limit, record=True) for limit in limits]
+    results = run(engine, submit(engine, PROMPTS, [{**SAMPLING, "max_tokens": n} for n in lengths], options))
+    for (_, record), length, limit in zip(results, lengths, limits, strict=True):
+        alpha = record.alpha
         assert len(alpha) == length
         assert (alpha > 0).sum() == min(limit or length, length)
         assert (alpha[: limit or length] > 0).all()
@@ -86,15 +78,12 @@ def test_bad_values_are_refused(engine):
         engine.generate(PROMPTS, sampling=SAMPLING, alpha=[0.0, 0.5, None, 1.5])
 
 
-def test_a_forced_token_is_scored_by_the_teacher_alone(engine, tiny_pair):
-    """A request of one allowed token records its log-probability over the whole vocabulary: how a given text is scored."""
-    from tests.exact import completion_logits, reference
-
-    teacher = reference(tiny_pair[0])
+def test_a_forced_token_is_scored_by_the_teacher_alone(engine, models):
+    """A request with one allowed token records its log-probability over the whole vocabulary: how a given text is scored."""
     prompts = [PairPrompt(teacher_token_ids=[7, 8, 9 + i], student_token_ids=[7]) for i in range(4)]
     sampling = [{"max_tokens": 1, "temperature": 0.8, "allowed_token_ids": [20 + i]} for i in range(4)]
     completions = engine.generate(prompts, sampling=sampling, teacher_only=True)
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         assert completion.token_ids == [20 + i]
-        logp = (completion_logits(teacher, prompt.teacher_token_ids, [20 + i]) / 0.8).log_softmax(-1)
+        logp = (completion_logits(models[0], prompt.teacher_token_ids, [20 + i]) / 0.8).log_softmax(-1)
         assert completion.record.logp_teacher.item() == pytest.approx(logp[0, 20 + i].item(), abs=1e-4)

@@ -1,4 +1,4 @@
-"""Pairs that differ: vocabularies padded apart, other end-of-sequence ids, other tokenizers, broken weights, equal models."""
+"""Pairs of other models: padded vocabularies, other end-of-sequence ids or tokenizers, broken or equal weights; closing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from osd.core import MixingConfig
-from osd.engine.closing import workers
+from osd.engine.backend.worker import PairWorker, workers
 from osd.engine.engine import PairConfig, PairEngine, PairPrompt
-from osd.engine.worker import PairWorker
-from tests.exact import completion_logits, mixture, reference, solve
+from tests.exact import completion_logits, q_star, reference
+from tests.pairs import runners, start
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -30,9 +30,8 @@ PROMPTS = [PairPrompt(teacher_token_ids=[7 + i, 9, 10, 11], student_token_ids=[3
 SAMPLING = dict(max_tokens=30, temperature=1.0, ignore_eos=True)
 
 
-def pair(teacher: Path, student: Path, **config) -> PairEngine:
-    engine_kwargs = tiny_engine_kwargs(**config.pop("engine_kwargs", {}))
-    return PairEngine(PairConfig(teacher=str(teacher), student=str(student), engine_kwargs=engine_kwargs, **config))
+def pair(teacher: Path, student: Path, **config: Any) -> PairEngine:
+    return start((teacher, student), config)
 
 
 def shut_down(llm: LLM) -> None:
@@ -53,12 +52,8 @@ def test_vocabularies_padded_apart_mix_over_the_shared_ids(tmp_path, teacher_voc
     models = reference(teacher), reference(student)
     for prompt, c in zip(PROMPTS, completions, strict=True):
         assert max(c.token_ids) < 64
-        logits = [
-            completion_logits(m, ids, c.token_ids)
-            for m, ids in zip(models, (prompt.teacher_token_ids, prompt.student_token_ids), strict=True)
-        ]
-        lt, ls = (x[:, :64].log_softmax(-1) for x in logits)
-        logq = mixture(ls, lt, solve("kl_symmetry", ls, lt)).gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
+        logq = q_star(models, (prompt.teacher_token_ids, prompt.student_token_ids), c.token_ids, vocab=64)
+        logq = logq.gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(c.record.logq.double(), logq, atol=5e-4, rtol=1e-3)
         # The recorded hidden state and the shared output layer are the teacher's policy.
         logits = c.record.teacher_hidden_TH @ head.T
@@ -90,6 +85,7 @@ def test_a_missing_model_is_refused_by_name(tmp_path, tiny_pair, side):
         ({"engine_kwargs": {"worker_cls": "x"}}, "worker_cls.*set by the pair"),
         ({"engine_kwargs": {"speculative_config": {"method": "ngram"}}}, "speculative_config.*not supported"),
         ({"engine_kwargs": {"pipeline_parallel_size": 2}}, "pipeline"),
+        ({"engine_kwargs": {"watermark_config": {"key": 1}}}, "watermark_config.*not supported"),
         ({"student_kwargs": {"tensor_parallel_size": 2}}, "cannot differ"),
     ],
 )
@@ -124,8 +120,15 @@ def test_a_completion_ends_at_either_models_eos(tmp_path):
     assert {len(c.token_ids) for c in unending} == {200}
 
 
+def test_custom_logits_processors_act_on_requests_without_other_parameters(tiny_pair):
+    processors = {"logits_processors": ["tests.processors:Only"]}
+    with pair(*tiny_pair, teacher_kwargs=processors) as engine:
+        completions = engine.generate(PROMPTS, sampling=SAMPLING)
+    assert {token for c in completions for token in c.token_ids} == {20, 21}
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_equal_policies_mix_to_themselves_whatever_alpha(tmp_path, alpha):
+def test_equal_policies_mix_to_themselves_at_every_alpha(tmp_path, alpha):
     model = tiny_model(tmp_path / "m", seed=1)
     prompts = [PairPrompt(teacher_token_ids=p.teacher_token_ids, student_token_ids=p.teacher_token_ids) for p in PROMPTS]
     with pair(model, model) as engine:
@@ -156,7 +159,7 @@ def test_alpha_0_is_the_student_and_alpha_1_the_teacher_exactly(tiny_pair):
 @pytest.mark.parametrize("penalties", [{}, {"presence_penalty": 0.3, "repetition_penalty": 1.1}], ids=["plain", "penalties"])
 @pytest.mark.parametrize("broken", ["teacher", "student"])
 def test_nan_ends_one_request_naming_the_side_and_the_others_go_on(tmp_path, tiny_pair, broken, penalties):
-    """One token's embedding is NaN on one side: the request that reads it fails, and leaves no NaN in anyone's cache."""
+    """One token's embedding is NaN on one side: the request that reads it fails, and leaves no NaN in a KV cache."""
     paths = dict(zip(("teacher", "student"), tiny_pair, strict=True))
     model = AutoModelForCausalLM.from_pretrained(paths[broken], dtype=torch.float32)
     with torch.no_grad():
@@ -186,9 +189,8 @@ def test_a_second_engine_in_the_same_process_is_refused(tiny_pair):
 
 def held_by(engine: PairEngine) -> dict[str, weakref.ref]:
     """A weight, a KV cache and the runner of each side."""
-    worker = engine._worker()
     held = {}
-    for side, runner in (("teacher", worker.model_runner), ("student", worker.student_runner)):
+    for side, runner in runners(engine).items():
         weight = runner.get_model().model.layers[0].mlp.down_proj.weight
         held |= {f"{side} {n}": weakref.ref(x) for n, x in (("weight", weight), ("cache", runner.kv_caches[0]), ("", runner))}
     return held
@@ -215,7 +217,7 @@ def test_a_closed_engine_leaves_nothing_behind(tiny_pair):
 
 
 def test_an_engine_closed_by_an_error_gives_its_memory_back(tiny_pair, monkeypatch):
-    """Whoever holds on to the models: a traceback has frames of theirs, and a notebook holds the traceback."""
+    """Even if something still references the models: a traceback holds frames, and a notebook holds the traceback."""
     steps = itertools.count()
 
     def fail(*args: Any) -> None:
@@ -224,9 +226,9 @@ def test_an_engine_closed_by_an_error_gives_its_memory_back(tiny_pair, monkeypat
         return sample_tokens(*args)
 
     engine = pair(*tiny_pair, engine_kwargs=compiled())
-    worker = engine._worker()
+    worker = engine._frontend.worker
     caches = [ref for name, ref in held_by(engine).items() if name.endswith("cache")]
-    models = [runner.get_model() for runner in (worker.model_runner, worker.student_runner)]
+    models = [runner.get_model() for runner in runners(engine).values()]
     sample_tokens = worker.sample_tokens
     monkeypatch.setattr(worker, "sample_tokens", fail)
     with pytest.raises(RuntimeError, match="in the middle"), engine:
@@ -237,11 +239,11 @@ def test_an_engine_closed_by_an_error_gives_its_memory_back(tiny_pair, monkeypat
 
 @pytest.mark.parametrize("stage", ["load_model", "initialize_from_config", "_warm_up_sampler", None])
 def test_an_engine_that_does_not_start_leaves_nothing_behind(tiny_pair, monkeypatch, stage):
-    """Whoever reads the error changes an argument and tries again, with the memory of the first try."""
+    """A user who reads the error changes an argument and tries again, with the memory of the first try."""
     before = compiled_models()
     small = compiled()
     if stage is None:
-        small["kv_cache_memory_bytes"] = 4096  # refused by vLLM, in nobody's worker
+        small["kv_cache_memory_bytes"] = 4096  # refused by vLLM, outside of the worker
     else:
         monkeypatch.setattr(PairWorker, stage, failing_after(getattr(PairWorker, stage)))
     with pytest.raises((RuntimeError, ValueError)) as error:
@@ -262,8 +264,8 @@ def failing_after(method: Callable[..., Any]) -> Callable[..., Any]:
     return fail
 
 
-def test_process_groups_of_others_outlive_an_engine(tiny_pair):
-    """A trainer's, which goes on; and after a start that failed, for the next try."""
+def test_process_groups_made_before_an_engine_outlive_it(tiny_pair):
+    """Those of a trainer, which goes on; also after a start that failed."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="cache"):
@@ -278,7 +280,7 @@ def test_process_groups_of_others_outlive_an_engine(tiny_pair):
         cleanup_dist_env_and_memory()
 
 
-def test_another_engine_of_the_process_goes_on_after_a_pair(tiny_pair):
+def test_a_plain_vllm_engine_goes_on_after_a_pair(tiny_pair):
     llm = LLM(str(tiny_pair[0]), **tiny_engine_kwargs())
     prompts, sampling = [{"prompt_token_ids": [7, 9, 10]}], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 

@@ -1,7 +1,7 @@
-"""The same pair in vLLM's other shapes: the engine core in its own process, and tensor parallelism of two.
+"""A pair in vLLM's other modes: the engine core in its own process, and tensor parallelism of two.
 
-Each shape runs in a process of its own (vLLM reads its environment at import) and must give the records of the in-process
-engine: greedy tokens equal, log-probabilities to 1e-4, and weights that follow a sync.
+Each mode runs in a process of its own (vLLM reads its environment at import) and must give the records of the in-process
+engine: equal greedy tokens, log-probabilities to 1e-4, and weights that follow a sync.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def in_process(tmp_path_factory, tiny_pair):
 @pytest.mark.parametrize(
     ("multiprocessing", "tensor_parallel"), [(1, 1), (0, 2), (1, 2)], ids=["own process", "two ranks", "both"]
 )
-def test_every_shape_of_the_engine_samples_the_same(tmp_path, tiny_pair, in_process, multiprocessing, tensor_parallel):
+def test_every_mode_of_the_engine_samples_the_same(tmp_path, tiny_pair, in_process, multiprocessing, tensor_parallel):
     runs = run(tmp_path, tiny_pair, "other", multiprocessing=multiprocessing, tensor_parallel=tensor_parallel)
     for expected, got in zip(in_process, runs, strict=True):
         for row, other in zip(expected, got, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from typing import Any
 
 import pytest
 from vllm.config import set_current_vllm_config
@@ -22,10 +23,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from osd.engine import scheduler as pair_scheduler
-from osd.engine.config import PairConfig, student_vllm_config
+from osd.engine.backend.configuration import student_kv_cache_config, student_vllm_config
+from osd.engine.backend.scheduler import PairScheduler
+from osd.engine.config import PairConfig
 from osd.engine.request import PairOptions
-from osd.engine.scheduler import PairScheduler, student_kv_cache_config
 from tests.tiny import tiny_engine_kwargs
 
 BLOCK = 4
@@ -73,7 +74,7 @@ def make_scheduler(pair, *, blocks: int, budget: int, student_budget: int, max_n
     ],
 )
 def test_a_step_admits_as_much_of_the_student_as_of_the_teacher(tiny_pair, monkeypatch, shared, own, limits):
-    """vLLM's defaults depend on who asks; these are an H100's."""
+    """vLLM's defaults depend on the caller; these are its defaults for `LLM` on an H100."""
     of_llm = {UsageContext.LLM_CLASS: 16384}, {UsageContext.LLM_CLASS: 1024}
     monkeypatch.setattr(EngineArgs, "get_batch_defaults", classmethod(lambda cls, world_size: of_llm))
     kwargs = {name: value for name, value in tiny_engine_kwargs().items() if name != "max_num_seqs"}
@@ -209,7 +210,7 @@ def test_every_request_finishes_in_step_under_random_schedules(pair, seed):
     assert workers.seen["waited"] > 0
 
 
-def test_the_random_schedules_cover_what_the_rule_is_for(pair):
+def test_random_schedules_cover_the_cases_of_the_rule(pair):
     """Chunked prefill, preemption and prefix hits on one side only must all occur, or the test above proves nothing."""
     seen = Counter()
     for seed in range(6):
@@ -223,13 +224,13 @@ def test_the_random_schedules_cover_what_the_rule_is_for(pair):
     assert min(seen[k] for k in ("waited", "preempted teacher", "preempted student", "hits teacher", "hits student")) > 0, seen
 
 
-def test_without_the_rewind_the_sides_part(pair, monkeypatch):
-    """The planted error: treating a row as sampled as soon as the teacher has logits for it."""
+def test_without_the_rewind_the_sides_fall_out_of_step(pair, monkeypatch):
+    """The planted error: a row counts as sampled as soon as the teacher has logits for it."""
 
     def no_rewind(self, output, step):
-        step.ready = pair_scheduler._with_logits(self, output)
+        step.ready |= {i for i in output.num_scheduled_tokens if not self.requests[i].is_prefill_chunk}
 
-    monkeypatch.setattr(PairScheduler, "_apply_rewind_rule", no_rewind)
+    monkeypatch.setattr(PairScheduler, "_pair_up", no_rewind)
     scheduler = make_scheduler(pair, blocks=24, budget=64, student_budget=8)
     workers = Workers(scheduler)
     for r in random_requests(random.Random(0), 6):
@@ -280,7 +281,7 @@ def test_a_teacher_only_request_never_reaches_the_student(pair):
     assert len(workers.outputs["solo"]) == 5
 
 
-def test_new_weights_reset_the_students_prefix_cache_and_only_its(pair):
+def test_new_weights_reset_only_the_students_prefix_cache(pair):
     scheduler = make_scheduler(pair, blocks=60, budget=64, student_budget=64)
     prompt, student_prompt = list(range(20)), list(range(20, 40))
     hits = []
@@ -307,37 +308,75 @@ def test_weights_change_only_while_no_step_is_in_flight(pair):
         assert "only while no step is in flight" in workers.finished["new"].stop_reason
 
 
-def comparable(output: SchedulerOutput) -> dict:
-    """A scheduler's output without the sets that both schedulers own, in an order of its own."""
-    plain = {key: value for key, value in vars(output).items() if key != "osd"}
-    return plain | {"scheduled_cached_reqs": vars(output.scheduled_cached_reqs)}
+STATE = ["num_computed_tokens", "num_output_placeholders", "num_in_flight_tokens", "num_stale_output_tokens", "num_tokens"]
+STATE += ["num_preemptions", "status", "is_prefill_chunk"]
+
+
+def state(side: Any) -> dict:
+    """Return everything of one side's requests and caches that scheduling reads."""
+    requests = {i: [getattr(r, name) for name in STATE] + [list(r.all_token_ids)] for i, r in side.requests.items()}
+    pool = side.kv_cache_manager.block_pool
+    blocks = {block.block_id: (block.ref_cnt, block.block_hash) for block in pool.blocks}
+    return {"requests": requests, "running": [r.request_id for r in side.running], "blocks": blocks}
+
+
+def check_students_update(pair, seed: int) -> None:
+    """Run two pairs side by side, one of which updates its student by the stock ``update_from_output``."""
+    rng = random.Random(seed)
+    shape = dict(blocks=rng.choice([18, 24, 60]), budget=rng.choice([9, 64]), student_budget=rng.choice([11, 64]))
+    ours, stock = (make_scheduler(pair, **shape) for _ in range(2))
+    stock._update_student = lambda output, tokens: stock_update(stock.student, output, tokens)
+    workers = [Workers(scheduler) for scheduler in (ours, stock)]
+    requests = [random_requests(random.Random(seed), 14) for _ in workers]
+    seen: Counter = Counter()
+    while requests[0] or workers[0].in_flight or ours.has_requests():
+        if requests[0] and rng.random() < 0.3:
+            for scheduler, waiting in zip((ours, stock), requests, strict=True):
+                scheduler.add_request(waiting.pop(0))
+        if rng.random() < 0.03 and ours.requests:
+            victim = rng.choice(list(ours.requests))
+            for scheduler in (ours, stock):
+                scheduler.finish_requests(victim, RequestStatus.FINISHED_ABORTED)
+        for worker in workers:
+            worker.step()
+        assert state(ours.student) == state(stock.student)
+        seen["placeholders"] += any(r.num_output_placeholders for r in ours.student.requests.values())
+        seen["stale"] += any(r.num_stale_output_tokens for r in ours.student.requests.values())
+        seen["cached"] += any(block.block_hash for block in ours.student.kv_cache_manager.block_pool.blocks)
+    assert workers[0].outputs == workers[1].outputs
+    assert seen["cached"]
+    if workers[0].depth == 2:
+        assert seen["placeholders"]
+
+
+def stock_update(student: Any, output: SchedulerOutput, tokens: dict[str, list[int]]) -> None:
+    ids = list(output.num_scheduled_tokens)
+    runner_output = ModelRunnerOutput(
+        req_ids=ids,
+        req_id_to_index={i: n for n, i in enumerate(ids)},
+        sampled_token_ids=[list(tokens.get(i, [])) for i in ids],
+        prompt_logprobs_dict={},
+        pooler_output=[],
+    )
+    student.update_from_output(output, runner_output)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_derived_steps_are_those_that_vllm_would_have_scheduled(tiny_pair, seed):
-    """Two async pairs side by side, one without derivation: every output of either side equal, field by field."""
-    rng = random.Random(seed)
-    shape = dict(blocks=rng.choice([18, 24, 60]), budget=rng.choice([9, 64]), student_budget=rng.choice([11, 64]))
-    pairs = [make_scheduler((*map(str, tiny_pair), True), **shape) for _ in range(2)]
-    for side in (pairs[1], pairs[1].student):
-        side._can_derive = False
-    workers = [Workers(scheduler) for scheduler in pairs]
-    requests = [random_requests(random.Random(seed), 14) for _ in pairs]
-    derived = steps = 0
-    while requests[0] or workers[0].in_flight or pairs[0].has_requests():
-        if requests[0] and rng.random() < 0.1:
-            for scheduler, waiting in zip(pairs, requests, strict=True):
-                scheduler.add_request(waiting.pop(0))
-        for worker in workers:
-            worker.step()
-        if workers[0].scheduled:
-            ours, theirs = (worker.scheduled.pop() for worker in workers)
-            assert comparable(ours) == comparable(theirs)
-            assert comparable(ours.osd.student_output) == comparable(theirs.osd.student_output)
-            assert ours.osd.ready == theirs.osd.ready
-            derived += pairs[0].derived + pairs[0].student.derived
-            steps += 2
-        assert pairs[0].has_requests() == pairs[1].has_requests()
-    assert workers[0].outputs == workers[1].outputs
-    assert not pairs[1].derived
-    assert derived > steps / 6, "too few steps were derived for this test to mean much"
+def test_the_students_update_equals_vllms_own(pair, seed):
+    check_students_update(pair, seed)
+
+
+@pytest.mark.parametrize("name", ["num_output_placeholders", "num_in_flight_tokens"])
+def test_a_students_update_that_miscounts_is_seen(pair, monkeypatch, name):
+    """The planted error: a count of every updated request stays one too high."""
+    update = PairScheduler._update_student
+
+    def miscounting(self: PairScheduler, output: SchedulerOutput, tokens: dict[str, list[int]]) -> None:
+        update(self, output, tokens)
+        for request in self.student.requests.values():
+            if tokens.get(request.request_id):
+                setattr(request, name, getattr(request, name) + 1)
+
+    monkeypatch.setattr(PairScheduler, "_update_student", miscounting)
+    with pytest.raises(AssertionError):
+        check_students_update(pair, 0)

@@ -1,4 +1,4 @@
-"""Sleep: memory really falls, both models come back to the bit, and nothing is sampled from memory that is not there.
+"""An engine's states, and sleep: the memory falls, both models come back bit for bit, and nothing is sampled meanwhile.
 
 vLLM's allocator serves one engine per process, so all of it is tested on one, in order.
 """
@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from osd.engine import sleep
-from osd.engine.engine import PairConfig, PairEngine, PairPrompt
-from osd.engine.sleep import SleepingPair
+from osd.engine.backend import worker as pair_worker
+from osd.engine.backend.worker import PairWorker
+from osd.engine.engine import EngineState, PairConfig, PairEngine, PairPrompt
 from osd.generation import OSDGeneration
 from tests.tiny import tiny_engine_kwargs
 
@@ -41,16 +41,36 @@ def test_sides_do_not_sleep_apart(tiny_pair):
 
 def test_a_level_that_would_lose_the_teacher_is_refused():
     with pytest.raises(ValueError, match="sleep level=2: a pair sleeps at level 1"):
-        SleepingPair().sleep(level=2)
+        PairWorker.sleep(PairWorker.__new__(PairWorker), level=2)
 
 
 @pytest.mark.skipif(GPU, reason="this engine could sleep")
-def test_an_engine_that_cannot_sleep_says_so(tiny_pair):
+def test_the_states_of_an_engine_that_cannot_sleep(tiny_pair):
+    def sample():
+        return engine.generate(PROMPTS[:1], sampling=SAMPLING | {"max_tokens": 2})
+
+    weights = dict(AutoModelForCausalLM.from_pretrained(tiny_pair[1]).named_parameters())
     with PairEngine(config(tiny_pair)) as engine:
+        assert engine.state is EngineState.OPEN
         with pytest.raises(RuntimeError, match="this engine cannot sleep: start it with"):
             engine.sleep()
-        engine.wake_up()  # it is awake
-        engine.generate(PROMPTS[:1], sampling=SAMPLING | {"max_tokens": 2})
+        engine.wake_up()  # it is awake: no effect
+        assert engine.state is EngineState.OPEN
+        sample()
+        with pytest.raises(ValueError, match="left"):
+            engine.load_student_weights(list(weights.items())[:3])
+        assert engine.state is EngineState.STALE
+        assert not engine.student_is_whole
+        with pytest.raises(RuntimeError, match="the last sync failed"):
+            sample()
+        assert engine.load_student_weights(weights.items()) == engine.weights_version == 1
+        assert engine.state is EngineState.OPEN
+        sample()
+    assert engine.state is EngineState.CLOSED
+    engine.close()
+    for refused in (sample, engine.sleep, engine.wake_up, engine.reset_prefix_cache, lambda: engine.llm):
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            refused()
 
 
 class TestOnAGpu:
@@ -82,7 +102,7 @@ class TestOnAGpu:
 
     def test_a_night(self, engine, student):
         """Asleep: less memory, and no sampling. Awake: the same models, empty caches, the same samples, bit for bit."""
-        worker = engine._worker()
+        worker = engine._frontend.worker
         self.push(engine, student)
         before = self.sampled(engine)
         sides = [runner.get_model() for runner in (worker.model_runner, worker.student_runner)]
@@ -123,7 +143,7 @@ class TestOnAGpu:
         prompts = [[30, 31], [30, 32]]
         generation.sync_weights()
         assert not engine.asleep
-        for _ in range(2):  # in evaluation nobody syncs before the second call
+        for _ in range(2):  # in evaluation, no sync comes before the second call
             generation.generate(prompts, None, 1)
             assert engine.asleep
         with generation.stays_awake():
@@ -135,9 +155,9 @@ class TestOnAGpu:
         """The planted error: sleep drops the student's memory, as vLLM would. The engine is of no use afterwards."""
         engine.wake_up()
         self.push(engine, student)
-        model = engine._worker().student_runner.get_model()
+        model = engine._frontend.worker.student_runner.get_model()
         kept, mine = self.checksum(model), {p.untyped_storage().data_ptr() for p in model.parameters()}
-        data = [d for address, d in sleep._allocator().pointer_to_data.items() if address in mine]
+        data = [d for address, d in pair_worker._allocator().pointer_to_data.items() if address in mine]
         assert data, "no parameter is the first in its segment of memory"
         for allocation in data:
             allocation.tag = "student_weights"

@@ -31,6 +31,7 @@ UNSUPPORTED_KWARGS = {
     "speculative_config": "the paired engine has no speculative decoding",
     "kv_transfer_config": "the paired engine has no KV transfer",
     "enable_lora": "the engine has no LoRA layers; OSDTrainer merges the student's adapter at every sync",
+    "watermark_config": "the pair draws its own tokens, without a watermark",
     "sleep_mode_offload_cudagraph": "the two models' CUDA graphs would share one memory pool",
 }
 

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from osd.core import MixingConfig
-from osd.engine.backend.frontend import EngineDied, Frontend, checked_params, is_cuda
+from osd.engine.backend.frontend import Frontend, checked_params, is_cuda
 from osd.engine.config import PairConfig
 from osd.engine.record import RequestRecord, load_records
 from osd.engine.request import PairCompletion, PairOptions, PairPrompt, SideLimits, check_request, one_each
@@ -213,12 +213,12 @@ class PairEngine:
             return
         self._caches_in_doubt = True  # until they are reset, whatever ends this
         try:
-            if not self._frontend.alive:
-                raise EngineDied
             self._frontend.abort(ids.values())
             self._take_records()
-            self._forget_caches()
-        except EngineDied:
+            self._caches_in_doubt = not self.reset_prefix_cache()
+        except Exception:  # EngineDied, or an error of vLLM's that says the same
+            if self._frontend.alive:
+                raise
             self.close()
 
     def _forget_caches(self) -> None:

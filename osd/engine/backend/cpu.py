@@ -2,7 +2,7 @@
 
 The runner does its bookkeeping in Triton kernels, and Triton's interpreter takes a third of a second for those of one step. So
 numpy functions with the same arguments replace the kernels of every step; tests/test_cpu_kernels.py compares them with the
-kernels' source in the interpreter. Rarely used kernels (penalties, logit bias, bad words, min-p, grammars) stay interpreted.
+kernels' source in the interpreter. The rarely used kernels (penalties, logit bias, bad words, min-p) stay interpreted.
 """
 
 from __future__ import annotations
@@ -33,9 +33,23 @@ def prepare() -> None:
     import triton.backends
     import triton.language
 
-    triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
-    if utils := sys.modules.get("vllm.triton_utils"):  # vLLM was imported before, and took Triton for missing
-        vars(utils).update(HAS_TRITON=True, triton=triton, tl=triton.language)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=_NoDriver, compiler=None)
+    # vLLM was imported before, and took Triton for missing: so in its own worker processes.
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"]:
+        for name, value in (("HAS_TRITON", True), ("triton", triton), ("tl", triton.language)):
+            if name in vars(module):
+                setattr(module, name, value)
+
+
+class _NoDriver:
+    """A driver that counts as active and cannot be made: torch's compiler then goes on as without a GPU."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def __init__(self) -> None:
+        raise RuntimeError("0 active drivers: Triton's interpreter runs the kernels")
 
 
 # -- vLLM's kernels in numpy ------------------------------------------------------------------------------------------
@@ -109,6 +123,17 @@ def _post_update(
         bins.numpy()[drawn, new] += 1
 
 
+def _grammar_mask(
+    logits: Any, _l: int, mapping: Any, cu_logits: Any, bitmask: Any, _b: int, vocab_size: int, MASK_STRIDE: int, **_: Any
+) -> None:
+    rows, first = logits.numpy(), cu_logits.numpy()
+    forbidden = np.unpackbits(bitmask.numpy().view(np.uint8), axis=1, bitorder="little")[:, :vocab_size] == 0
+    for mask, index in zip(forbidden, mapping.tolist(), strict=True):
+        request, position = divmod(index, MASK_STRIDE)
+        if position < first[request + 1] - first[request]:
+            rows[first[request] + position, mask] = float("-inf")
+
+
 def _gather_block_tables(
     self: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **_: Any
 ) -> Any:
@@ -150,7 +175,8 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
         "_combine_sampled_and_draft_tokens_kernel": _combine_tokens,
         "_get_num_sampled_and_rejected_kernel": _sampled_and_rejected,
         "_post_update_kernel": _post_update,
-    }
+    },
+    "structured_outputs": {"_apply_grammar_bitmask_kernel": _grammar_mask},
 }
 METHODS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
     "block_table": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from osd.engine.backend.worker import workers
 from osd.engine.config import PairConfig
 from osd.engine.request import SideLimits
 
+_DIED = "the engine's process has ended; close this engine and start another"
 _POLL_SECONDS = 0.5  # how often a wait for another process looks whether it is alive
 
 
@@ -47,6 +49,7 @@ class Frontend:
         self.llm: LLM | None = None
         try:
             self.llm = LLM(**config.teacher_engine_args())
+            self._watch_outputs()
             self._check_active()
             self.limits = self._limits()
         except BaseException:
@@ -157,10 +160,27 @@ class Frontend:
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
             if thread.is_alive() and not self.alive:
-                raise EngineDied("the engine's process has ended; close this engine and start another")
+                raise EngineDied(_DIED)
         if failure:
             raise failure[0]
         return result[0]
+
+    def _watch_outputs(self) -> None:
+        """Make the wait for a step of the engine's process end if the process does; vLLM's own wait never ends."""
+        if self._core is not None:
+            return
+        outputs = self.engine.engine_core.outputs_queue
+        get = outputs.get
+
+        def watched() -> Any:
+            while True:
+                try:
+                    return get(timeout=_POLL_SECONDS)
+                except queue.Empty:
+                    if not self.alive:
+                        raise EngineDied(_DIED) from None
+
+        outputs.get = watched
 
     @property
     def alive(self) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,7 +184,7 @@ class PairScheduler(AsyncScheduler):
             # Raising here would end the engine because of one bad request: answer the request with an error instead.
             self._refused.append((request, str(error)))
             return
-        params = request.sampling_params
+        request.sampling_params = params = copy(request.sampling_params)  # vLLM shares one between the n of a request
         self._add_student_eos(params)
         if params.seed is None:
             params.seed = self._seeds.getrandbits(63)  # here, so that all tensor-parallel ranks draw the same

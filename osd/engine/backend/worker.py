@@ -117,6 +117,10 @@ class PairWorker(Worker):
         self.student_runner.sampler = NoSampler(self.student_runner.req_states)
         vocab_size = min(runner.model_config.get_vocab_size() for runner in (self.model_runner, self.student_runner))
         self.sampler = PairSampler(mixing_config(self.vllm_config), vocab_size, self.model_runner.sampler)
+        # A user's logits processors act on every request.
+        self.custom_processors = not all(
+            type(processor).__module__.startswith("vllm.") for processor in self.model_runner.sampler.logits_processors
+        )
         self.aligner = Aligner(self.device)
         self.model_runner.sample = self._sample
         self.overlap_forwards(wants_overlap(self.vllm_config))
@@ -255,7 +259,7 @@ class PairWorker(Worker):
                     self.records.admitted(side, new.req_id, new.num_computed_tokens)
         states = self.model_runner.req_states
         for new in output.scheduled_new_reqs:
-            self.requests[new.req_id] = request = SampledRequest.of(new.sampling_params)
+            self.requests[new.req_id] = request = SampledRequest.of(new.sampling_params, plain=not self.custom_processors)
             if request.penalised and (prompt := request.options.student_prompt_token_ids):
                 set_prompt_mask(self.sampler.stock, states.req_id_to_index[new.req_id], prompt)
 

@@ -1,0 +1,86 @@
+"""Drive a pair step by step: what the engine's tests need beyond ``PairEngine.generate``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from osd.core import TokenRecord
+from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from tests.tiny import tiny_engine_kwargs
+
+
+def start(paths: Sequence[Any], config: dict[str, Any] | None = None, **engine_kwargs: Any) -> PairEngine:
+    """Start a pair of two model folders; ``config`` are arguments of `PairConfig`, the rest update `tiny_engine_kwargs`."""
+    config = dict(config or {})
+    kwargs = tiny_engine_kwargs(**config.pop("engine_kwargs", {}), **engine_kwargs)
+    teacher, student = map(str, paths)
+    return PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=kwargs, **config))
+
+
+def submit(engine: PairEngine, prompts: Sequence[PairPrompt], sampling: Any, options: Any) -> dict[str, str]:
+    """Queue requests; ``sampling`` and ``options`` are one for all or one each. Return vLLM's internal id by request name."""
+    params = engine._params(prompts, sampling, options)
+    names = [f"test-{next(engine._request_number)}" for _ in prompts]
+    return {
+        name: engine._frontend.add(name, prompt.teacher_token_ids, param)
+        for name, prompt, param in zip(names, prompts, params, strict=True)
+    }
+
+
+def step(engine: PairEngine) -> dict[str, Any]:
+    """Run one step; return the completions that it finished, by request name."""
+    return {output.request_id: output.outputs[0] for output in engine._frontend.engine.step() if output.finished}
+
+
+def run(engine: PairEngine, names: dict[str, str]) -> list[tuple[Any, TokenRecord]]:
+    """Run until nothing is left; return each request's completion and record, in order."""
+    finished: dict[str, Any] = {}
+    while engine._frontend.busy:
+        finished |= step(engine)
+    return collect(engine, names, finished)
+
+
+def collect(engine: PairEngine, names: dict[str, str], finished: dict[str, Any]) -> list[tuple[Any, TokenRecord]]:
+    """Pair finished completions with their records, which are taken from the engine."""
+    records = engine._take_records()
+    return [(finished[name], records[internal].of_tokens(len(finished[name].token_ids))) for name, internal in names.items()]
+
+
+def runners(engine: PairEngine) -> dict[str, Any]:
+    """Return vLLM's model runner of each side."""
+    worker = engine._frontend.worker
+    return {"teacher": worker.model_runner, "student": worker.student_runner}
+
+
+def watch(engine: PairEngine, monkeypatch: Any) -> Counter:
+    """Count preemptions, prefix hits, rewinds and reorderings of either side from here on."""
+    seen: Counter = Counter()
+    scheduler = engine._frontend.scheduler
+    schedule = scheduler.schedule
+
+    def scheduled(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        for event in _events(scheduler, output):
+            seen[event] += 1
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", scheduled)
+    return seen
+
+
+def _events(scheduler: Any, output: Any) -> Iterator[str]:
+    step = output.osd
+    for name, side, of_side in (("teacher", scheduler, output), ("student", scheduler.student, step.student_output)):
+        yield from [f"{name} preempted"] * len(of_side.preempted_req_ids or ())
+        for request_id in of_side.num_scheduled_tokens.keys() - step.ready:
+            request = side.requests[request_id]
+            # Taken back to its last known token but one, or still inside its prompt.
+            if request.num_computed_tokens == request.num_tokens + request.num_output_placeholders - 1:
+                yield f"{name} ahead in {'decoding' if request.num_output_tokens else 'prefill'}"
+        for new in of_side.scheduled_new_reqs:
+            if new.num_computed_tokens:
+                yield f"{name} hits"
+    if step.ready and list(output.num_scheduled_tokens) != list(step.student_output.num_scheduled_tokens):
+        yield "rows in another order"

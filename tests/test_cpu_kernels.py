@@ -1,0 +1,242 @@
+"""The numpy functions of osd/engine/backend/cpu.py against vLLM's own kernels, whose source runs in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from osd.engine.backend import cpu
+from osd.engine.backend import worker as _worker  # noqa: F401  (vLLM's CPU worker replaces buffers that need a GPU)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these functions run on a CPU only")
+
+SLOTS, LONGEST, TOKENS, VOCAB = 12, 64, 96, 50
+
+
+def fresh(module: str) -> ModuleType:
+    """Return a copy of a module of vLLM's runner whose kernels are vLLM's own, whatever this process has replaced."""
+    spec = importlib.util.find_spec(f"vllm.v1.worker.gpu.{module}")
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+class Batch:
+    """A random batch: rows in any slots that decode, prefill a piece, the rest or all of a prompt, or were preempted."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        rows = self.integer(1, 8)
+        self.slots = torch.randperm(SLOTS, generator=self.generator)[:rows]
+        self.prefill_len, self.computed = (torch.zeros(SLOTS, dtype=torch.int32) for _ in range(2))
+        lengths = []
+        for slot in range(SLOTS):
+            self.prefill_len[slot] = prefill = self.integer(1, 40)  # a preempted row's includes what it has sampled
+            kind = self.integer(0, 3)
+            done = self.integer(prefill, 50) if kind == 0 else self.integer(0, prefill - 1)
+            self.computed[slot] = done
+            lengths.append(1 if kind == 0 else prefill - done if kind == 1 else self.integer(1, prefill - done))
+        lengths = torch.tensor(lengths)[self.slots]
+        padding = self.integer(0, 2)
+        self.starts = torch.tensor([0, *lengths.cumsum(0), *[lengths.sum()] * padding], dtype=torch.int32)
+        self.all_ids = self.integers(VOCAB, (SLOTS, LONGEST)).int()
+        self.total_len = torch.maximum(self.prefill_len, self.computed + 1)
+        self.seq_lens = torch.zeros(SLOTS, dtype=torch.int32)
+        self.seq_lens[:rows] = self.computed[self.slots] + lengths
+        self.cu_num_logits = torch.arange(rows + 1, dtype=torch.int32)
+        self.sampled = self.integers(VOCAB, (rows, 1))
+        self.ready = self.integers(2, (rows,)).int()
+
+    def integer(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def integers(self, below: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(below, shape, generator=self.generator)
+
+
+def prefill_inputs(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
+    input_ids = torch.full((TOKENS * 8,), -7, dtype=torch.int32)
+    following = torch.full((1 + batch.integer(0, 1), SLOTS), -7, dtype=torch.int32)
+    wrapper(input_ids, following, batch.slots, batch.starts, batch.all_ids, batch.prefill_len, batch.computed)
+    return [input_ids, following]
+
+
+def positions(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
+    positions, seq_lens = torch.full((TOKENS * 8,), -7), torch.full((SLOTS,), -7, dtype=torch.int32)
+    wrapper(batch.slots, batch.starts, batch.computed, positions, seq_lens)
+    return [positions, seq_lens]
+
+
+def combine(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
+    input_ids, last = batch.integers(VOCAB, (TOKENS * 8,)).int(), batch.integers(VOCAB, (SLOTS, 1))
+    drafts, rows = torch.zeros(SLOTS, 0, dtype=torch.int64), len(batch.slots)
+    indices = wrapper(
+        input_ids, batch.slots, last, batch.starts, batch.seq_lens, batch.prefill_len, drafts, batch.cu_num_logits, rows
+    )
+    return [input_ids, indices]
+
+
+def counts(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
+    return list(wrapper(batch.ready.clone(), batch.seq_lens, batch.cu_num_logits, batch.slots, batch.prefill_len))
+
+
+def post_update(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
+    rejected = torch.where(batch.ready > 0, 0, batch.integers(2, batch.ready.shape)).int()
+    skipped = batch.integers(4, batch.slots.shape) == 0
+    bins = batch.integers(3, (SLOTS, VOCAB)).int() if batch.integer(0, 1) else None
+    starts = batch.starts if batch.integer(0, 2) else None
+    last = batch.integers(VOCAB, (SLOTS, 1))
+    state = [batch.computed.clone(), last, batch.all_ids.clone(), batch.total_len.clone()]
+    computed, last, all_ids, total_len = state
+    slots = torch.where(skipped, -1, batch.slots)
+    wrapper(slots, computed, last, bins, batch.sampled, batch.ready, rejected, starts, all_ids, total_len)
+    return state if bins is None else [*state, bins]
+
+
+# The function of vLLM's input_batch module that launches each kernel, and what calls it.
+LAUNCHERS = {
+    "_prepare_prefill_inputs_kernel": ("prepare_prefill_inputs", prefill_inputs),
+    "_prepare_pos_seq_lens_kernel": ("prepare_pos_seq_lens", positions),
+    "_combine_sampled_and_draft_tokens_kernel": ("combine_sampled_and_draft_tokens", combine),
+    "_get_num_sampled_and_rejected_kernel": ("get_num_sampled_and_rejected", counts),
+    "_post_update_kernel": ("post_update", post_update),
+}
+
+
+def differing(kernel: str, function: Callable[..., None], seeds: int = 40) -> int:
+    """Return in how many random batches a function's results differ from a kernel's."""
+    wrapper, call = LAUNCHERS[kernel]
+    stock, ours = fresh("input_batch"), fresh("input_batch")
+    setattr(ours, kernel, cpu._Launcher(function))
+    different = 0
+    for seed in range(seeds):
+        expected, got = (call(Batch(seed), getattr(module, wrapper)) for module in (stock, ours))
+        different += not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    return different
+
+
+def test_every_replaced_kernel_and_method_is_compared():
+    assert cpu.KERNELS.keys() == {"input_batch", "structured_outputs"}
+    assert cpu.KERNELS["input_batch"].keys() == LAUNCHERS.keys()
+    assert cpu.KERNELS["structured_outputs"].keys() == {"_apply_grammar_bitmask_kernel"}
+    methods = {f"{owner}.{name}" for classes in cpu.METHODS.values() for owner, names in classes.items() for name in names}
+    assert methods == {"BlockTables.gather_block_tables", "BlockTables.compute_slot_mappings", "StagedWriteTensor.apply_write"}
+
+
+@pytest.mark.parametrize("kernel", LAUNCHERS)
+def test_a_function_does_what_its_kernel_does(kernel):
+    assert differing(kernel, cpu.KERNELS["input_batch"][kernel]) == 0
+
+
+def test_ignored_prefills_and_skipped_rows_are_seen():
+    """The planted errors: a row inside its prompt counts as sampled; rows with a negative slot are not skipped."""
+
+    def no_prefill(num_sampled: Any, num_rejected: Any, *rest: Any) -> None:
+        num_rejected.numpy()[:] = 1 - num_sampled.numpy()
+
+    def no_skipping(slots: Any, *rest: Any, **kwargs: Any) -> None:
+        cpu._post_update(slots.abs(), *rest, **kwargs)
+
+    assert differing("_get_num_sampled_and_rejected_kernel", no_prefill) > 10
+    assert differing("_post_update_kernel", no_skipping) > 10
+
+
+def test_grammar_masks_are_those_of_the_kernel(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    store = InterpreterBuilder.create_masked_store
+
+    def with_boolean_mask(self, ptrs, value, mask, cache_policy):  # Triton 3.7's interpreter takes no other
+        mask.data = mask.data.astype(bool)
+        return store(self, ptrs, value, mask, cache_policy)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", with_boolean_mask)
+    kernel = fresh("structured_outputs")._apply_grammar_bitmask_kernel
+    for seed in range(20):
+        batch = Batch(seed)
+        rows = len(batch.slots)
+        masked = torch.randperm(rows, generator=batch.generator)[: batch.integer(1, rows)].int()
+        bitmask = batch.integers(2**31, (len(masked), (VOCAB + 31) // 32)).int()
+        logits = [torch.zeros(rows, VOCAB), torch.zeros(rows, VOCAB)]
+        for out, launch in zip(logits, (kernel[(len(masked), 1)], cpu._grammar_mask), strict=True):
+            arguments = (out, out.stride(0), masked, batch.cu_num_logits, bitmask, bitmask.stride(0), VOCAB)
+            launch(*arguments, MASK_STRIDE=1, BLOCK_SIZE=64)
+        assert logits[0].isinf().any()
+        assert torch.equal(*logits)
+
+
+def block_tables(batch: Batch, module: ModuleType, sizes: list[int]) -> Any:
+    """Return vLLM's block tables with random blocks for every slot, written by vLLM's own kernel."""
+    tables = module.BlockTables(sizes, SLOTS, TOKENS * 8, [LONGEST // size for size in sizes], torch.device("cpu"))
+    for table, size, count in zip(tables.block_tables, sizes, tables.num_blocks.np, strict=True):
+        table.gpu.copy_(batch.integers(1000, table.gpu.shape))
+        count[:] = LONGEST // size
+    tables.num_blocks.copy_to_uva()
+    return tables
+
+
+@pytest.mark.parametrize("sizes", [[8], [4, 16]], ids=["one group", "two groups"])
+def test_block_tables_are_gathered_as_by_the_kernel(sizes):
+    module = fresh("block_table")
+    for seed in range(20):
+        batch = Batch(seed)
+        rows, padded = len(batch.slots), len(batch.slots) + batch.integer(0, 3)
+        tables = block_tables(batch, module, sizes)
+        used = [(batch.computed[batch.slots].long() // size + 1).tolist() for size in sizes]
+        for group, size in enumerate(sizes):
+            tables.num_blocks.np[group] = batch.computed.numpy() // size + 1
+        tables.num_blocks.copy_to_uva()
+        expected = [table.clone() for table in tables.gather_block_tables(batch.slots, padded)]
+        got = cpu._gather_block_tables(tables, batch.slots, padded)
+        for ours, theirs, blocks in zip(got, expected, used, strict=True):
+            assert ours.shape == theirs.shape
+            assert torch.equal(ours[rows:], theirs[rows:])
+            for row, count in enumerate(blocks):  # entries beyond a row's blocks are never read
+                assert torch.equal(ours[row, :count], theirs[row, :count])
+
+
+@pytest.mark.parametrize("sizes", [[8], [4, 16]], ids=["one group", "two groups"])
+def test_slot_mappings_are_computed_as_by_the_kernel(sizes):
+    module = fresh("block_table")
+    for seed in range(20):
+        batch = Batch(seed)
+        tables = block_tables(batch, module, sizes)
+        rows = len(batch.slots)
+        positions, seq_lens = torch.zeros(TOKENS * 8, dtype=torch.int64), torch.zeros(SLOTS, dtype=torch.int32)
+        fresh("input_batch").prepare_pos_seq_lens(batch.slots, batch.starts, batch.computed, positions, seq_lens)
+        arguments = (batch.slots, batch.starts[: rows + 1], positions, int(batch.starts[-1]) + 3)
+        expected = tables.compute_slot_mappings(*arguments).clone(), tables.slot_mappings.clone()
+        tables.slot_mappings.fill_(-7)
+        got = cpu._compute_slot_mappings(tables, *arguments)
+        assert torch.equal(got, expected[0])
+        assert torch.equal(tables.slot_mappings, expected[1])
+
+
+@pytest.mark.parametrize("shape", [(SLOTS, LONGEST), SLOTS], ids=["matrix", "vector"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
+def test_staged_writes_are_applied_as_by_the_kernel(shape, dtype):
+    from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
+
+    module = fresh("buffer_utils")
+    module.UvaBuffer, cls = UvaBuffer, module.StagedWriteTensor
+    for seed in range(10):
+        batch = Batch(seed)
+        stock, ours = (cls(shape, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
+        stock.gpu.copy_(batch.integers(VOCAB, stock.gpu.shape))
+        ours.gpu.copy_(stock.gpu)
+        for row in batch.slots.tolist():
+            for tensor in (stock, ours):
+                if isinstance(shape, int):
+                    tensor.stage_write_elem(row, row + seed)
+                else:
+                    tensor.stage_write(row, row, list(range(seed + row)))
+        stock.apply_write()
+        cpu._apply_write(ours)
+        assert torch.equal(stock.gpu, ours.gpu)
+        assert not ours._staged_write_indices
