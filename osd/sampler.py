@@ -98,8 +98,9 @@ class OptimalSamplingV1:
         forget_warnings()
         with Loading(models(teacher=config.teacher, student=config.student), quiet=not use_tqdm):
             self.engine: PairEngine = PairEngine(config)
-        self.teacher_tokenizer: Any = self.engine.tokenizer
-        self.theta_tokenizer: Any = student_tokenizer(self.engine)
+        # Plain tokenizers: vLLM's may be a pool of copies, on which setting a chat_template has no effect.
+        self.teacher_tokenizer: Any = _tokenizer(self.engine, config.teacher, config.teacher_kwargs)
+        self.theta_tokenizer: Any = _tokenizer(self.engine, config.student, config.student_kwargs)
 
     def generate(
         self,
@@ -251,17 +252,15 @@ class OptimalSamplingV1:
         self.close()
 
 
-def student_tokenizer(engine: PairEngine) -> Any:
-    """Return the student's tokenizer of a running engine, or None if the engine has no tokenizers."""
+def _tokenizer(engine: PairEngine, model: str, side_kwargs: Mapping[str, Any]) -> Any:
+    """Load the tokenizer of one side, or return None if the engine has no tokenizers."""
     if engine.tokenizer is None:
         return None
-    if (own := getattr(engine, "student_tokenizer", None)) is not None:
-        return own
     from transformers import AutoTokenizer
 
-    kwargs = {**engine.config.engine_kwargs, **engine.config.student_kwargs}
+    kwargs = {**engine.config.engine_kwargs, **side_kwargs}
     options = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-    return AutoTokenizer.from_pretrained(kwargs.get("tokenizer") or engine.config.student, **options)
+    return AutoTokenizer.from_pretrained(kwargs.get("tokenizer") or model, **options)
 
 
 def _refuse_sampling(kwargs: Mapping[str, Any]) -> None:

@@ -127,6 +127,8 @@ def test_each_side_is_rendered_with_its_own_template(sampler, monkeypatch):
     assert pair.teacher_token_ids == [1, 5, 30, 2, 1, 6]
     monkeypatch.setattr(sampler, "theta_chat_template_kwargs", {"thinking": True})
     assert sampler._pairs([chat], [chat])[0].student_token_ids == [60, 61, 30]
+    monkeypatch.setattr(sampler.teacher_tokenizer, "chat_template", theta_template)
+    assert sampler._pairs([chat], [chat])[0].teacher_token_ids == [61, 30]
 
 
 def test_the_student_has_a_tokenizer_of_its_own(sampler, tiny_pair):
