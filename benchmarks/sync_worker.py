@@ -61,7 +61,7 @@ def osd(job: SyncJob, model: Any) -> Ways:
     engine = PairEngine(PairConfig(teacher=job.teacher, student=job.student, engine_kwargs=job.engine_kwargs()))
     generation = OSDGeneration(model, job.accelerator(), None, pair=engine, check_sync=False)
     named = [(name, p.data) for name, p in model.named_parameters()]
-    worker = engine._worker()
+    worker = engine._frontend.worker
     assert worker is not None, "the engine must run in this process"
 
     def load_weights(*calls: list[tuple[str, torch.Tensor]]) -> None:
@@ -71,8 +71,7 @@ def osd(job: SyncJob, model: Any) -> Ways:
 
     return {
         "sync": generation.sync_weights,
-        "map": lambda: engine.load_student_weights(named, at_once=True),
-        "map, by one": lambda: engine.load_student_weights(named),
+        "engine": lambda: engine.load_student_weights(named),
         "load_weights": lambda: load_weights(named),
         "per tensor": lambda: load_weights(*([item] for item in named)),
     }

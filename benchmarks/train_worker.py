@@ -148,7 +148,7 @@ def osd(job: TrainJob) -> tuple[Any, dict[str, Any]]:
 
     args = OSDConfig(**job.trainer_kwargs(), engine_kwargs=job.llm_kwargs(job.teacher, job.student))
     trainer = OSDTrainer(model=job.student, teacher_model=job.teacher, args=args, train_dataset=job.rows())
-    worker = trainer.vllm_generation.engine._worker()
+    worker = trainer.vllm_generation.engine._frontend.worker
     assert worker is not None, "the engine must run in this process"
     return trainer, {"teacher": described(worker.vllm_config), "student": described(worker.student_config)}
 

@@ -55,7 +55,7 @@ def greedy(out: Path, teacher: str, student: str, engine=None, save="weights", *
     trainer.train()
     seen = {
         "kind": str(trainer.accelerator.distributed_type),
-        "device": str(trainer.vllm_generation.engine._worker().device),
+        "device": str(trainer.vllm_generation.engine._frontend.worker.device),
         "elements": sum(getattr(p, "_local_tensor", p).numel() for p in trainer.model.parameters()),
         "loss": logged(trainer, "loss"),
     }
@@ -71,7 +71,7 @@ def off_after_a_sync(trainer):
     live = weights_of(trainer)[name]
     for sync in (lambda: None, trainer.vllm_generation.sync_weights):
         sync()
-        engines = trainer.vllm_generation.engine._worker().student_runner.get_model().get_parameter(name)
+        engines = trainer.vllm_generation.engine._frontend.worker.student_runner.get_model().get_parameter(name)
         off.append((engines.detach().cpu() - live).abs().max().item())
     return off
 

@@ -158,9 +158,9 @@ def own(tmp_path, tiny_pair, **given):
 @pytest.mark.parametrize("error", [ValueError("late"), KeyboardInterrupt()])
 def test_a_constructor_that_fails_gives_its_engine_back(tmp_path, tiny_pair, monkeypatch, error):
     """Alone in the process: no other engine lives here."""
-    from osd.engine.engine import PairEngine
+    from osd.engine.backend.frontend import Frontend
 
-    monkeypatch.setattr(PairEngine, "_in_this_process", None)
+    monkeypatch.setattr(Frontend, "_in_this_process", None)
 
     def fails(*args):
         raise error
@@ -171,7 +171,7 @@ def test_a_constructor_that_fails_gives_its_engine_back(tmp_path, tiny_pair, mon
             own(tmp_path, tiny_pair)
     with own(tmp_path, tiny_pair) as trainer:
         trainer.train()
-    assert not hasattr(trainer.vllm_generation.engine, "llm")
+    assert trainer.vllm_generation.engine.state.value == "closed"
 
 
 # -- saved --------------------------------------------------------------------------------------------------------------

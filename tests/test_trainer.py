@@ -107,7 +107,7 @@ def checksum(model):
 
 
 def test_training_does_not_touch_the_teacher(make, engine):
-    teacher, student = (getattr(engine._worker(), side).get_model() for side in ("model_runner", "student_runner"))
+    teacher, student = (getattr(engine._frontend.worker, side).get_model() for side in ("model_runner", "student_runner"))
     before, synced = checksum(teacher), checksum(student)
     make().train()
     assert checksum(student) != synced
@@ -319,7 +319,7 @@ def test_training_brings_the_student_closer_to_the_teacher(make):
 @pytest.fixture
 def w63_is_no_number(engine):
     """A teacher that fails on every prompt with w63."""
-    embedding = engine._worker().model_runner.get_model().model.embed_tokens.weight
+    embedding = engine._frontend.worker.model_runner.get_model().model.embed_tokens.weight
     kept = embedding[63].clone()
     embedding.data[63] = float("nan")
     yield {"generation_kwargs": {"logit_bias": {63: -100.0}}}

@@ -154,4 +154,3 @@ def test_a_student_in_shards_is_gathered_one_parameter_at_a_time(zero3, engine, 
         assert all(parameter.numel() == 0 for parameter in student.parameters())
         generation.generate(STUDENT_PROMPTS, None, 1)
         assert disagreement(whole, STUDENT_PROMPTS, generation.last_batch.completions, "logp_theta") < NOISE
-    assert engine._worker().student_weights.sources is not None
