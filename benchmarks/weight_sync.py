@@ -5,9 +5,8 @@
     python benchmarks/weight_sync.py --pair small+tiny           # short run on a CPU
 
 sync            OSD: `OSDGeneration.sync_weights()`, the whole sync of a training step
-map             OSD: `PairEngine.load_student_weights`, all tensors at once, as sync_weights does for a plain student
-map, by one     the same with each tensor copied on arrival, as for sharded students and merged adapters
-load_weights    one `load_weights` call for all tensors, the method without a map
+engine          OSD: `PairEngine.load_student_weights` alone
+load_weights    one `load_weights` call of vLLM for all tensors
 per tensor      one `load_weights` call for each tensor, into the pair's engine
 trl             TRL: `VLLMGeneration.sync_weights()` in colocate mode, into an engine with the student only
 raw, at once    one torch call that copies all tensors of the trainer's model on the device, to the engine's dtype

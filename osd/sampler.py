@@ -99,8 +99,8 @@ class OptimalSamplingV1:
         with Loading(models(teacher=config.teacher, student=config.student), quiet=not use_tqdm):
             self.engine: PairEngine = PairEngine(config)
         # Plain tokenizers: vLLM's may be a pool of copies, on which setting a chat_template has no effect.
-        self.teacher_tokenizer: Any = _tokenizer(self.engine, config.teacher, config.teacher_kwargs)
-        self.theta_tokenizer: Any = _tokenizer(self.engine, config.student, config.student_kwargs)
+        self.teacher_tokenizer: Any = self.engine.tokenizer
+        self.theta_tokenizer: Any = self.engine.student_tokenizer
 
     def generate(
         self,
@@ -250,17 +250,6 @@ class OptimalSamplingV1:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def _tokenizer(engine: PairEngine, model: str, side_kwargs: Mapping[str, Any]) -> Any:
-    """Load the tokenizer of one side, or return None if the engine has no tokenizers."""
-    if engine.tokenizer is None:
-        return None
-    from transformers import AutoTokenizer
-
-    kwargs = {**engine.config.engine_kwargs, **side_kwargs}
-    options = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-    return AutoTokenizer.from_pretrained(kwargs.get("tokenizer") or model, **options)
 
 
 def _refuse_sampling(kwargs: Mapping[str, Any]) -> None:

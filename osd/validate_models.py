@@ -47,7 +47,18 @@ def check_models(config: PairConfig) -> None:
         )
     if any(config.side_kwargs(side).get("skip_tokenizer_init") for side in ("teacher", "student")):
         return  # the caller works in token ids, and vouches that they mean the same to both
-    check_same_ids(*(_load(AutoTokenizer, config, side).get_vocab() for side in ("teacher", "student")))
+    check_same_ids(*(load_tokenizer(config, side).get_vocab() for side in ("teacher", "student")))
+
+
+def load_tokenizer(config: PairConfig, side: str) -> Any:
+    """Return the tokenizer of "teacher" or "student" as transformers loads it, with that side's own chat template.
+
+    vLLM's own is a wrapper, on which setting `chat_template` has no effect.
+
+    Raises:
+        ValueError: a tokenizer that cannot be found.
+    """
+    return _load(AutoTokenizer, config, side)
 
 
 def check_student_can_train(config: PairConfig) -> StudentLayout | None:

@@ -252,7 +252,7 @@ def test_weight_sync_benchmark_runs(tmp_path):
     found = benchmark("weight_sync.py", tmp_path, "--pair", "small+tiny", "--repeats", "2")
     ways = {name: [row["way"] for row in system["rows"]] for name, system in found["systems"].items()}
     raw = ["raw, at once", "raw copy"]
-    assert ways == {"osd": ["sync", "map", "map, by one", "load_weights", "per tensor", *raw], "trl": ["trl", *raw]}
+    assert ways == {"osd": ["sync", "engine", "load_weights", "per tensor", *raw], "trl": ["trl", *raw]}
     for system in found["systems"].values():
         assert system["settings"]["tensors"] == 26
         assert system["rows"][-1]["over_raw_copy"] == 1

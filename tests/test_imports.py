@@ -21,7 +21,7 @@ LAYERS = [
     "osd.sampling_args",
     "osd.prompt_checks",
     "osd.prompts",
-    "osd.engine",
+    ("osd.validate_models", "osd.engine"),  # they import each other: checks need PairConfig, PairEngine needs the checks
     "osd.adapters",
     "osd.sync_check",
     "osd.weight_sync",
@@ -44,7 +44,8 @@ def module_name(path: Path) -> str:
 
 
 def layer(module: str) -> int | None:
-    found = [i for i, name in enumerate(LAYERS) if module == name or module.startswith(name + ".")]
+    names = [(i, name) for i, entry in enumerate(LAYERS) for name in ([entry] if isinstance(entry, str) else entry)]
+    found = [i for i, name in names if module == name or module.startswith(name + ".")]
     return found[0] if found else None
 
 

@@ -202,7 +202,7 @@ def test_a_start_that_compiles_on_a_cpu_is_hinted_at(monkeypatch):
 def test_bad_calls_are_refused_before_sampling(sampler, call, message):
     with pytest.raises(ValueError, match=message):
         sampler.generate(**call)
-    assert not sampler.engine._engine.has_unfinished_requests()
+    assert not sampler.engine._frontend.busy
 
 
 @pytest.mark.parametrize(

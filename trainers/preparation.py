@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from osd.prompt_checks import forget_warnings
@@ -72,10 +72,10 @@ def plan(
     pair = planned_pair(model, teacher_model, args, engine)
     check_outputs(args)
     from osd.engine.backend.configuration import context_lengths
-    from osd.validate_models import check_same_ids
+    from osd.validate_models import check_same_ids, load_tokenizer
 
     config: Any = getattr(pair, "config", pair)  # a running engine has one
-    teacher = getattr(pair, "tokenizer", None) or _teacher_tokenizer(config)  # of the running engine
+    teacher = getattr(pair, "tokenizer", None) or load_tokenizer(config, "teacher")  # of the running engine
     student = processing_class if processing_class is not None else _student_tokenizer(model, args)
     if not isinstance(student, PreTrainedTokenizerBase):
         raise ValueError(f"OSD distils text models; the student has a {type(student).__name__} instead of a tokenizer")
@@ -100,12 +100,6 @@ def _context(lengths: dict[str, int], args: OSDConfig) -> dict[str, int]:
                 f"{length} tokens; lower it, or raise vllm_max_model_length"
             )
     return lengths
-
-
-def _teacher_tokenizer(config: PairConfig) -> Any:
-    options = {**config.engine_kwargs, **config.teacher_kwargs}
-    source = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
-    return AutoTokenizer.from_pretrained(options.get("tokenizer") or config.teacher, **source)
 
 
 def _student_tokenizer(model: Any, args: OSDConfig) -> Any:

@@ -48,10 +48,8 @@ class EnginePair:
     """
 
     def __init__(self, settings: GenerateConfig | CompareConfig) -> None:
-        from transformers import AutoTokenizer
-
         from osd.engine.engine import PairConfig, checked_params
-        from osd.validate_models import check_models
+        from osd.validate_models import check_models, load_tokenizer
 
         self.mixing, self.quiet = settings.mixing(), settings.quiet
         kwargs: dict[str, Any] = settings.pair_kwargs()
@@ -65,17 +63,7 @@ class EnginePair:
         checked_params(settings.sampling())
         check_models(self.config)
         self._engine: PairEngine | None = None
-        self.teacher_tokenizer, self.student_tokenizer = (
-            AutoTokenizer.from_pretrained(
-                kwargs.get("tokenizer") or model,
-                revision=kwargs.get("revision") or "main",
-                trust_remote_code=settings.trust_remote_code,
-            )
-            for model, kwargs in (
-                (self.config.teacher, {**self.config.engine_kwargs, **self.config.teacher_kwargs}),
-                (self.config.student, {**self.config.engine_kwargs, **self.config.student_kwargs}),
-            )
-        )
+        self.teacher_tokenizer, self.student_tokenizer = (load_tokenizer(self.config, side) for side in ("teacher", "student"))
 
     @property
     def engine(self) -> PairEngine:

@@ -135,7 +135,7 @@ class Sampling:
     top_p: float = _of(1.0, "Nucleus of q*; 1 keeps the whole vocabulary.")
     top_k: int = _of(0, "Keep the k most likely tokens of q*; 0 keeps all.")
     min_p: float | None = _of(None, "Drop tokens less likely than this share of the most likely one.")
-    repetition_penalty: float = _of(1.0, "Penalty on tokens that stand in the teacher's prompt or the completion.")
+    repetition_penalty: float = _of(1.0, "Penalty on tokens that stand in the student's prompt or the completion.")
     generation_kwargs: dict[str, Any] | str | None = _of(
         None, "Further vllm.SamplingParams arguments (JSON as a flag); they win over the others."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from osd.core import MixingConfig
+from osd.core import MixingConfig, suggest
 
 ADDITIONAL_CONFIG_KEY = "osd"
 WORKER_CLS = "osd.engine.backend.worker.PairWorker"
@@ -80,7 +80,7 @@ class PairConfig:
             if key == "pipeline_parallel_size" and value != 1:
                 raise ValueError(f"{name}[{key!r}]={value!r}: the paired engine has no pipeline parallelism; use 1")
             if key not in known:
-                raise ValueError(f"{name}[{key!r}] is not an engine argument of the installed vLLM")
+                raise ValueError(f"{name}[{key!r}] is not an engine argument of the installed vLLM{suggest(key, known)}")
 
     def side_kwargs(self, side: str) -> dict[str, Any]:
         """Return the engine arguments of one side, "teacher" or "student"."""

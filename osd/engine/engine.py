@@ -17,7 +17,7 @@ from osd.engine.config import PairConfig
 from osd.engine.record import RequestRecord, load_records
 from osd.engine.request import PairCompletion, PairOptions, PairPrompt, SideLimits, check_request, one_each
 from osd.engine.weights import dump_weights
-from osd.validate_models import check_models
+from osd.validate_models import check_models, load_tokenizer
 
 __all__ = ["EngineState", "PairCompletion", "PairConfig", "PairEngine", "PairPrompt", "checked_params"]
 
@@ -40,7 +40,7 @@ class PairEngine:
     Attributes:
         config: what it was started from.
         mixing: how α is chosen now.
-        tokenizer: the teacher's, or None with ``skip_tokenizer_init``.
+        tokenizer, student_tokenizer: the teacher's and the student's, or None with ``skip_tokenizer_init``.
         limits: vocabulary and context of "teacher" and "student".
         weights_version: how many weight syncs the student has received.
 
@@ -65,7 +65,9 @@ class PairEngine:
         self._request_number = itertools.count()
         self._frontend = Frontend(config)
         self._state = EngineState.OPEN
-        self.tokenizer: Any = self._frontend.tokenizer
+        tokenized = self._frontend.has_tokenizer
+        self.tokenizer: Any = load_tokenizer(config, "teacher") if tokenized else None
+        self.student_tokenizer: Any = load_tokenizer(config, "student") if tokenized else None
         self.limits: dict[str, SideLimits] = self._frontend.limits
 
     @property

@@ -84,10 +84,8 @@ class Frontend:
         return self.llm.llm_engine
 
     @property
-    def tokenizer(self) -> Any:
-        """The teacher's tokenizer, or None where the engine has none."""
-        assert self.llm is not None
-        return None if self.engine.vllm_config.model_config.skip_tokenizer_init else self.llm.get_tokenizer()
+    def has_tokenizer(self) -> bool:
+        return not self.engine.vllm_config.model_config.skip_tokenizer_init
 
     @property
     def can_sleep(self) -> bool:
