@@ -10,6 +10,7 @@ models: it returns token ids, and imports neither vLLM, TRL nor torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from string import Formatter
 from typing import Any, cast
 
@@ -69,6 +70,15 @@ def encode(tokenizer: Any, prompt: Prompt, **chat_template_kwargs: Any) -> list[
             of no tokens.
     """
     return encode_all(tokenizer, [prompt], **chat_template_kwargs)[0]
+
+
+def pinned_date(tokenizer: Any, now: datetime) -> dict[str, Any]:
+    """Return the chat template argument that makes `strftime_now` print `now`; empty if the chat template does not call it.
+
+    A template that prints today's date would give the prompts of one run two dates when it passes midnight or is resumed.
+    """
+    called = "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+    return {"strftime_now": now.strftime} if called else {}
 
 
 def encode_all(tokenizer: Any, prompts: Sequence[Prompt], **chat_template_kwargs: Any) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Rows are rendered before a model loads: bad ones are counted, named by index, and dropped if asked."""
 
 import warnings
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -127,3 +128,21 @@ def test_one_prompt_in_two_tokenizations_warns_once(renderer, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         renderer().usable(Rows(GOOD), "training set")
+
+
+def test_a_row_of_a_stream_that_lost_its_privilege_is_refused(renderer):
+    """The columns of a raw stream are not known in advance: without a check the teacher would read the student's prompt."""
+    rows = renderer(privileged_template=None)
+    rows.teacher_ids([{"prompt": "w9", "teacher_prompt": "w9 w10"}])
+    with pytest.raises(ValueError, match="the row has no 'teacher_prompt', which earlier rows have"):
+        rows.teacher_ids([{"prompt": "w9"}])
+
+
+def test_templates_print_the_date_on_which_the_run_began(renderer):
+    """A run that is resumed the next day must not mix prompts of two dates."""
+    rows = renderer()
+    rows.student_tokenizer.chat_template = "{{ strftime_now('w%d') }} {{ messages[0]['content'] }}"
+    chat = [{"role": "user", "content": "w20"}]
+    for day in (17, 19):
+        rows.started = datetime(2026, 1, day)
+        assert rows.student_tokenizer.decode(rows.student_ids([chat])[0]) == f"w{day} w20"

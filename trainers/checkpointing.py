@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +38,20 @@ _SAMPLING = (
 )
 
 
-def run_of(model: Any, pair: PairConfig | PairEngine, args: OSDConfig) -> dict[str, Any]:
-    """Return the identity of a run as plain values for JSON: both models, by name and shape, and the mixing.
+def start_of(checkpoint: str | None) -> datetime:
+    """Return when the run of a checkpoint began; now, for a run that begins or a checkpoint that does not say it."""
+    path = None if checkpoint is None else Path(checkpoint) / RUN_FILE
+    saved = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    return datetime.fromisoformat(saved["dates"]["started"]) if "dates" in saved else datetime.now()
+
+
+def run_of(model: Any, pair: PairConfig | PairEngine, args: OSDConfig, started: datetime | None = None) -> dict[str, Any]:
+    """Return the identity of a run as plain values for JSON: both models, by name and shape, the mixing and the start.
 
     Args:
         model: the student as given to the trainer.
         pair: the return value of `planned_pair`.
+        started: when the run began, if that is to be kept.
     """
     config: Any = getattr(pair, "config", pair)  # of a running engine
     student = {**config.engine_kwargs, **config.student_kwargs}
@@ -51,6 +60,7 @@ def run_of(model: Any, pair: PairConfig | PairEngine, args: OSDConfig) -> dict[s
         "student": _named(model, student) if isinstance(model, str) else _shape(model.name_or_path, model.config),
         "teacher": _named(config.teacher, teacher),
         "sampling": args.mixing().to_dict() | {name: getattr(args, name) for name in _SAMPLING},
+        **({"dates": {"started": started.isoformat()}} if started else {}),
     }
 
 
@@ -81,8 +91,8 @@ def check_same_run(checkpoint: str | Path, run: dict[str, Any]) -> int:
     saved = json.loads(path.read_text())
     for part, values in run.items():
         for key, value in values.items():
-            before = saved[part].get(key)
-            if before != value:
+            before = saved.get(part, {}).get(key)
+            if before != value and part != "dates":
                 raise ValueError(
                     f"resume_from_checkpoint={str(checkpoint)!r} is of a run whose {part} had {key}={before!r}, and this one's "
                     f"has {value!r}. Resume with what the run began with, or begin a new run from the checkpoint's weights: "

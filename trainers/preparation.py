@@ -9,7 +9,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from osd.prompt_checks import forget_warnings
-from trainers.checkpointing import check_same_run, resolve, run_of
+from trainers.checkpointing import check_same_run, resolve, run_of, start_of
 from trainers.rows import Renderer
 from trainers.saving import check_outputs
 from trainers.validation import check_adapter, check_datasets, planned_pair, refuse_unsupported
@@ -80,13 +80,19 @@ def plan(
     if not isinstance(student, PreTrainedTokenizerBase):
         raise ValueError(f"OSD distils text models; the student has a {type(student).__name__} instead of a tokenizer")
     check_same_ids(teacher.get_vocab(), student.get_vocab())
-    run = run_of(model, pair, args)
-    if (checkpoint := resolve(args.resume_from_checkpoint, args.output_dir)) is not None:
+    checkpoint = resolve(args.resume_from_checkpoint, args.output_dir)
+    started = start_of(checkpoint)
+    run = run_of(model, pair, args, started)
+    if checkpoint is not None:
         check_same_run(checkpoint, run)
     return Plan(
         pair=pair,
         renderer=Renderer(
-            student_tokenizer=student, teacher_tokenizer=teacher, args=args, context=_context(context_lengths(config), args)
+            student_tokenizer=student,
+            teacher_tokenizer=teacher,
+            args=args,
+            context=_context(context_lengths(config), args),
+            started=started,
         ),
         run=run,
     )

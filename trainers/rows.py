@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from datasets import IterableDataset
@@ -12,7 +13,16 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from osd.prompt_checks import Prompt, compare_templates, is_conversation
-from osd.prompts import PROMPT_COLUMN, encode_all, for_side, privileged_template_for, teacher_prompt
+from osd.prompts import (
+    PRIVILEGED_COLUMN,
+    PROMPT_COLUMN,
+    TEACHER_PROMPT_COLUMN,
+    encode_all,
+    for_side,
+    pinned_date,
+    privileged_template_for,
+    teacher_prompt,
+)
 from trainers.alpha_schedule import wants_mixing
 
 if TYPE_CHECKING:
@@ -32,13 +42,16 @@ class Renderer:
         student_tokenizer, teacher_tokenizer: each side's own, with its chat template.
         args: the options for prompts and lengths.
         context: the longest sequence of "teacher" and "student", in tokens.
+        started: when the run began; chat templates that print a date print this one.
     """
 
     student_tokenizer: Any
     teacher_tokenizer: Any
     args: OSDConfig
     context: Mapping[str, int]
+    started: datetime = field(default_factory=datetime.now)
     _warned: bool = field(default=False, init=False)
+    _private: frozenset[str] | None = field(default=None, init=False)  # columns that only the teacher reads, of the first row
 
     def student_prompt(self, row: Row) -> Prompt:
         """Return the student's prompt with its system message."""
@@ -48,17 +61,25 @@ class Renderer:
     def teacher_prompt(self, row: Row) -> Prompt:
         """Return the teacher's prompt with its system message and privileged context."""
         args = self.args
+        private = frozenset(c for c in (TEACHER_PROMPT_COLUMN, PRIVILEGED_COLUMN) if row.get(c) is not None)
+        self._private = private if self._private is None else self._private
+        if missing := sorted(self._private - private):  # a stream's rows need not have the same columns
+            raise ValueError(f"the row has no {missing[0]!r}, which earlier rows have; give every row one, or none")
         prompt = teacher_prompt(row, privileged_template_for(row, args.privileged_template))
         return for_side(prompt, system_prompt=args.teacher_system_prompt, chat=args.enable_chat_template)
 
     def student_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the token ids of prompts of the student."""
-        return encode_all(self.student_tokenizer, prompts, **(self.args.chat_template_kwargs or {}))  # type: ignore[arg-type]
+        return encode_all(self.student_tokenizer, prompts, **self.template_kwargs(self.student_tokenizer))
 
     def teacher_ids(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return the token ids of the teacher's prompts of these rows."""
         prompts = [self.teacher_prompt(row) for row in rows]
-        return encode_all(self.teacher_tokenizer, prompts, **(self.args.chat_template_kwargs or {}))  # type: ignore[arg-type]
+        return encode_all(self.teacher_tokenizer, prompts, **self.template_kwargs(self.teacher_tokenizer))
+
+    def template_kwargs(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the arguments of a side's chat template."""
+        return {**pinned_date(tokenizer, self.started), **(self.args.chat_template_kwargs or {})}  # type: ignore[dict-item]
 
     # -- rows that cannot be trained on -------------------------------------------------------------------------------
 

@@ -133,6 +133,8 @@ class OSDTrainer(DistillationTrainer):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
+        # TRL renders the student's prompts.
+        self.chat_template_kwargs = self._renderer.template_kwargs(self._renderer.student_tokenizer)
         check_saving(self)
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
         self._pass = Pass(counted=False)

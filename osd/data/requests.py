@@ -14,7 +14,17 @@ from osd.data import grading
 from osd.data.reader import Row
 from osd.data.settings import CompareConfig, GenerateConfig, as_mapping
 from osd.prompt_checks import compare_templates, forget_warnings
-from osd.prompts import PROMPT_COLUMN, Prompt, encode, fill, for_side, privileged_template_for, teacher_prompt, template_fields
+from osd.prompts import (
+    PROMPT_COLUMN,
+    Prompt,
+    encode,
+    fill,
+    for_side,
+    pinned_date,
+    privileged_template_for,
+    teacher_prompt,
+    template_fields,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,15 +192,6 @@ def _answer_text(answer: Any) -> str:
     if isinstance(answer, (bool, int, float, list, dict)):
         return json.dumps(answer, ensure_ascii=False, default=str)
     return str(answer)
-
-
-def pinned_date(tokenizer: Any, now: datetime) -> dict[str, Any]:
-    """Return the chat template argument that makes `strftime_now` print `now`; empty if the chat template does not call it.
-
-    A template that prints today's date would give the prompts of one run two dates when it passes midnight or is resumed.
-    """
-    called = "strftime_now" in str(getattr(tokenizer, "chat_template", None))
-    return {"strftime_now": now.strftime} if called else {}
 
 
 def _is_jinja(template: str) -> bool:
