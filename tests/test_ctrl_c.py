@@ -19,7 +19,10 @@ import pytest
 DEADLINE = 90.0  # seconds; it takes a few on an idle machine
 MARK = "OSD_TEST_CTRL_C"
 SCRIPT = """
+import signal
 import sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 
 def main(teacher, student, twice):
     print("importing", flush=True)
@@ -93,8 +96,6 @@ def check_end(tmp_path: Path, process: subprocess.Popen, mark: str, status: int)
 
 
 slow = pytest.mark.slow
-# Open: vLLM's MPClient polls for the process it started, for up to VLLM_ENGINE_READY_TIMEOUT_S, though that has ended.
-hangs = pytest.mark.xfail(reason="vLLM's wait for the engine's process does not notice that it has ended", strict=False)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +103,8 @@ hangs = pytest.mark.xfail(reason="vLLM's wait for the engine's process does not 
     [
         pytest.param(1, "sampling", 1.0, id="own process, sampling"),
         pytest.param(0, "sampling", 1.0, id="in process, sampling", marks=slow),
-        pytest.param(1, "loading", 1.0, id="own process, loading", marks=(slow, hangs)),
-        pytest.param(1, "loading", 6.0, id="own process, loading late", marks=(slow, hangs)),
+        pytest.param(1, "loading", 1.0, id="own process, loading", marks=slow),
+        pytest.param(1, "loading", 6.0, id="own process, loading late", marks=slow),
         pytest.param(0, "loading", 1.0, id="in process, loading", marks=slow),
     ],
 )

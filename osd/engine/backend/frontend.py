@@ -7,7 +7,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 from unittest import mock
 
@@ -17,7 +17,9 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.utils.network_utils import zmq_socket_ctx
 from vllm.v1.engine import core
+from vllm.v1.engine import utils as engine_utils
 
 from osd.engine.backend import cpu
 from osd.engine.backend.configuration import student_vllm_config
@@ -48,7 +50,8 @@ class Frontend:
         self._groups_are_ours = not torch.distributed.is_initialized()
         self.llm: LLM | None = None
         try:
-            self.llm = LLM(**config.teacher_engine_args())
+            with mock.patch.object(engine_utils, "zmq_socket_ctx", _handshake):
+                self.llm = LLM(**config.teacher_engine_args())
             self._watch_outputs()
             self._check_active()
             self.limits = self._limits()
@@ -223,6 +226,23 @@ class Frontend:
             cleanup_dist_env_and_memory()
         elif torch.accelerator.is_available():
             torch.accelerator.empty_cache()
+
+
+@contextmanager
+def _handshake(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Open vLLM's socket for starting its engine's process, and let Ctrl-C through.
+
+    Symptom: a start that was interrupted waits for up to VLLM_ENGINE_READY_TIMEOUT_S. Cause: `zmq_socket_ctx` swallows
+    KeyboardInterrupt. Versions: 0.32, 0.33. To be removed when it does not (tests/test_ctrl_c.py).
+    """
+    interrupt = None
+    with zmq_socket_ctx(*args, **kwargs) as socket:
+        try:
+            yield socket
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def is_cuda() -> bool:
