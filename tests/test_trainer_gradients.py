@@ -390,7 +390,7 @@ def test_a_row_can_ask_for_the_student_alone(make):
 
 def test_a_mix_that_is_no_truth_value_is_refused(make):
     with pytest.raises(ValueError, match="the dataset's column 'mix' has 'no'; use true, or false"):
-        make([*ROWS, {**ROWS[0], "mix": "no"}])
+        make([{**row, "mix": "no"} for row in ROWS])
 
 
 def test_only_the_first_tokens_are_mixed(make):

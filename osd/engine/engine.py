@@ -159,12 +159,15 @@ class PairEngine:
     def _params(self, prompts: Sequence[PairPrompt], sampling: Any, options: Any) -> list[Any]:
         """Return vLLM's parameters of each request, with the pair's options in them."""
         params = []
+        # From torch's random state, which a trainer saves and restores with its checkpoints.
+        seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
         per_prompt = (one_each(name, given, len(prompts)) for name, given in (("sampling", sampling), ("options", options)))
-        for index, (prompt, kwargs, option) in enumerate(zip(prompts, *per_prompt, strict=True)):
+        for index, (prompt, seed, kwargs, option) in enumerate(zip(prompts, seeds, *per_prompt, strict=True)):
             ids = list(prompt.student_token_ids)
             option = replace(option, student_prompt_token_ids=ids, weights_version=self.weights_version)
             extra_args = {**(kwargs.get("extra_args") or {}), **option.to_extra_args()}
-            params.append(checked_params({**kwargs, "extra_args": extra_args}))
+            seed = seed if kwargs.get("seed") is None else kwargs["seed"]
+            params.append(checked_params({**kwargs, "seed": seed, "extra_args": extra_args}))
             check_request(index, prompt, params[-1], self.limits, option.teacher_only)
         return params
 

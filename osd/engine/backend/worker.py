@@ -7,6 +7,7 @@ place of the teacher's sampler, and writes the drawn tokens into both runners' s
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +16,7 @@ from unittest import mock
 
 import torch
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -114,6 +115,8 @@ class PairWorker(Worker):
         super().load_model(**kwargs)
         with self._as_student(), cpu.keep_weights():
             super().load_model(**kwargs)
+        for runner in (self.model_runner, self.student_runner):
+            _release_transformers_classes(runner.get_model())
         self.student_runner.sampler = NoSampler(self.student_runner.req_states)
         vocab_size = min(runner.model_config.get_vocab_size() for runner in (self.model_runner, self.student_runner))
         self.sampler = PairSampler(mixing_config(self.vllm_config), vocab_size, self.model_runner.sampler)
@@ -444,6 +447,30 @@ def _free(model: torch.nn.Module) -> None:
             module.cleanup()
     for parameter in model.parameters():
         parameter.data = parameter.new_empty(0)
+
+
+def _release_transformers_classes(model: torch.nn.Module) -> None:
+    """Let the process build transformers models of the classes that vLLM runs from transformers' code (GPT-NeoX, Phi).
+
+    Symptom: "Current vLLM config is not set" from ``from_pretrained``. Cause: vLLM decorates the class itself, for
+    torch.compile. Versions: 0.32, 0.33. To be removed when vLLM decorates a subclass (tests/test_architectures.py).
+    """
+    for cls in {type(module) for module in model.modules()}:
+        if not cls.__module__.startswith("transformers.") or TorchCompileWithNoGuardsWrapper not in cls.__bases__:
+            continue
+        decorated: Any = cls.__init__
+        closure = inspect.getclosurevars(decorated)
+        if (original := closure.nonlocals.get("old_init")) is None:
+            continue  # done for the other side
+
+        def __init__(self: Any, *args: Any, decorated: Any = decorated, original: Any = original, **kwargs: Any) -> None:
+            if get_current_vllm_config_or_none() is not None:
+                decorated(self, *args, **kwargs)
+            else:
+                original(self, *args, **kwargs)
+                self.do_not_compile = True
+
+        cls.__init__ = __init__  # type: ignore[misc, method-assign]
 
 
 def _refuse_recurrent(**models: Any) -> None:
