@@ -8,6 +8,7 @@ The names below are loaded on first use, so that ``import osd`` imports neither 
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,9 @@ __all__ = [
     "save_alpha_history",
 ]
 __version__ = "0.1.0"
+
+# TRL 1.16 knows vLLM up to 0.31. OSD has its own engine and uses nothing of TRL's that depends on vLLM's version.
+warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
 
 
 def __getattr__(name: str) -> Any:
