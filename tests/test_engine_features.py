@@ -56,12 +56,25 @@ def test_top_k_keeps_the_k_most_likely_of_q(engine, models):
 
 
 def test_top_p_keeps_the_nucleus_of_q(engine, models):
-    def nucleus(logq, completion):
-        ordered, index = logq.sort(dim=-1, descending=True)
-        outside = ordered.exp().cumsum(-1) - ordered.exp() >= 0.8
-        return torch.empty_like(logq).scatter_(-1, index, ordered.masked_fill(outside, float("-inf")))
+    """A token at the edge of the nucleus may fall on either side: the engine's q* is a float32."""
 
-    check_draws(models, sample(engine, top_p=0.8), nucleus)
+    def nucleus(p):
+        def keep(logq, completion):
+            ordered, index = logq.sort(dim=-1, descending=True)
+            outside = ordered.exp().cumsum(-1) - ordered.exp() >= p
+            return torch.empty_like(logq).scatter_(-1, index, ordered.masked_fill(outside, float("-inf")))
+
+        return keep
+
+    completions = sample(engine, top_p=0.8)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        logq = q_star(models, both(prompt), completion.token_ids)
+        token = torch.tensor(completion.token_ids)[:, None]
+        kept = [nucleus(p)(logq, completion).log_softmax(-1).gather(-1, token)[:, 0] for p in (0.7995, 0.8, 0.8005)]
+        error = (completion.record.logp_draw.double() - torch.stack(kept)).abs().amin(0)
+        assert error.max() < 5e-4
+    with pytest.raises(AssertionError):
+        check_draws(models, completions, nucleus(0.7))
 
 
 def test_min_p_is_relative_to_the_peak_of_q(engine, models):
