@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _going_on(command: str) -> str:
-    return "; `--resume` goes on after the last finished shard" if command == "generate" else ""
+    return "; `--resume` goes on after the last sample that was written" if command == "generate" else ""
 
 
 def _refused(command: str, message: str) -> int:

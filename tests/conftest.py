@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -24,6 +25,9 @@ from tests.async_cpu import allow_async_scheduling
 from tests.exact import reference
 from tests.pairs import start
 from tests.tiny import tiny_model
+
+# The background jobs of a shell ignore SIGINT, and so would the processes that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,10 +19,7 @@ import pytest
 DEADLINE = 90.0  # seconds; it takes a few on an idle machine
 MARK = "OSD_TEST_CTRL_C"
 SCRIPT = """
-import signal
 import sys
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 
 def main(teacher, student, twice):
     print("importing", flush=True)

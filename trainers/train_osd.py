@@ -16,6 +16,12 @@ from textwrap import fill
 from typing import Any, NoReturn
 
 import yaml
+
+from osd.terminal import silence_libraries
+
+if __name__ == "__main__":  # before TRL imports vLLM
+    silence_libraries()
+
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from osd.core import suggest

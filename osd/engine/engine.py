@@ -211,8 +211,8 @@ class PairEngine:
     def _abandon(self, ids: dict[str, str]) -> None:
         """Clean up after an exception in mid-run: end every request, drop their records, and forget the prefix caches.
 
-        vLLM puts a block into the prefix cache when it schedules it, and a step that failed never filled it. An engine whose
-        process has ended (Ctrl-C reaches the whole process group) is closed.
+        vLLM puts a block into the prefix cache when it schedules it, and a step that failed never filled it. An engine that
+        cannot be cleaned up is closed: Ctrl-C reaches the whole process group, and a process that is ending may look alive.
         """
         if self._state is EngineState.CLOSED:
             return
@@ -221,9 +221,7 @@ class PairEngine:
             self._frontend.abort(ids.values())
             self._take_records()
             self._caches_in_doubt = not self.reset_prefix_cache()
-        except Exception:  # EngineDied, or an error of vLLM's that says the same
-            if self._frontend.alive:
-                raise
+        except Exception:  # the caller's exception says more
             self.close()
 
     def _forget_caches(self) -> None:
