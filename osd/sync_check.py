@@ -7,11 +7,12 @@ a changed configuration, an adapter that PEFT does not merge. The two models' pr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from trl.models import unwrap_model_for_generation
 
 from osd.validate_models import shared_vocabulary
 
@@ -34,7 +35,8 @@ def check_same_student(engine: PairEngine, model: Any, accelerator: Any) -> None
     device = getattr(model, "device", accelerator.device)
     prompts = _prompts(engine)
     sampled = _continued(engine, prompts, accelerator.device)
-    gap, worst = _gap(model, prompts, sampled, shared_vocabulary(engine.config), device)
+    with _whole(model, accelerator):
+        gap, worst = _gap(model, prompts, sampled, shared_vocabulary(engine.config), device)
     gathered = accelerator.gather(torch.tensor([[gap, worst]], device=accelerator.device)).max(0).values
     gap, worst = gathered.tolist()
     limit = _LIMIT_32_BIT if _is_32_bit(engine, model, accelerator) else _LIMIT_16_BIT
@@ -89,6 +91,15 @@ def _gap(
 def _live_logits(model: Any, ids: Tensor) -> Tensor:
     with _evaluating(model), torch.compiler.set_stance("force_eager"):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def _whole(model: Any, accelerator: Any) -> AbstractContextManager[Any]:
+    """Return a context in which a model that ZeRO-3 shards is whole and without DeepSpeed's hooks.
+
+    With the hooks, a forward pass outside of training leaves parameters in shards in the next backward pass.
+    """
+    deepspeed = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    return nullcontext() if deepspeed is None else unwrap_model_for_generation(deepspeed.engine, accelerator)
 
 
 @contextmanager

@@ -182,6 +182,74 @@ def test_nan_ends_one_request_naming_the_side_and_the_others_go_on(tmp_path, tin
     assert [c.token_ids for c in after] == expected
 
 
+def test_a_row_without_a_distribution_ends_alone_beside_a_larger_teacher(tmp_path):
+    """No id beyond the student's vocabulary reaches its embedding or the record, and no masked token is returned."""
+    teacher = tiny_model(tmp_path / "teacher", vocab=96, seed=1, tokenizer_vocab=64)
+    student = tiny_model(tmp_path / "student", seed=2)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.model.embed_tokens.weight.data[40] = float("nan")
+    model.save_pretrained(teacher)
+    good, nan = (PairPrompt(teacher_token_ids=[7, token], student_token_ids=[7, 8]) for token in (9, 40))
+    allowed = dict(max_tokens=4, seed=1, allowed_token_ids=[20, 21])
+    masked = dict(max_tokens=4, allowed_token_ids=[20], stop_token_ids=[20], min_tokens=2)
+    with start([teacher, student]) as engine:
+        completions = engine.generate([good, nan, good], sampling=[allowed, dict(max_tokens=4), masked])
+    assert [c.error for c in completions] == [
+        None,
+        "NaN in the teacher's logits",
+        "the sampling parameters leave no token that can be drawn",
+    ]
+    assert len(completions[0].token_ids) == 4
+    assert set(completions[0].token_ids) <= {20, 21}
+    assert completions[1].token_ids == completions[2].token_ids == []
+
+
+def test_options_of_another_front_end_that_no_model_can_take_end_one_request(tiny_pair):
+    wrong = [dict(student_prompt_token_ids=[-1, 5]), dict(student_prompt_token_ids=["a"]), dict(alpha="x")]
+    with start(tiny_pair) as engine:
+        params = [SamplingParams(max_tokens=4, extra_args={"osd": options}) for options in [*wrong, {}]]
+        outputs = engine.llm.generate([{"prompt_token_ids": [7, 8]}] * 4, params, use_tqdm=False)
+        assert [output.outputs[0].finish_reason for output in outputs] == ["error", "error", "error", "length"]
+        # The teacher alone neither needs the student's prompt nor is penalised for it.
+        prompt = PairPrompt(teacher_token_ids=[7, 8], student_token_ids=[])
+        far = PairPrompt(teacher_token_ids=[7, 8], student_token_ids=[5000])
+        sampling = dict(max_tokens=4, seed=3, repetition_penalty=1.5)
+        alone = engine.generate([prompt, far], sampling=sampling, teacher_only=True)
+        assert alone[0].error is None
+        assert alone[0].token_ids == alone[1].token_ids
+
+
+def test_engines_of_different_seeds_draw_differently_from_one_torch_state(tiny_pair):
+    prompt = PairPrompt(teacher_token_ids=[7, 8], student_token_ids=[9])
+    drawn = []
+    for seed in (0, 0, 1):
+        with start(tiny_pair, seed=seed) as engine:
+            torch.manual_seed(5)
+            engine.check([prompt], sampling=dict(max_tokens=16))  # draws nothing
+            drawn.append(engine.generate([prompt], sampling=dict(max_tokens=16, ignore_eos=True))[0].token_ids)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_failing_clean_up_does_not_replace_the_callers_exception(tiny_pair, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("clean-up failed")
+
+    def interrupt(tokens):
+        raise KeyboardInterrupt
+
+    engine = start(tiny_pair)
+    frontend, close = engine._frontend, engine._frontend.close
+    monkeypatch.setattr(frontend, "abort", fail)
+    monkeypatch.setattr(frontend, "close", fail)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(
+                [PairPrompt(teacher_token_ids=[7], student_token_ids=[8])], sampling=dict(max_tokens=4), on_finished=interrupt
+            )
+    finally:
+        close()
+
+
 def test_a_second_engine_in_the_same_process_is_refused(tiny_pair):
     with pair(*tiny_pair), pytest.raises(RuntimeError, match="another PairEngine"):
         pair(*tiny_pair)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -65,6 +67,7 @@ class PairEngine:
         self._request_number = itertools.count()
         self._frontend = Frontend(config)
         self._state = EngineState.OPEN
+        self._seed = random.Random(str(self._frontend.seed)).getrandbits(63)
         tokenized = self._frontend.has_tokenizer
         self.tokenizer: Any = load_tokenizer(config, "teacher") if tokenized else None
         self.student_tokenizer: Any = load_tokenizer(config, "student") if tokenized else None
@@ -137,6 +140,10 @@ class PairEngine:
             for a in one_each("alpha", alpha, len(prompts))
         ]
         params = self._params(prompts, sampling, options)
+        # From torch's random state, which a trainer saves and restores with its checkpoints, and the engine's own seed,
+        # which differs between processes.
+        for param, seed in zip(params, torch.randint(2**63 - 1, (len(params),)).tolist(), strict=True):
+            param.seed = seed ^ self._seed if param.seed is None else param.seed
         if self._caches_in_doubt:
             self._forget_caches()
         ids: dict[str, str] = {}
@@ -159,15 +166,12 @@ class PairEngine:
     def _params(self, prompts: Sequence[PairPrompt], sampling: Any, options: Any) -> list[Any]:
         """Return vLLM's parameters of each request, with the pair's options in them."""
         params = []
-        # From torch's random state, which a trainer saves and restores with its checkpoints.
-        seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
         per_prompt = (one_each(name, given, len(prompts)) for name, given in (("sampling", sampling), ("options", options)))
-        for index, (prompt, seed, kwargs, option) in enumerate(zip(prompts, seeds, *per_prompt, strict=True)):
-            ids = list(prompt.student_token_ids)
+        for index, (prompt, kwargs, option) in enumerate(zip(prompts, *per_prompt, strict=True)):
+            ids = None if option.teacher_only else list(prompt.student_token_ids)
             option = replace(option, student_prompt_token_ids=ids, weights_version=self.weights_version)
             extra_args = {**(kwargs.get("extra_args") or {}), **option.to_extra_args()}
-            seed = seed if kwargs.get("seed") is None else kwargs["seed"]
-            params.append(checked_params({**kwargs, "seed": seed, "extra_args": extra_args}))
+            params.append(checked_params({**kwargs, "extra_args": extra_args}))
             check_request(index, prompt, params[-1], self.limits, option.teacher_only)
         return params
 
@@ -219,10 +223,13 @@ class PairEngine:
         self._caches_in_doubt = True  # until they are reset, whatever ends this
         try:
             self._frontend.abort(ids.values())
-            self._take_records()
+            self._frontend.call("forget_records")
             self._caches_in_doubt = not self.reset_prefix_cache()
-        except Exception:  # the caller's exception says more
-            self.close()
+        except BaseException as error:
+            with suppress(Exception):  # the caller's exception says more
+                self.close()
+            if not isinstance(error, Exception):  # a second Ctrl-C
+                raise
 
     def _forget_caches(self) -> None:
         if not self.reset_prefix_cache():
@@ -235,7 +242,7 @@ class PairEngine:
         """Push a live student into the engine; return the new ``weights_version``.
 
         The student's prefix cache is reset (the teacher's survives): at once, or with the next request of ``generate`` where
-        the engine core is another process. If this raises, the engine is stale: it refuses to sample until a sync succeeds.
+        the engine core is another process. If the load fails, the engine is stale: it refuses to sample until a sync succeeds.
 
         Args:
             named_tensors: every parameter of the student under its Hugging Face name.

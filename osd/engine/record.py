@@ -67,10 +67,14 @@ class RecordLog:
 
     def admitted(self, side: str, request_id: str, cached_tokens: int) -> None:
         """Note how much of a request's prompt was in ``side``'s prefix cache when it was first scheduled."""
-        self._cached.setdefault(request_id, {})[f"{side}_cached_tokens"] = cached_tokens
+        # A request that was preempted is admitted again.
+        self._cached.setdefault(request_id, {}).setdefault(f"{side}_cached_tokens", cached_tokens)
 
     def append(self, request_ids: Sequence[str], values_BR: torch.Tensor, hidden_BH: torch.Tensor | None) -> None:
         self._steps.append(_Step(list(request_ids), values_BR, hidden_BH))
+
+    def clear(self) -> None:
+        self._steps, self._cached = [], {}
 
     def take(self) -> dict[str, RequestRecord]:
         """Every record since the last call, by request id, on the host; the log is empty afterwards."""

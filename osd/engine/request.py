@@ -25,7 +25,8 @@ class PairOptions:
         record: keep the per-token record on the device until ``take_records``.
         hidden: keep the teacher's final hidden state with it.
         weights_version: the student weights to sample with. A version newer than the scheduler's resets the student's prefix
-            cache, and the worker refuses to run with any other weights. None: whatever is loaded.
+            cache. An older one ends the request in error. The worker refuses to run with weights of another version than the
+            scheduler's. None: the version of the last request that named one.
 
     Raises:
         ValueError: an α outside [0, 1], or a negative ``mix_tokens``.

@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
 
 @triton.jit
 def _mix(x):

@@ -95,6 +95,10 @@ class Frontend:
         return self.engine.vllm_config.model_config.enable_sleep_mode
 
     @property
+    def seed(self) -> int:
+        return self.engine.vllm_config.model_config.seed
+
+    @property
     def _core(self) -> Any | None:
         """vLLM's engine core, where it lives in this process, else None."""
         return getattr(self.engine.engine_core, "engine_core", None)

@@ -26,6 +26,7 @@ from osd.core import RECORD_FIELDS, MixingConfig
 from osd.engine.alignment import Alignment
 from osd.engine.mixture import (
     GREEDY_BELOW,
+    NO_TOKEN,
     KernelDraw,
     KernelMixture,
     MixtureInputs,
@@ -67,7 +68,7 @@ class StepOutputs:
     Attributes:
         token_B: drawn ids, int64 or int32; 0 in rows that are not sampled.
         values_BR: the record, float32; NaN in rows that are not sampled.
-        bad_side_B: sides whose logits are not numbers (0: neither, 1: student, 2: teacher, 3: both), int32.
+        bad_side_B: sides whose logits are not numbers (0: neither, 1: student, 2: teacher, 3: both), or ``NO_TOKEN``; int32.
         logprobs: the logprobs that requests asked for, of q*.
     """
 
@@ -169,12 +170,15 @@ class PairSampler:
         greedy_B = rows.temperature_B < GREEDY_BELOW
         token_B = torch.where(greedy_B, processed_BV.argmax(dim=-1), token_B)
         logp_draw_B = torch.where(greedy_B, 0.0, logp_draw_B)
+        dead_B = ~processed_BV.amax(dim=-1).isfinite()  # NaN, or the sampling parameters leave no token
+        token_B = token_B.masked_fill(dead_B, 0)  # any id that both models can embed; the request ends in error
         out = self._empty(inputs.teacher)
         for part in parts:
             index = as_index(part.rows)
             recorded = part.record(take(token_B, part.rows), take(logp_draw_B, part.rows))
             out.values_BR[index] = _without_student(recorded) if part.solo else recorded
-            out.bad_side_B[index] = part.bad_side_P.int()
+            bad_side_P = part.bad_side_P.int()
+            out.bad_side_B[index] = bad_side_P.masked_fill(take(dead_B, part.rows) & (bad_side_P == 0), NO_TOKEN)
         logprobs = self._logprobs(logq_BV, processed_BV, token_B, inputs.batch)
         return StepOutputs(token_B=token_B, values_BR=out.values_BR, bad_side_B=out.bad_side_B, logprobs=logprobs)
 

@@ -3,7 +3,7 @@
 Every request exists in both, with its own prompt and KV blocks. A request advances only on a step where both sides compute
 logits for the same output position. Where one side gets there first (chunked prefill, a prefix-cache hit, a preemption on the
 other side), its sample is rejected and its ``num_computed_tokens`` goes back by one, so that the next step computes just that
-token again. No side waits, so there is no deadlock: both schedulers serve requests in arrival order, and the oldest request
+token again. No side waits, so there is no deadlock: both schedulers serve requests in the same order, and the first request
 progresses on both sides in every step.
 
 Which requests a step samples is known when it is scheduled, before any token arrives. So the rule holds with async scheduling,
@@ -29,10 +29,16 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from osd.engine.backend.configuration import eos_ids, student_kv_cache_config, student_vllm_config
+from osd.engine.mixture import NO_TOKEN
 from osd.engine.request import PairOptions
 
 # Values of `num_nans_in_logits` that the pair's sampler reports, and the side that they name.
-FAILED_SIDE = {1: "student", 2: "teacher", 3: "student and teacher"}
+FAILURES = {
+    1: "NaN in the student's logits",
+    2: "NaN in the teacher's logits",
+    3: "NaN in the student and teacher's logits",
+    NO_TOKEN: "the sampling parameters leave no token that can be drawn",
+}
 
 
 @dataclass
@@ -62,7 +68,8 @@ class PairScheduler(AsyncScheduler):
         student_config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
         student_kv = student_kv_cache_config(student_config, kv_cache_config.num_blocks)
         with set_current_vllm_config(student_config):
-            self.student = AsyncScheduler(student_config, student_kv, *args, **kwargs)
+            # Nobody asks the student which of its requests ended.
+            self.student = AsyncScheduler(student_config, student_kv, *args, **{**kwargs, "include_finished_set": False})
         for side in (self, self.student):
             _allocate_quickly(side)
         self.student_eos_ids = eos_ids(student_config)
@@ -113,9 +120,9 @@ class PairScheduler(AsyncScheduler):
         tokens = {i: list(t) for i, t in zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True)}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._update_student(step.student_output, tokens)
-        for request_id, side in failed.items():
+        for request_id, reason in failed.items():
             self._scrub(request_id)
-            self._end_in_error(outputs, request_id, f"NaN in the {side}'s logits")
+            self._end_in_error(outputs, request_id, reason)
         for request, reason in self._refused:
             _append_error(outputs, request, reason)
         self._refused.clear()
@@ -180,7 +187,7 @@ class PairScheduler(AsyncScheduler):
             options = PairOptions.of(request.sampling_params)
             self._check(request, options)
             self._adopt_weights_version(options.weights_version)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             # Raising here would end the engine because of one bad request: answer the request with an error instead.
             self._refused.append((request, str(error)))
             return
@@ -199,14 +206,15 @@ class PairScheduler(AsyncScheduler):
             raise ValueError("the paired engine serves text completion only (no pooling, images, embeddings, streaming input)")
         if request.sampling_params.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs is not supported by the paired engine; it has logprobs of the completion")
-        if options.student_prompt_token_ids is not None and not options.student_prompt_token_ids:
-            raise ValueError("student_prompt_token_ids is empty; give the student at least one token")
         if options.teacher_only:
             return
+        if options.student_prompt_token_ids is not None and not options.student_prompt_token_ids:
+            raise ValueError("student_prompt_token_ids is empty; give the student at least one token")
         prompt = options.student_prompt_token_ids or request.prompt_token_ids
         vocab_size = self.student.vllm_config.model_config.get_vocab_size()
-        if max(prompt) >= vocab_size:
-            raise ValueError(f"the student's prompt has token id {max(prompt)}, and its vocabulary ends at {vocab_size - 1}")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+            raise ValueError(f"the student's prompt has token id {wrong}, which is not one of its {vocab_size} ids")
         longest, limit = len(prompt) + request.max_tokens, self.student.max_model_len
         if longest > limit:
             raise ValueError(
@@ -247,6 +255,8 @@ class PairScheduler(AsyncScheduler):
         """Move to weights ``version`` (None: keep the current one). A new version invalidates the student's prefix cache."""
         if version is None or version == self.weights_version:
             return
+        if version < self.weights_version:
+            raise ValueError(f"weights_version={version} is older than {self.weights_version}, which is loaded")
         self._refuse_in_flight("the student's weights can change")
         if not self.student.reset_prefix_cache(reset_running_requests=bool(self.student.running)):
             raise RuntimeError("the student's prefix cache could not be reset after a weight sync: blocks are still in use")
@@ -295,13 +305,14 @@ class PairScheduler(AsyncScheduler):
 def _allocate_quickly(scheduler: Scheduler) -> None:
     """Skip vLLM's block allocation for a token whose block a request already has: half of a step's scheduling time.
 
-    Only for one group of full attention, where it would allocate nothing. A block that becomes full enters the prefix cache
-    when its last token is known, in ``update_from_output``.
+    Only for one group of full attention, where vLLM would allocate nothing. A block that becomes full enters the prefix cache
+    when its last token is known, in ``update_from_output``; the student's last block does not where the request ends with it.
     """
     groups = scheduler.kv_cache_config.kv_cache_groups
     if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:
         return
-    manager, block_size = scheduler.kv_cache_manager, scheduler.block_size
+    # The scheduler's own block size is that of all the teacher's groups together, for the student too.
+    manager, block_size = scheduler.kv_cache_manager, groups[0].kv_cache_spec.block_size
     allocate = manager.allocate_slots
 
     def allocate_slots(request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
@@ -326,12 +337,12 @@ def _take_back(request: Request) -> None:
 
 
 def _take_failed_rows(output: ModelRunnerOutput) -> dict[str, str]:
-    """Drop the tokens of rows whose logits were not numbers; return the side that failed, by request id."""
+    """Drop the tokens of rows that failed; return the reasons by request id."""
     sides, output.num_nans_in_logits = output.num_nans_in_logits or {}, None
     failed = {}
     for i, (request_id, tokens) in enumerate(zip(output.req_ids, output.sampled_token_ids, strict=True)):
         if tokens and sides.get(request_id):
-            failed[request_id] = FAILED_SIDE[int(sides[request_id])]
+            failed[request_id] = FAILURES[int(sides[request_id])]
             output.sampled_token_ids[i] = []
     return failed
 

@@ -227,7 +227,8 @@ class PairWorker(Worker):
             return super().execute_model(scheduler_output)  # vLLM's warm-up
         # An exception (an interrupt, out of memory) ends a step and leaves its forward pass here; it is not sampled.
         self.model_runner.execute_model_state = self.student_runner.execute_model_state = None
-        self._check_weights(step)
+        if scheduler_output.num_scheduled_tokens or step.student_output.num_scheduled_tokens:
+            self._check_weights(step)  # a step without tokens says which requests ended, also after a sync
         if self.student_stream is not None:
             self.student_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.student_stream) if self.student_stream is not None else nullcontext():
@@ -263,15 +264,19 @@ class PairWorker(Worker):
         states = self.model_runner.req_states
         for new in output.scheduled_new_reqs:
             self.requests[new.req_id] = request = SampledRequest.of(new.sampling_params, plain=not self.custom_processors)
-            if request.penalised and (prompt := request.options.student_prompt_token_ids):
+            prompt = request.options.student_prompt_token_ids
+            if request.penalised and prompt and not request.options.teacher_only:
                 set_prompt_mask(self.sampler.stock, states.req_id_to_index[new.req_id], prompt)
 
     @torch.inference_mode()
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
         if self._step is None:
             return super().sample_tokens(grammar_output)
         self._grammar = grammar_output
         output = super().sample_tokens(None)  # calls _sample
+        if output is None:  # `execute_model` failed; vLLM raises its error
+            self._step = self._grammar = None
+            return None
         assert self._outputs is not None
         self._finish_step(*self._outputs)
         self._outputs = self._grammar = self._step = None
@@ -352,6 +357,10 @@ class PairWorker(Worker):
         records = self.collect_records()
         return dump_records(records) if self.is_driver_worker else None
 
+    def forget_records(self) -> None:
+        """Drop every request's record."""
+        self.records.clear()
+
     # -- the student's weights --------------------------------------------------------------------------------------
 
     def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, partial: bool = False) -> int:
@@ -362,6 +371,7 @@ class PairWorker(Worker):
         if partial and not (self.weights_loaded and self.weights_version):
             raise ValueError("partial=True: no sync of every weight came before, or the last one failed; push them all once")
         self.weights_loaded = False
+        self.weights_version += 1  # on every rank, also one that fails: their versions must stay equal
         if isinstance(named_tensors, bytes):
             named_tensors = load_weights(named_tensors)
         model = self.student_runner.get_model()
@@ -372,7 +382,6 @@ class PairWorker(Worker):
                 load_all_weights(model, named_tensors)
             cpu.pack_weights(model)
         self.weights_loaded = True
-        self.weights_version += 1
         return self.weights_version
 
     def _check_weights(self, step: PairStep) -> None:
@@ -470,7 +479,11 @@ def _release_transformers_classes(model: torch.nn.Module) -> None:
                 original(self, *args, **kwargs)
                 self.do_not_compile = True
 
-        cls.__init__ = __init__  # type: ignore[misc, method-assign]
+        def __call__(self: Any, *args: Any, called: Any = cls.__call__, **kwargs: Any) -> Any:
+            # vLLM's skips hooks.
+            return (torch.nn.Module.__call__ if getattr(self, "do_not_compile", False) else called)(self, *args, **kwargs)
+
+        cls.__init__, cls.__call__ = __init__, __call__  # type: ignore[misc, method-assign]
 
 
 def _refuse_recurrent(**models: Any) -> None:
