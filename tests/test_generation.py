@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from osd.core import MixingConfig
 from osd.validate_models import end_ids
-from tests.tiny import tiny_engine_kwargs, tiny_model
+from tests.tiny import tiny_model
 from tests.training import watch
 
 pytestmark = pytest.mark.gpu
@@ -17,15 +17,6 @@ pytestmark = pytest.mark.gpu
 STUDENT_PROMPTS = [[1, 5, 7, 8], [1, 5, 9], [10, 11, 12, 13, 14]]
 TEACHER_PROMPTS = [[1, 4, 20, 21, 22, 5, 7, 8], [1, 4, 23, 5, 9], [24, 10, 11]]
 NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    from osd.engine.engine import PairConfig, PairEngine
-
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

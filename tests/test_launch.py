@@ -19,7 +19,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from transformers import AutoModelForCausalLM
 
 from tests.launched import GREEDY, KILLED, LORA, sampled_by, start, weights_of
-from tests.tiny import tiny_engine_kwargs
 from tests.training import build_trainer
 from trainers.checkpointing import resolve
 
@@ -62,15 +61,6 @@ def test_there_is_a_configuration_for_every_set_up():
 
 
 # -- two processes ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    from osd.engine.engine import PairConfig, PairEngine
-
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
 
 
 def check_greedy(out, done, engine, student, save="weights", **fields):

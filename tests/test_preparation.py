@@ -17,15 +17,6 @@ from trainers.saving import repair_generation_config
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    from osd.engine.engine import PairConfig, PairEngine
-
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
-
-
 @pytest.fixture
 def make(engine, tiny_pair, tmp_path):
     return partial(build_trainer, engine, tiny_pair[1], tmp_path)

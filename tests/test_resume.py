@@ -10,21 +10,12 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import RepeatSampler
 
-from tests.tiny import tiny_engine_kwargs, tiny_model
+from tests.tiny import tiny_model
 from tests.training import ROWS, build_trainer, logged, watch
 from trainers import OSDConfig, OSDTrainer
 from trainers.checkpointing import RUN_FILE, EpochSampler, check_same_run, resolve
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    from osd.engine.engine import PairConfig, PairEngine
-
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
 
 
 @pytest.fixture

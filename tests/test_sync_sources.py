@@ -17,19 +17,10 @@ from osd.generation import OSDGeneration
 from osd.validate_models import check_models, check_student_can_train, student_layout
 from osd.weight_sync import checked
 from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, gaps_over_training, perturb
-from tests.tiny import tiny_engine_kwargs, tiny_model
+from tests.tiny import tiny_model
 from tests.training import ROWS, build_trainer, logged
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    from osd.engine.engine import PairConfig, PairEngine
-
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from trl import DistillationTrainer
 
 from osd.core import MixingConfig
 from tests.test_generation import disagreement, gaps_over_training
-from tests.tiny import tiny_engine_kwargs
 from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
 from trainers import OSDConfig, OSDTrainer
 from trainers.divergence import Divergence
@@ -25,15 +24,6 @@ pytestmark = pytest.mark.gpu
 
 NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6
 CHATS = [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}], "privileged_context": f"w{i + 30}"} for i in range(7, 23)]
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    from osd.engine.engine import PairConfig, PairEngine
-
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
 
 
 @pytest.fixture

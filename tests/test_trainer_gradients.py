@@ -11,22 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import trainers.passes as passes
 import trainers.privilege_gap as privilege_module
 from tests.test_generation import logp
-from tests.tiny import tiny_engine_kwargs
 from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
 from trainers.importance import importance_weights
 
 pytestmark = pytest.mark.gpu
 
 # B completions, T tokens of one (padded), V vocabulary, N tokens.
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    from osd.engine.engine import PairConfig, PairEngine
-
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from osd.generation import OSDGeneration
 from osd.validate_models import student_layout
 from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, perturb
 from tests.test_losses import H_S, H_T, V, head
-from tests.tiny import tiny_engine_kwargs
 from trainers import divergence as divergence_module
 from trainers.divergence import DIVERGENCES, Divergence, token_divergence, token_logprobs
 from trainers.lm_head import on_shared_vocabulary
@@ -108,15 +107,6 @@ def test_a_head_in_shards_is_not_cut(side):
 
 
 # -- the sync -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_pair):
-    from osd.engine.engine import PairConfig, PairEngine
-
-    teacher, student = map(str, tiny_pair)
-    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
-        yield engine
 
 
 def test_what_the_engine_must_be_given_is_known(zero3, tiny_pair, monkeypatch):

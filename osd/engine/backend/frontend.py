@@ -189,7 +189,7 @@ class Frontend:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine can be asked for anything: it is in this process, or its process runs."""
+        """True while the engine can answer: it is in this process, or its process runs."""
         if self.llm is None:
             return False
         if self._core is not None:
