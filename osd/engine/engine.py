@@ -44,7 +44,7 @@ class PairEngine:
         mixing: how α is chosen now.
         tokenizer, student_tokenizer: the teacher's and the student's, or None with ``skip_tokenizer_init``.
         limits: vocabulary and context of "teacher" and "student".
-        weights_version: how many weight syncs the student has received.
+        weights_version: the version of the student's weights; 0 at the start, one more with each sync, failed ones included.
 
     Raises:
         ValueError: models that are missing or have different tokenizers, or engine arguments the pair cannot take; before
