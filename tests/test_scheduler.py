@@ -1,4 +1,4 @@
-"""The rewind rule, simulated without a model: two real schedulers, random prompts, budgets and cache sizes.
+"""The rule that keeps both sides in step, without a model: two real schedulers, random prompts, budgets and cache sizes.
 
 The simulation plays the workers: it "samples" a token for every row that the step says is ready, and checks, row by row,
 what a worker would have computed: both sides end this step's computation at the same output position.
@@ -108,6 +108,7 @@ class Workers:
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, object] = {}
         self.seen = Counter()
+        self.computed: dict[tuple[Any, str], int] = {}
         self.rng = random.Random(0)
         self.vocabulary = vocabulary
 
@@ -150,6 +151,7 @@ class Workers:
                 assert t.num_computed_tokens - t.num_prompt_tokens == s.num_computed_tokens - s.num_prompt_tokens
                 assert list(t.output_token_ids) == list(s.output_token_ids) == self.outputs.get(i, [])
         for side, scheduled in ((teacher, output), (student, step.student_output)):
+            self.check_that_nothing_is_computed_twice(side, scheduled)
             for i in set(scheduled.num_scheduled_tokens) - step.ready:
                 request = side.requests[i]
                 assert request.num_computed_tokens < request.num_tokens + request.num_output_placeholders
@@ -158,6 +160,15 @@ class Workers:
         self.seen["preempted student"] += len(step.student_output.preempted_req_ids or ())
         for side, scheduled in (("teacher", output), ("student", step.student_output)):
             self.seen[f"hits {side}"] += sum(r.num_computed_tokens > 0 for r in scheduled.scheduled_new_reqs)
+
+    def check_that_nothing_is_computed_twice(self, side: Any, scheduled: SchedulerOutput) -> None:
+        for new in scheduled.scheduled_new_reqs:  # or resumed
+            self.computed[side, new.req_id] = new.num_computed_tokens
+        cached = scheduled.scheduled_cached_reqs
+        for i, start in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            assert start == self.computed[side, i]
+        for i, count in scheduled.num_scheduled_tokens.items():
+            self.computed[side, i] += count
 
     def run(self, limit: int = 5000) -> None:
         for _ in range(limit):
@@ -224,19 +235,54 @@ def test_random_schedules_cover_the_cases_of_the_rule(pair):
     assert min(seen[k] for k in ("waited", "preempted teacher", "preempted student", "hits teacher", "hits student")) > 0, seen
 
 
-def test_without_the_rewind_the_sides_fall_out_of_step(pair, monkeypatch):
-    """The planted error: a row counts as sampled as soon as the teacher has logits for it."""
-
-    def no_rewind(self, output, step):
-        step.ready |= {i for i in output.num_scheduled_tokens if not self.requests[i].is_prefill_chunk}
-
-    monkeypatch.setattr(PairScheduler, "_pair_up", no_rewind)
-    scheduler = make_scheduler(pair, blocks=24, budget=64, student_budget=8)
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_side_that_does_not_wait_falls_out_of_step(pair, monkeypatch, side):
+    """The planted error: one side computes its newest token whenever it can, and its row counts as sampled."""
+    if side == "teacher":
+        monkeypatch.setattr(PairScheduler, "_teacher_may_finish", lambda self, finishing, request_id: True)
+    else:
+        monkeypatch.setattr(PairScheduler, "_within_reach", lambda self: set(self.requests))
+        monkeypatch.setattr("osd.engine.backend.scheduler._preempt", lambda side, request: None)
+    scheduler = make_scheduler(pair, blocks=24, budget=64 if side == "teacher" else 8, student_budget=12)
     workers = Workers(scheduler)
     for r in random_requests(random.Random(0), 6):
         scheduler.add_request(r)
     with pytest.raises(AssertionError):
         workers.run()
+
+
+def test_prompts_cached_but_for_one_token_and_prompts_of_one_token(pair):
+    """Neither may be admitted with its newest token held back, since nothing else is left of it."""
+    cached, one = list(range(4 * BLOCK + 1)), [7]
+    for prompts in ((cached, one), (one, cached), (cached, cached), (one, one)):
+        scheduler = make_scheduler(pair, blocks=60, budget=64, student_budget=64)
+        for n in range(3):
+            workers = Workers(scheduler)
+            scheduler.add_request(request(f"r{n}", *prompts, max_tokens=4))
+            workers.run(limit=30)
+            assert len(workers.outputs[f"r{n}"]) == 4
+
+
+@pytest.mark.parametrize("makes_way", [True, False])
+def test_requests_admitted_out_of_turn_do_not_block_each_other(pair, monkeypatch, makes_way):
+    """The teacher's cache is full of one request, the student's of another: each waits for the other's half."""
+    if not makes_way:
+        monkeypatch.setattr(PairScheduler, "_make_way", lambda self: None)
+    scheduler = make_scheduler(pair, blocks=16, budget=64, student_budget=64)
+    workers = Workers(scheduler)
+    prompts = [list(range(n, n + 40)) for n in range(4)]
+    scheduler.add_request(request("first", *prompts[:2], max_tokens=6))
+    scheduler.requests["first"].status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    scheduler.add_request(request("second", *prompts[2:], max_tokens=6))
+    workers.step()
+    assert [[r.request_id for r in side.running] for side in (scheduler, scheduler.student)] == [["second"], ["first"]]
+    scheduler.requests["first"].status = RequestStatus.WAITING
+    if makes_way:
+        workers.run(limit=60)
+        assert {i: len(tokens) for i, tokens in workers.outputs.items()} == {"first": 6, "second": 6}
+    else:
+        with pytest.raises(AssertionError, match="not finished"):
+            workers.run(limit=60)
 
 
 def test_aborting_in_mid_flight_frees_both_sides(pair):

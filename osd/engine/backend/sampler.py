@@ -254,7 +254,7 @@ def _without_student(values_PR: torch.Tensor) -> torch.Tensor:
 def counts(
     states: RequestState, batch: InputBatch, ready_B: torch.Tensor, rejected_B: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (num_sampled, num_rejected) of each row, int32: the rewind rule on the device, by vLLM's own kernel.
+    """Return (num_sampled, num_rejected) of each row, int32: by vLLM's own kernel.
 
     (1, 0) where a row is ready, (0, 1) where its side is ahead, (0, 0) inside a prefill. ``rejected_B``: every row is ready.
     """

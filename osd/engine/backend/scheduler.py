@@ -1,10 +1,12 @@
 """PairScheduler: a stock vLLM scheduler for the teacher, another for the student, and the rule that keeps them in step.
 
-Every request exists in both, with its own prompt and KV blocks. A request advances only on a step where both sides compute
-logits for the same output position. Where one side gets there first (chunked prefill, a prefix-cache hit, a preemption on the
-other side), its sample is rejected and its ``num_computed_tokens`` goes back by one, so that the next step computes just that
-token again. No side waits, so there is no deadlock: both schedulers serve requests in the same order, and the first request
-progresses on both sides in every step.
+Every request exists in both, with its own prompt and KV blocks. Computing a request's newest token gives the logits to sample
+from, so a side may compute it only in a step where the other side computes its own. A side that gets there first (chunked
+prefill, a prefix-cache hit, a preemption on the other side) waits with one token left. Nothing is computed twice, which a
+recurrent state could not take.
+
+The student is scheduled first, and only requests that the teacher can finish in this step may finish. The teacher follows, and
+may finish those that the student did. Where it cannot after all (its cache is full), the student's half is preempted.
 
 Which requests a step samples is known when it is scheduled, before any token arrives. So the rule holds with async scheduling,
 where a step is scheduled while the one before it runs.
@@ -13,9 +15,11 @@ where a step is scheduled while the one before it runs.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -58,7 +62,24 @@ class PairStep:
     weights_version: int = 0
 
 
-class PairScheduler(AsyncScheduler):
+class SideScheduler(AsyncScheduler):
+    """vLLM's scheduler, for one side of a pair."""
+
+    may_finish: Callable[[str], bool]  # whether a request's newest token may be computed in the step being scheduled
+    cornered: set[str]  # requests that were not admitted, because they had no other token left to compute
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Return how many tokens of a request to schedule; vLLM calls it for every request, after all other limits."""
+        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        known = request.num_tokens + request.num_output_placeholders
+        if num_computed_tokens + tokens < known or self.may_finish(request.request_id):
+            return tokens
+        if num_computed_tokens >= known - 1 and request.status != RequestStatus.RUNNING:
+            self.cornered.add(request.request_id)
+        return max(known - 1 - num_computed_tokens, 0)
+
+
+class PairScheduler(SideScheduler):
     """vLLM's scheduler for the teacher, holding another one for the student (``self.student``)."""
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
@@ -69,7 +90,7 @@ class PairScheduler(AsyncScheduler):
         student_kv = student_kv_cache_config(student_config, kv_cache_config.num_blocks)
         with set_current_vllm_config(student_config):
             # Nobody asks the student which of its requests ended.
-            self.student = AsyncScheduler(student_config, student_kv, *args, **{**kwargs, "include_finished_set": False})
+            self.student = SideScheduler(student_config, student_kv, *args, **{**kwargs, "include_finished_set": False})
         for side in (self, self.student):
             _allocate_quickly(side)
         self.student_eos_ids = eos_ids(student_config)
@@ -77,39 +98,76 @@ class PairScheduler(AsyncScheduler):
         seed = vllm_config.model_config.seed, vllm_config.parallel_config.data_parallel_index
         self._seeds = random.Random(str(seed))
         self._mix_limits: dict[str, int] = {}
+        self.cornered = set()
         self._refused: list[tuple[Request, str]] = []
         self._to_zero: dict[Scheduler, set[int]] = {self: set(), self.student: set()}
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        output = super().schedule(*args, **kwargs)
+        self.student.may_finish = self._within_reach().__contains__
+        self.cornered, self.student.cornered = set(), set()
         step = PairStep(self.student.schedule(*args, **kwargs), weights_version=self.weights_version)
-        self._pair_up(output, step)
+        finishing = _finishing(self.student, step.student_output)
+        self.may_finish = partial(self._teacher_may_finish, finishing)
+        output = super().schedule(*args, **kwargs)
+        self._pair_up(output, step, finishing)
         self._zero_scrubbed_blocks(output, step.student_output)
         output.osd = step  # type: ignore[attr-defined]
         return output
 
-    def _pair_up(self, output: SchedulerOutput, step: PairStep) -> None:
-        """Find the requests that are sampled in a scheduled step, and take the others that are ahead back by one token."""
-        student, scheduled, ready = self.student.requests, step.student_output.num_scheduled_tokens, step.ready
-        for request_id in output.num_scheduled_tokens:
-            request, partner = self.requests[request_id], student.get(request_id)
-            if request.is_prefill_chunk:
-                continue
-            if partner is None:  # teacher only
-                ready.add(request_id)
-            elif request_id in scheduled and not partner.is_prefill_chunk:
-                # Logits of two positions must never meet: the distribution would be wrong, and nothing would show it.
-                assert _position(request) == _position(partner), f"{request_id}: out of step"
-                ready.add(request_id)
-            else:
-                _take_back(request)
-        for request_id in scheduled.keys() - ready:
-            if not student[request_id].is_prefill_chunk:
-                _take_back(student[request_id])
+    def _within_reach(self) -> set[str]:
+        """Return the requests of which the teacher has one token left, and room for it in the next step."""
+        room, reach = self.max_num_scheduled_tokens, self.cornered
+        longest = self.scheduler_config.long_prefill_token_threshold or room
+        for request in self.running:
+            left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+            if left == 1 and room > 0:
+                reach.add(request.request_id)
+            room -= min(left, longest)
+        return reach
+
+    def _teacher_may_finish(self, finishing: set[str], request_id: str) -> bool:
+        return request_id in finishing or request_id not in self.student.requests
+
+    def _pair_up(self, output: SchedulerOutput, step: PairStep, finishing: set[str]) -> None:
+        """Find the requests that are sampled in a scheduled step; preempt the student's half where the teacher's is missing."""
+        student = self.student.requests
+        step.ready = _finishing(self, output)
+        for request_id in step.ready & student.keys():
+            # Logits of two positions must never meet: the distribution would be wrong, and nothing would show it.
+            assert request_id in finishing, f"{request_id}: the student is behind"
+            assert _position(self.requests[request_id]) == _position(student[request_id]), f"{request_id}: out of step"
+        for request_id in finishing - step.ready:
+            _preempt(self.student, student[request_id])
+        if not (output.num_scheduled_tokens or step.student_output.num_scheduled_tokens):
+            self._make_way()
         if self._mix_limits:
-            step.unmixed = {i for i in ready & self._mix_limits.keys() if _position(self.requests[i]) >= self._mix_limits[i]}
+            limits = self._mix_limits
+            step.unmixed = {i for i in step.ready & limits.keys() if _position(self.requests[i]) >= limits[i]}
+
+    def _make_way(self) -> None:
+        """Preempt the youngest request that waits for its other half, if nothing else can go on.
+
+        A request may be admitted out of turn (an older one's grammar was being compiled). Then each side's cache can be held by
+        requests that the other side has no room for.
+        """
+        if any(request.num_in_flight_tokens for side in (self, self.student) for request in side.requests.values()):
+            return
+        waiting = RequestStatus.WAITING, RequestStatus.PREEMPTED
+        alone = [
+            (request.arrival_time, side, request)
+            for side, other in ((self, self.student), (self.student, self))
+            for request in side.running
+            if (half := other.requests.get(request.request_id)) is not None and half.status in waiting
+        ]
+        if alone:
+            _, side, request = max(alone, key=lambda item: item[0])
+            _preempt(side, request)
+            in_turn = sorted(side.waiting, key=lambda r: r.arrival_time)
+            side.waiting.remove_requests(in_turn)
+            for request in in_turn:
+                side.waiting.add_request(request)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -328,12 +386,15 @@ def _position(request: Request) -> int:
     return request.num_computed_tokens - request.num_prompt_tokens
 
 
-def _take_back(request: Request) -> None:
-    """Undo the last token of a request's share in the step that was just scheduled; the next step computes it again."""
-    request.num_computed_tokens -= 1
-    request.is_prefill_chunk = True  # nothing is sampled for it, as for an unfinished prefill
-    if request.num_output_placeholders:
-        request.num_output_placeholders -= 1  # room for the sample
+def _finishing(side: Scheduler, output: SchedulerOutput) -> set[str]:
+    """Return the requests whose newest token a scheduled step computes."""
+    return {i for i in output.num_scheduled_tokens if not side.requests[i].is_prefill_chunk}
+
+
+def _preempt(side: Scheduler, request: Request) -> None:
+    """Free a running request's KV blocks, and queue it to be computed from its start; a step that has it computes it still."""
+    side.running.remove(request)
+    side._preempt_request(request, time.monotonic())
 
 
 def _take_failed_rows(output: ModelRunnerOutput) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The rewind rule on the real engine: tiny caches and budgets change when things are computed, never what is sampled."""
+"""Two sides in step on the real engine: tiny caches and budgets change when things are computed, never what is sampled."""
 
 from __future__ import annotations
 
