@@ -11,7 +11,8 @@ from collections import Counter, deque
 from typing import Any
 
 import pytest
-from vllm.config import set_current_vllm_config
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
@@ -19,11 +20,12 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import FinishReason
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from osd.engine.backend.configuration import student_kv_cache_config, student_vllm_config
+from osd.engine.backend.configuration import StudentCache, student_vllm_config
 from osd.engine.backend.scheduler import PairScheduler
 from osd.engine.config import PairConfig
 from osd.engine.request import PairOptions
@@ -47,17 +49,26 @@ def make_scheduler(pair, *, blocks: int, budget: int, student_budget: int, max_n
         teacher=teacher,
         student=student,
         engine_kwargs=tiny_engine_kwargs(
-            block_size=BLOCK, max_num_seqs=max_num_seqs, max_model_len=128, async_scheduling=asynchronous
+            block_size=BLOCK, max_num_seqs=max_num_seqs, max_model_len=64, async_scheduling=asynchronous
         ),
         teacher_kwargs={"max_num_batched_tokens": budget},
         student_kwargs={"max_num_batched_tokens": student_budget},
     )
     vllm_config = EngineArgs(**config.teacher_engine_args()).create_engine_config()
     vllm_config.cache_config.num_gpu_blocks = blocks
+    manager = StructuredOutputManager(vllm_config)
     with set_current_vllm_config(vllm_config):
-        return PairScheduler(
-            vllm_config, student_kv_cache_config(vllm_config, blocks), StructuredOutputManager(vllm_config), block_size=BLOCK
-        )
+        return PairScheduler(vllm_config, kv_cache(vllm_config, blocks), manager, block_size=BLOCK, hash_block_size=BLOCK)
+
+
+def kv_cache(vllm_config: VllmConfig, blocks: int) -> KVCacheConfig:
+    """Return the KV cache of a teacher, which carries that of a student: one layer of full attention each."""
+    student = student_vllm_config(vllm_config).cache_config
+    student.kv_cache_layout = "LBNHC"
+    specs = [FullAttentionSpec(block_size=BLOCK, num_kv_heads=n, head_size=8, dtype=torch.float32) for n in (1, 2)]
+    names = list(StudentCache({"student": specs[0]}, student).carried_by({"teacher": specs[1]}))
+    group = KVCacheGroupSpec(layer_names=names, kv_cache_spec=specs[1])
+    return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[group])
 
 
 @pytest.mark.parametrize(
@@ -268,7 +279,7 @@ def test_requests_admitted_out_of_turn_do_not_block_each_other(pair, monkeypatch
     """The teacher's cache is full of one request, the student's of another: each waits for the other's half."""
     if not makes_way:
         monkeypatch.setattr(PairScheduler, "_make_way", lambda self: None)
-    scheduler = make_scheduler(pair, blocks=16, budget=64, student_budget=64)
+    scheduler = make_scheduler(pair, blocks=17, budget=64, student_budget=64)
     workers = Workers(scheduler)
     prompts = [list(range(n, n + 40)) for n in range(4)]
     scheduler.add_request(request("first", *prompts[:2], max_tokens=6))

@@ -63,6 +63,7 @@ from tests.vllm_names import Names, attributes, imports
 OWNERS: dict[str, tuple[Any, ...]] = {
     "batch": (InputBatch,),
     "block": (KVCacheBlock,),
+    "cache_config": (CacheConfig,),
     "closure": (inspect.ClosureVars,),
     "config": (VllmConfig, ModelConfig),
     "ModelRegistry": (type(ModelRegistry),),
@@ -70,6 +71,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "current_platform": (Platform,),
     "engine": (LLMEngine,),
     "grammar": (GrammarOutput,),
+    "group": (KVCacheGroupSpec,),
     "groups": (KVCacheGroupSpec,),
     "inspect": (inspect,),
     "head": (VocabParallelEmbedding,),
@@ -87,7 +89,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "output": (SchedulerOutput, ModelRunnerOutput),
     "params": (SamplingParams,),
     "partner": (Request,),
-    "planned": (FullAttentionSpec,),
+    "planned": (KVCacheConfig,),
     "platform": (Platform,),
     "processor": (LogitsProcessor,),
     "request": (Request,),
@@ -112,7 +114,6 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "utils": (layer_utils, triton_utils),
     "vllm_config": (VllmConfig,),
     "_allocator()": (CuMemAllocator,),
-    "student_kv_cache_config()": (KVCacheConfig,),
     "student_vllm_config()": (VllmConfig,),
 }
 # The classes of attributes.

@@ -20,7 +20,6 @@ SHARED_KWARGS = (
     "data_parallel_size",
     "distributed_executor_backend",
     "async_scheduling",
-    "block_size",
     "max_num_seqs",
     "gpu_memory_utilization",
     "kv_cache_memory_bytes",
@@ -30,6 +29,7 @@ SHARED_KWARGS = (
 UNSUPPORTED_KWARGS = {
     "speculative_config": "the paired engine has no speculative decoding",
     "kv_transfer_config": "the paired engine has no KV transfer",
+    "kv_events_config": "events of the student's cache would be taken for the teacher's",
     "enable_lora": "the engine has no LoRA layers; OSDTrainer merges the student's adapter at every sync",
     "watermark_config": "the pair draws its own tokens, without a watermark",
     "sleep_mode_offload_cudagraph": "the two models' CUDA graphs would share one memory pool",

@@ -15,16 +15,16 @@ def load_all_weights(model: Any, named_tensors: Iterable[tuple[str, torch.Tensor
     Raises:
         ValueError: parameters, or parts of fused ones (q, k, v; gate, up), that the tensors did not cover.
     """
-    given: set[str] = set()
+    given: set[tuple[str, ...]] = set()
 
     def watched() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named_tensors:
-            given.add(name)
+            given.add(_place(name))
             yield name, tensor
 
     loaded = set(model.load_weights(watched()))
     missing = {name for name, _ in model.named_parameters()} - loaded
-    missing |= {part for name in loaded for part in _parts(model, name)} - given
+    missing |= {part for name in loaded for part in _parts(model, name) if _place(part) not in given}
     if missing:
         raise ValueError(
             f"the weight sync left {len(missing)} of the student's parameters as they were: {sorted(missing)[:5]} ...; "
@@ -38,6 +38,12 @@ def _parts(model: Any, name: str) -> list[str]:
         if f".{fused}." in name:
             return [name.replace(f".{fused}.", f".{part}.") for part in parts]
     return []
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """Return the indices and the last two words of a parameter's name: what vLLM and Hugging Face have in common."""
+    words = name.split(".")
+    return (*(word for word in words if word.isdigit()), *words[-2:])
 
 
 def dump_weights(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 from vllm import ModelRegistry, envs
-from vllm.config import SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from osd.core import MixingConfig
 from osd.engine.config import ADDITIONAL_CONFIG_KEY, SCHEDULER_CLS, WORKER_CLS, PairConfig
+
+_PLENTY = 1 << 50  # bytes
 
 
 def engine_argument_names() -> set[str]:
@@ -51,7 +55,7 @@ def wants_overlap(teacher_config: VllmConfig) -> bool:
 def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     """Return the student's own ``VllmConfig``, made to run inside the teacher's workers.
 
-    Weights, model, compilation and CUDA graphs are the student's. Process group, scheduling mode and block size are the
+    Weights, model, KV cache, compilation and CUDA graphs are the student's. Process group and scheduling mode are the
     teacher's, and so are the limits of a step where the student sets none.
     """
     own = {name: value for name, value in _pair_section(teacher_config)["student"].items() if value is not None}
@@ -59,7 +63,6 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     config.parallel_config = teacher_config.parallel_config
     config.device_config = teacher_config.device_config
     config.scheduler_config.async_scheduling = teacher_config.scheduler_config.async_scheduling
-    share_block_size(teacher_config, config)
     return config
 
 
@@ -74,33 +77,86 @@ def _step_limits(teacher: SchedulerConfig, own: dict[str, Any]) -> dict[str, int
     return {"max_num_seqs": min(teacher.max_num_seqs, tokens), "max_num_batched_tokens": tokens}
 
 
-def share_block_size(teacher_config: VllmConfig, student_config: VllmConfig) -> None:
-    """Give the student the teacher's KV block size, which vLLM may settle only once the teacher's model is built.
+@dataclass(frozen=True)
+class StudentCache:
+    """What the student's worker knows of its KV cache and its scheduler, perhaps in another process, needs.
 
-    Prefix caching is on for both sides or for neither: a request's block hasher belongs to the engine.
+    Attributes:
+        specs: vLLM's ``KVCacheSpec`` of each layer.
+        config: the student's ``CacheConfig`` once its model is built: block sizes and layout are settled only then.
     """
-    student_config.cache_config.block_size = teacher_config.cache_config.block_size
-    student_config.cache_config.enable_prefix_caching = teacher_config.cache_config.enable_prefix_caching
+
+    specs: dict[str, Any]
+    config: CacheConfig
+
+    @classmethod
+    def of(cls, kv_cache_config: KVCacheConfig) -> StudentCache:
+        """Return the student's cache that travels in the teacher's."""
+        names = (name for group in kv_cache_config.kv_cache_groups for name in group.layer_names)
+        return next(name.student for name in names if isinstance(name, _Carrier))
+
+    def carried_by(self, teacher: dict[str, Any]) -> dict[str, Any]:
+        """Return the teacher's specs by layer, with a name that carries this to the scheduler.
+
+        Whatever runs the workers, vLLM's engine core asks them for these specs, and hands the names to the scheduler.
+        """
+        first, *others = teacher
+        return {_Carrier.make(first, self): teacher[first], **{name: teacher[name] for name in others}}
+
+    def plan(self, config: VllmConfig, teacher: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[KVCacheConfig, int]:
+        """Plan the student's KV cache for as many requests as the teacher's ``kv_cache_config`` holds.
+
+        Args:
+            config, teacher: the configurations of the student and of the teacher.
+
+        Returns:
+            The plan, and the block size of the student's scheduler in tokens.
+        """
+        length = shared_length(teacher, config)
+        ours = request_blocks(config, plan_kv_cache(config, self.specs), length)
+        theirs = request_blocks(teacher, kv_cache_config, length)
+        cache_config = config.cache_config
+        cache_config.num_gpu_blocks_override = -(-kv_cache_config.num_blocks * ours // theirs)
+        planned = plan_kv_cache(config, self.specs)
+        cache_config.num_gpu_blocks, planned.kv_cache_layout = planned.num_blocks, cache_config.kv_cache_layout
+        specs = [group.kv_cache_spec for group in planned.kv_cache_groups]
+        cache_config.block_size = min(spec.block_size for spec in [s for s in specs if s.prefix_cacheable] or specs)
+        block_size, planned.hash_block_size = resolve_kv_cache_block_sizes(planned, config)
+        return planned, block_size
 
 
-def student_kv_cache_config(student_config: VllmConfig, num_blocks: int) -> KVCacheConfig:
-    """Return the student's KV cache as its scheduler needs it: one group of full attention.
+class _Carrier(str):
+    """The name of a layer of the teacher, and the student's cache."""
 
-    The scheduler has no model to ask; :class:`osd.engine.backend.worker.PairWorker` checks the model's own specs against this.
-    """
-    model = student_config.model_config
-    spec = FullAttentionSpec(
-        block_size=student_config.cache_config.block_size,
-        num_kv_heads=model.get_num_kv_heads(student_config.parallel_config),
-        head_size=model.get_head_size(),
-        dtype=model.dtype,
-    )
-    group = KVCacheGroupSpec(layer_names=["student"], kv_cache_spec=spec)
-    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[group])
+    student: StudentCache
+
+    @classmethod
+    def make(cls, name: str, student: StudentCache) -> _Carrier:
+        carrier = cls(name)
+        carrier.student = student
+        return carrier
 
 
-def plan_kv_cache(config: VllmConfig, specs: dict[str, Any], available: int) -> KVCacheConfig:
-    """Return vLLM's plan of one model's KV cache in ``available`` bytes, as its engine core makes it."""
+def shared_length(*configs: VllmConfig) -> int:
+    """Return the longest sequence that both sides can hold, in tokens."""
+    return min(config.model_config.max_model_len for config in configs)
+
+
+def request_blocks(config: VllmConfig, kv_cache_config: KVCacheConfig, length: int) -> int:
+    """Return how many blocks of a KV cache one request of ``length`` tokens takes."""
+    with mock.patch.object(config.model_config, "max_model_len", length):
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        return sum(-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs)
+
+
+def request_bytes(config: VllmConfig, specs: dict[str, Any], length: int) -> int:
+    """Return how many bytes of KV cache one request of ``length`` tokens takes."""
+    planned = plan_kv_cache(config, specs)
+    return request_blocks(config, planned, length) * (planned.kv_cache_tensors[0].size // planned.num_blocks)
+
+
+def plan_kv_cache(config: VllmConfig, specs: dict[str, Any]) -> KVCacheConfig:
+    """Return vLLM's plan of one model's KV cache: of ``num_gpu_blocks_override`` blocks, or of very many without it."""
     try:  # 0.33
         from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs
 
@@ -109,7 +165,8 @@ def plan_kv_cache(config: VllmConfig, specs: dict[str, Any], available: int) -> 
         from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
         more = []
-    [planned] = get_kv_cache_configs(config, [specs], [available], *more)
+    with mock.patch.object(config.model_config, "original_max_model_len", None):  # the length fits: the teacher's was fitted
+        [planned] = get_kv_cache_configs(config, [specs], [_PLENTY], *more)
     return planned
 
 

@@ -24,6 +24,8 @@ from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -32,7 +34,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from osd.engine.backend.configuration import eos_ids, student_kv_cache_config, student_vllm_config
+from osd.engine.backend.configuration import StudentCache, eos_ids, student_vllm_config
 from osd.engine.mixture import NO_TOKEN
 from osd.engine.request import PairOptions
 
@@ -86,11 +88,14 @@ class PairScheduler(SideScheduler):
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         assert not any((self.connector, self.num_spec_tokens, self.use_pp, self.lora_config)), "PairConfig refuses these"
         student_config = student_vllm_config(vllm_config)
-        student_config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
-        student_kv = student_kv_cache_config(student_config, kv_cache_config.num_blocks)
+        cache = StudentCache.of(kv_cache_config)
+        student_config.cache_config = cache.config
+        student_cache, block_size = cache.plan(student_config, vllm_config, kv_cache_config)
+        # Nobody asks the student which of its requests ended.
+        own = {"block_size": block_size, "hash_block_size": student_cache.hash_block_size, "include_finished_set": False}
         with set_current_vllm_config(student_config):
-            # Nobody asks the student which of its requests ended.
-            self.student = SideScheduler(student_config, student_kv, *args, **{**kwargs, "include_finished_set": False})
+            self.student = SideScheduler(student_config, student_cache, *args, **{**kwargs, **own})
+        self._student_hasher = _block_hasher(student_config, student_cache)
         for side in (self, self.student):
             _allocate_quickly(side)
         self.student_eos_ids = eos_ids(student_config)
@@ -208,7 +213,7 @@ class PairScheduler(SideScheduler):
             if not stale:
                 request.num_output_placeholders -= len(new_tokens)
                 computed = request.num_computed_tokens - request.num_in_flight_tokens
-                if computed % student.block_size == 0:
+                if computed % student.hash_block_size == 0:
                     student.kv_cache_manager.cache_blocks(request, computed)
 
     # -- failed rows ------------------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ class PairScheduler(SideScheduler):
             arrival_time=request.arrival_time,
             cache_salt=request.cache_salt,
             priority=request.priority,
-            block_hasher=request._block_hasher,
+            block_hasher=self._student_hasher,
         )
 
     def _add_student_eos(self, params: SamplingParams) -> None:
@@ -384,6 +389,15 @@ def _allocate_quickly(scheduler: Scheduler) -> None:
 def _position(request: Request) -> int:
     """Return how many tokens of its completion a request has computed, with those of the step being scheduled."""
     return request.num_computed_tokens - request.num_prompt_tokens
+
+
+def _block_hasher(config: VllmConfig, cache: KVCacheConfig) -> Any:
+    """Return what names a request's blocks in the prefix cache, or None without one; vLLM's engine core makes the teacher's."""
+    if not config.cache_config.enable_prefix_caching:
+        return None
+    function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+    init_none_hash(function)
+    return get_request_block_hasher(cache.hash_block_size, function)
 
 
 def _finishing(side: Scheduler, output: SchedulerOutput) -> set[str]:

@@ -18,6 +18,7 @@ import torch
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -26,10 +27,10 @@ from osd.core import MixingConfig
 from osd.engine.alignment import Aligner, Alignment
 from osd.engine.backend import cpu
 from osd.engine.backend.configuration import (
+    StudentCache,
     mixing_config,
-    plan_kv_cache,
-    share_block_size,
-    student_kv_cache_config,
+    request_bytes,
+    shared_length,
     student_vllm_config,
     wants_overlap,
 )
@@ -81,7 +82,6 @@ class PairWorker(Worker):
         workers.add(self)
         cpu.install_kernels()
         self.student_config = student_vllm_config(self.vllm_config)
-        _refuse_recurrent(teacher=self.model_config, student=self.student_config.model_config)
         super().init_device()
         with set_current_vllm_config(self.student_config):
             self.student_runner = type(self.model_runner)(self.student_config, self.device)
@@ -128,18 +128,28 @@ class PairWorker(Worker):
         self.model_runner.sample = self._sample
         self.overlap_forwards(wants_overlap(self.vllm_config))
 
-    def set_kv_cache_layout(self, *args: Any) -> None:
-        super().set_kv_cache_layout(*args)
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        config, teacher = self.student_config, super().get_kv_cache_spec()
+        current_platform.update_block_size_for_backend(config)  # vLLM's executors do it for the teacher
         with self._as_student():
-            super().set_kv_cache_layout(*args)
+            specs = super().get_kv_cache_spec()
+            resolve_kv_cache_layout(config, [self.get_supported_kv_cache_layouts()], specs.values())
+        self.student_cache = StudentCache(specs, config.cache_config)
+        return self.student_cache.carried_by(teacher)
+
+    def set_kv_cache_layout(self, layout: str, *args: Any) -> None:
+        super().set_kv_cache_layout(layout, *args)
+        with self._as_student():
+            super().set_kv_cache_layout(self.cache_config.kv_cache_layout, *args)
 
     def determine_available_memory(self) -> int:
-        """Return bytes for the teacher's KV cache, such that as many blocks of the student's fit beside it."""
-        share_block_size(self.vllm_config, self.student_config)
+        """Return bytes for the teacher's KV cache, such that as many requests of the student's fit beside it."""
         with self._profile_both():
             total = super().determine_available_memory()
-        teacher, student = (_block_bytes(runner.get_kv_cache_spec()) for runner in (self.model_runner, self.student_runner))
-        return int(total * teacher / (teacher + student))
+        length = shared_length(self.vllm_config, self.student_config)
+        teacher = request_bytes(self.vllm_config, self.model_runner.get_kv_cache_spec(), length)
+        student = request_bytes(self.student_config, self.student_cache.specs, length)
+        return total * teacher // (teacher + student)
 
     @contextmanager
     def _profile_both(self) -> Iterator[None]:
@@ -162,25 +172,11 @@ class PairWorker(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
+        student, _ = self.student_cache.plan(self.student_config, self.vllm_config, kv_cache_config)
         with self._as_student():
-            super().initialize_from_config(self._student_kv_cache_config(kv_cache_config))
+            super().initialize_from_config(student)
         for runner in (self.model_runner, self.student_runner):
             runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes blocks after a NaN
-
-    def _student_kv_cache_config(self, teacher: KVCacheConfig) -> KVCacheConfig:
-        specs = self.student_runner.get_kv_cache_spec()
-        planned = student_kv_cache_config(self.student_config, teacher.num_blocks).kv_cache_groups[0].kv_cache_spec
-        for layer, spec in specs.items():
-            if type(spec) is not type(planned) or spec.block_size != planned.block_size or spec.sliding_window:
-                raise ValueError(
-                    f"student {self.student_config.model_config.model!r}: layer {layer} has the KV cache {spec}, and the "
-                    "paired engine supports students with full attention in every layer (Llama, Qwen2, Qwen3, ...)"
-                )
-        self.student_config.cache_config.num_gpu_blocks_override = teacher.num_blocks
-        config = plan_kv_cache(self.student_config, specs, teacher.num_blocks * _block_bytes(specs))
-        for name in ("kv_cache_layout", "hash_block_size", "cache_hit_alignment_tokens"):
-            setattr(config, name, getattr(teacher, name))
-        return config
 
     def compile_or_warm_up_model(self) -> Any:
         with self._as_student(), mock.patch.object(self, "_maybe_activate_jit_monitor", create=True):
@@ -481,23 +477,9 @@ def _release_transformers_classes(model: torch.nn.Module) -> None:
 
         def __call__(self: Any, *args: Any, called: Any = cls.__call__, **kwargs: Any) -> Any:
             # vLLM's skips hooks.
-            return (torch.nn.Module.__call__ if getattr(self, "do_not_compile", False) else called)(self, *args, **kwargs)
+            return (torch.nn.Module.__call__ if getattr(self, "do_not_compile", True) else called)(self, *args, **kwargs)
 
         cls.__init__, cls.__call__ = __init__, __call__  # type: ignore[misc, method-assign]
-
-
-def _refuse_recurrent(**models: Any) -> None:
-    """Raise for recurrent layers: computing a token again, as the rewind rule does, would advance their state twice."""
-    for side, model in models.items():
-        if model.has_inner_state:
-            raise ValueError(
-                f"{side} {model.model!r} has recurrent layers (Mamba, linear attention), which the paired engine cannot take "
-                "back by a token; use a model with attention in every layer"
-            )
-
-
-def _block_bytes(specs: dict[str, Any]) -> int:
-    return sum(spec.page_size_bytes for spec in specs.values())
 
 
 def _allocator() -> Any:
