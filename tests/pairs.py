@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from osd.core import TokenRecord
 from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from osd.engine.request import PairOptions
 from tests.tiny import tiny_engine_kwargs
 
 
@@ -48,6 +50,52 @@ def collect(engine: PairEngine, names: dict[str, str], finished: dict[str, Any])
     return [(finished[name], records[internal].of_tokens(len(finished[name].token_ids))) for name, internal in names.items()]
 
 
+MAX_TOKENS = 40
+
+
+def hard_prompts(count: int = 24) -> list[PairPrompt]:
+    """Return up to 150 tokens a side, in blocks of 32; some share a prefix of two blocks on one side only."""
+    rng = random.Random(7)
+    shared = [rng.randrange(7, 64) for _ in range(64)]
+    pairs = []
+    for n in range(count):
+        sides = [[rng.randrange(7, 64) for _ in range(rng.randint(1, 80))] for _ in range(2)]
+        if n % 3 == 0:
+            side = (n // 3) % 2
+            sides[side] = shared + sides[side]
+        pairs.append(PairPrompt(teacher_token_ids=sides[0], student_token_ids=sides[1]))
+    return pairs
+
+
+def cramped(teacher_tokens: int, student_tokens: int, blocks: int = 13) -> dict[str, Any]:
+    """Return a configuration whose sides split their prefills differently and hold about two of `hard_prompts` at once."""
+    return dict(
+        engine_kwargs=dict(max_num_seqs=8, num_gpu_blocks_override=blocks),
+        teacher_kwargs={"max_num_batched_tokens": teacher_tokens},
+        student_kwargs={"max_num_batched_tokens": student_tokens},
+    )
+
+
+def run_with_random_arrivals(
+    engine: PairEngine, schedule: int, mix_tokens: int | None = None, count: int = 24, **sampling: Any
+) -> dict[int, tuple[Any, TokenRecord]]:
+    """Submit `hard_prompts` in random order and at random times; return each one's completion and record, by its index."""
+    rng, prompts = random.Random(schedule), hard_prompts(count)
+    order, options = rng.sample(range(count), count), PairOptions(record=True, mix_tokens=mix_tokens)
+    pending, names, finished = list(order), {}, {}
+    while pending or engine._frontend.busy:
+        for _ in range(min(rng.randint(0, 3), len(pending))):
+            names |= submit(engine, [prompts[pending.pop(0)]], dict(max_tokens=MAX_TOKENS) | sampling, options)
+        for _ in range(rng.randint(1, 10)):
+            finished |= step(engine)
+    return dict(zip(order, collect(engine, names, finished), strict=True))
+
+
+def preempted(seen: Counter) -> bool:
+    """Return whether `watch` saw a preemption on both sides."""
+    return bool(seen["teacher preempted"] and seen["student preempted"])
+
+
 def runners(engine: PairEngine) -> dict[str, Any]:
     """Return vLLM's model runner of each side."""
     worker = engine._frontend.worker
@@ -55,7 +103,7 @@ def runners(engine: PairEngine) -> dict[str, Any]:
 
 
 def watch(engine: PairEngine, monkeypatch: Any) -> Counter:
-    """Count preemptions, prefix hits, rewinds and reorderings of either side from here on."""
+    """Count preemptions, prefix hits, requests that wait and reorderings of either side from here on."""
     seen: Counter = Counter()
     scheduler = engine._frontend.scheduler
     schedule = scheduler.schedule

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -92,17 +92,6 @@ def test_a_missing_model_is_refused_by_name(tmp_path, tiny_pair, side):
 def test_engine_arguments_the_pair_cannot_take_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         PairConfig(teacher="t", student="s", **kwargs)
-
-
-@pytest.mark.parametrize("side", ["teacher", "student"])
-def test_a_recurrent_model_is_refused_before_weights_load(tmp_path, tiny_pair, side):
-    """A state that computed a token twice would be wrong, and nothing would show it."""
-    save_tokenizer(tmp_path, 64)
-    config = MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, architectures=["MambaForCausalLM"])
-    config.save_pretrained(tmp_path)
-    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: tmp_path}
-    with pytest.raises(ValueError, match=f"{side} '{tmp_path}' has recurrent layers"):
-        pair(**paths)
 
 
 def test_a_completion_ends_at_either_models_eos(tmp_path):

@@ -1,0 +1,132 @@
+"""Tiny random checkpoints of many architectures, float32, by the kind of KV cache that they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.tiny import save_tokenizer
+
+WINDOW = 16  # tokens; far fewer than the prompts of the tests
+_SIZES = dict(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.3,
+)
+_SLIDING = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
+_EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+_DELTA = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=32, linear_value_head_dim=32)
+
+# The name of the classes in transformers, and what differs from `_SIZES`.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sliding window everywhere": ("Mistral", dict(sliding_window=WINDOW)),
+    "sliding window and full": ("Gemma3", dict(_SLIDING, query_pre_attn_scalar=32)),
+    "soft-capped logits": ("Gemma2", dict(_SLIDING, query_pre_attn_scalar=32, final_logit_softcapping=2.0)),
+    "no rotary embedding in full layers": ("Exaone4", _SLIDING),
+    "shared KV caches": (
+        "Gemma3n",
+        dict(
+            _SLIDING,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=64,
+            laurel_rank=8,
+            intermediate_size=[64] * 4,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+    ),
+    "head sizes that differ by layer": ("Gemma4", _SLIDING),
+    "attention sinks": ("GptOss", dict(_SLIDING, **_EXPERTS)),
+    "experts": ("Qwen3Moe", _EXPERTS),
+    "latent attention": (
+        "DeepseekV2",
+        dict(
+            kv_lora_rank=512,
+            q_lora_rank=None,
+            qk_rope_head_dim=64,
+            qk_nope_head_dim=128,
+            v_head_dim=128,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            topk_method="greedy",
+        ),
+    ),
+    "short convolution": (
+        "Lfm2",
+        dict(
+            layer_types=["conv", "full_attention"] * 2,
+            conv_L_cache=3,
+            conv_dim=64,
+            conv_dim_out=64,
+            block_dim=64,
+            block_ff_dim=64,
+            block_multiple_of=8,
+            block_ffn_dim_multiplier=1.0,
+            block_auto_adjust_ff_dim=False,
+            block_norm_eps=1e-5,
+        ),
+    ),
+    "Mamba-2 and attention": (
+        "GraniteMoeHybrid",
+        dict(
+            layer_types=["mamba", "attention"] * 2,
+            mamba_n_heads=4,
+            mamba_d_head=32,
+            mamba_d_state=16,
+            mamba_n_groups=1,
+            mamba_expand=2,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            shared_intermediate_size=64,
+        ),
+    ),
+    "Mamba-2 everywhere": (
+        "Mamba2",
+        dict(intermediate_size=128, num_heads=4, head_dim=32, state_size=16, n_groups=1, expand=2),
+    ),
+    "gated delta net and attention": (
+        "Qwen3Next",
+        dict(
+            _EXPERTS,
+            **_DELTA,
+            shared_expert_intermediate_size=32,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+        ),
+    ),
+}
+
+
+def save_model(path: Path, kind: str, seed: int = 3, **changes: Any) -> Path:
+    """Save a random model of a kind of ``ARCHITECTURES`` and its tokenizer at ``path``, and return ``path``."""
+    name, differs = ARCHITECTURES[kind]
+    text = "Text" if hasattr(transformers, f"{name}TextConfig") else ""
+    save_tokenizer(path, _SIZES["vocab_size"])
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}{text}Config")(**{**_SIZES, **differs, **changes})
+    getattr(transformers, f"{name}ForCausalLM")(config).float().save_pretrained(path)
+    return path
+
+
+def reference(path: Path) -> torch.nn.Module:
+    """Load a transformers model in float32, with the attention that computes everything that its configuration names."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
