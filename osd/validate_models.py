@@ -68,7 +68,8 @@ def check_student_can_train(config: PairConfig) -> StudentLayout | None:
         None if they cannot be known: the engine arguments change the architecture, or transformers cannot build it.
 
     Raises:
-        ValueError: a student with experts, a quantized one, or one whose weights transformers rearranges when it loads them.
+        ValueError: a student with experts or latent attention, a quantized one, or one whose weights transformers rearranges
+            when it loads them.
     """
     student, kwargs = _config(config, "student"), config.side_kwargs("student")
     if experts(student):
@@ -76,6 +77,11 @@ def check_student_can_train(config: PairConfig) -> StudentLayout | None:
             f"student={config.student!r} is a mixture of experts ({experts(student)} of them): transformers and vLLM store "
             "experts differently, and a synced student did not agree with the trained one. Train a dense student (the teacher "
             "may have experts)"
+        )
+    if getattr(student.get_text_config(), "kv_lora_rank", None):
+        raise ValueError(
+            f"student={config.student!r} has latent attention (MLA): vLLM derives matrices from its weights when it loads "
+            "them, and a sync would leave those as they were. Train another student (the teacher may have latent attention)"
         )
     quantization = kwargs.get("quantization") or getattr(student, "quantization_config", None)
     if quantization or kwargs.get("load_format") in ("bitsandbytes", "gguf"):

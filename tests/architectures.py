@@ -35,6 +35,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "sliding window and full": ("Gemma3", dict(_SLIDING, query_pre_attn_scalar=32)),
     "soft-capped logits": ("Gemma2", dict(_SLIDING, query_pre_attn_scalar=32, final_logit_softcapping=2.0)),
     "no rotary embedding in full layers": ("Exaone4", _SLIDING),
+    "norms after each block": ("Olmo3", _SLIDING),
     "shared KV caches": (
         "Gemma3n",
         dict(

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from osd.engine.engine import PairConfig, PairEngine
+from tests.architectures import save_model
 from tests.test_generation import NOISE, disagreement, gaps_over_training
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 from tests.training import build_trainer
@@ -109,6 +110,14 @@ def test_a_student_of_remote_code_is_trained(tiny_pair, tmp_path):
         assert max(gaps_over_training(trainer)) < NOISE
     finally:
         trainer.close()
+
+
+@pytest.mark.parametrize("kind", ["sliding window and full", "Mamba-2 and attention"])
+def test_a_student_with_windows_or_states_is_trained(tiny_pair, tmp_path, kind):
+    student = str(save_model(tmp_path / "student", kind))
+    kwargs = tiny_engine_kwargs(enable_prefix_caching=torch.cuda.is_available())  # for vLLM's Mamba-2 on a CPU
+    with PairEngine(PairConfig(teacher=str(tiny_pair[0]), student=student, engine_kwargs=kwargs)) as engine:
+        assert max(gaps_over_training(build_trainer(engine, student, tmp_path))) < NOISE
 
 
 def test_a_gpt_neox_student_is_trained_from_another_teacher_and_a_wrong_head_is_seen(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_records_are_exact_under_a_hard_schedule(kind, engine, models, monkeypat
     seen = watch(engine, monkeypatch)
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
     assert max(errors(models, results).values()) < 2e-3
-    assert preempted(seen), seen
+    assert preempted(seen) or kind == "Mamba-2 everywhere", seen  # one block a request: the cache never fills up
     assert min(seen["teacher ahead in prefill"], seen["student ahead in prefill"]) > 0, seen
 
 
@@ -103,3 +103,20 @@ def test_the_prompts_are_longer_than_the_windows(kind, engine, models, model_pat
                 module.sliding_window = 4096
         blind.append(model)
     assert errors(blind, results)["logp_teacher"] > 0.1
+
+
+def test_a_state_that_takes_a_token_twice_is_seen(kind, engine, models, monkeypatch):
+    """The planted error: a student that is ahead computes its newest token, and computes it again when the teacher is there."""
+    if "Mamba" not in kind:
+        pytest.skip("no states")
+
+    def take_back(side: Any, request: Any) -> None:
+        request.num_computed_tokens -= 1
+        request.num_output_placeholders -= 1
+        request.is_prefill_chunk = True
+
+    scheduler = engine._frontend.scheduler
+    monkeypatch.setattr(scheduler, "_within_reach", lambda: set(scheduler.requests))
+    monkeypatch.setattr("osd.engine.backend.scheduler._preempt", take_back)
+    results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
+    assert errors(models, results)["logp_theta"] > 0.1

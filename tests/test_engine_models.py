@@ -20,6 +20,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from osd.core import MixingConfig
 from osd.engine.backend.worker import PairWorker, workers
 from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from tests.architectures import save_model
 from tests.exact import completion_logits, q_star, reference
 from tests.pairs import runners, start
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
@@ -92,6 +93,14 @@ def test_a_missing_model_is_refused_by_name(tmp_path, tiny_pair, side):
 def test_engine_arguments_the_pair_cannot_take_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         PairConfig(teacher="t", student="s", **kwargs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can cache states")
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_cached_states_are_refused_on_a_cpu(tmp_path, tiny_pair, side):
+    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: save_model(tmp_path, "Mamba-2 everywhere")}
+    with pytest.raises(ValueError, match=f"{side} '{tmp_path}' has recurrent layers.*'enable_prefix_caching'"):
+        pair(**paths)
 
 
 def test_a_completion_ends_at_either_models_eos(tmp_path):

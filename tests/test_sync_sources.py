@@ -332,12 +332,13 @@ def test_weights_that_transformers_renames_are_pushed_under_their_names_on_disk(
     [
         ("qwen3_moe", {}, {}, r"student='.*' is a mixture of experts \(128 of them\).*Train a dense student"),
         ("mixtral", {"num_local_experts": 4}, {}, r"mixture of experts \(4 of them\)"),
+        ("deepseek_v2", {"n_routed_experts": 1}, {}, r"has latent attention \(MLA\).*the teacher may"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, r"is quantized \(.*gptq.*unquantized"),
         ("llama", {}, {"quantization": "fp8"}, r"is quantized \(fp8\)"),
         ("llama", {}, {"load_format": "bitsandbytes"}, r"is quantized \(bitsandbytes\)"),
         ("olmo_hybrid", {"pad_token_id": 0}, {}, r"OlmoHybridForCausalLM\): transformers rearranges \d+ of its weights"),
     ],
-    ids=["experts", "experts under another name", "quantized on disk", "by the engine", "while loading", "rearranged"],
+    ids=["experts", "experts by another name", "latent attention", "quantized", "by the engine", "while loading", "rearranged"],
 )
 def test_students_that_cannot_be_synced_are_refused_by_their_configuration(tmp_path, kind, settings, kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -120,7 +120,7 @@ class StudentCache:
         planned = plan_kv_cache(config, self.specs)
         cache_config.num_gpu_blocks, planned.kv_cache_layout = planned.num_blocks, cache_config.kv_cache_layout
         specs = [group.kv_cache_spec for group in planned.kv_cache_groups]
-        cache_config.block_size = min(spec.block_size for spec in [s for s in specs if s.prefix_cacheable] or specs)
+        cache_config.block_size = min(spec.block_size for spec in [spec for spec in specs if spec.prefix_cacheable] or specs)
         block_size, planned.hash_block_size = resolve_kv_cache_block_sizes(planned, config)
         return planned, block_size
 

@@ -15,11 +15,11 @@ where a step is scheduled while the one before it runs.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -90,12 +90,12 @@ class PairScheduler(SideScheduler):
         student_config = student_vllm_config(vllm_config)
         cache = StudentCache.of(kv_cache_config)
         student_config.cache_config = cache.config
-        student_cache, block_size = cache.plan(student_config, vllm_config, kv_cache_config)
+        planned, block_size = cache.plan(student_config, vllm_config, kv_cache_config)
         # Nobody asks the student which of its requests ended.
-        own = {"block_size": block_size, "hash_block_size": student_cache.hash_block_size, "include_finished_set": False}
+        own = {"block_size": block_size, "hash_block_size": planned.hash_block_size, "include_finished_set": False}
         with set_current_vllm_config(student_config):
-            self.student = SideScheduler(student_config, student_cache, *args, **{**kwargs, **own})
-        self._student_hasher = _block_hasher(student_config, student_cache)
+            self.student = SideScheduler(student_config, planned, *args, **{**kwargs, **own})
+        self._student_hasher = _block_hasher(student_config, planned)
         for side in (self, self.student):
             _allocate_quickly(side)
         self.student_eos_ids = eos_ids(student_config)
@@ -169,7 +169,7 @@ class PairScheduler(SideScheduler):
         if alone:
             _, side, request = max(alone, key=lambda item: item[0])
             _preempt(side, request)
-            in_turn = sorted(side.waiting, key=lambda r: r.arrival_time)
+            in_turn = sorted(side.waiting, key=lambda request: request.arrival_time)
             side.waiting.remove_requests(in_turn)
             for request in in_turn:
                 side.waiting.add_request(request)
@@ -391,24 +391,25 @@ def _position(request: Request) -> int:
     return request.num_computed_tokens - request.num_prompt_tokens
 
 
-def _block_hasher(config: VllmConfig, cache: KVCacheConfig) -> Any:
+def _block_hasher(config: VllmConfig, kv_cache_config: KVCacheConfig) -> Any:
     """Return what names a request's blocks in the prefix cache, or None without one; vLLM's engine core makes the teacher's."""
     if not config.cache_config.enable_prefix_caching:
         return None
     function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
     init_none_hash(function)
-    return get_request_block_hasher(cache.hash_block_size, function)
+    return get_request_block_hasher(kv_cache_config.hash_block_size, function)
 
 
 def _finishing(side: Scheduler, output: SchedulerOutput) -> set[str]:
     """Return the requests whose newest token a scheduled step computes."""
-    return {i for i in output.num_scheduled_tokens if not side.requests[i].is_prefill_chunk}
+    requests = side.requests
+    return {i for i in output.num_scheduled_tokens if not requests[i].is_prefill_chunk}
 
 
 def _preempt(side: Scheduler, request: Request) -> None:
     """Free a running request's KV blocks, and queue it to be computed from its start; a step that has it computes it still."""
     side.running.remove(request)
-    side._preempt_request(request, time.monotonic())
+    side._preempt_request(request, monotonic())
 
 
 def _take_failed_rows(output: ModelRunnerOutput) -> dict[str, str]:

@@ -82,6 +82,7 @@ class PairWorker(Worker):
         workers.add(self)
         cpu.install_kernels()
         self.student_config = student_vllm_config(self.vllm_config)
+        _refuse_cached_states(teacher=self.vllm_config, student=self.student_config)
         super().init_device()
         with set_current_vllm_config(self.student_config):
             self.student_runner = type(self.model_runner)(self.student_config, self.device)
@@ -480,6 +481,16 @@ def _release_transformers_classes(model: torch.nn.Module) -> None:
             return (torch.nn.Module.__call__ if getattr(self, "do_not_compile", True) else called)(self, *args, **kwargs)
 
         cls.__init__, cls.__call__ = __init__, __call__  # type: ignore[misc, method-assign]
+
+
+def _refuse_cached_states(**configs: VllmConfig) -> None:
+    """Raise on a CPU if recurrent states were to be cached: vLLM 0.32's CPU build ends the engine at some of them."""
+    for side, config in configs.items():
+        if current_platform.is_cpu() and config.model_config.has_inner_state and config.cache_config.enable_prefix_caching:
+            raise ValueError(
+                f"{side} {config.model_config.model!r} has recurrent layers (Mamba, linear attention), whose states vLLM "
+                "cannot cache on a CPU; set engine_kwargs['enable_prefix_caching']=False"
+            )
 
 
 def _allocator() -> Any:
