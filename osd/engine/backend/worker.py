@@ -419,8 +419,9 @@ class PairWorker(Worker):
         torch.accelerator.empty_cache()  # memory that a trainer in this process no longer uses
         super().wake_up(tags)
         for runner in (self.model_runner, self.student_runner):
-            for cache in runner.kv_caches:
-                cache.zero_()
+            for cache in runner.kv_caches:  # a layer's tensor, or the list of its recurrent states
+                for tensor in cache if isinstance(cache, list) else [cache]:
+                    tensor.zero_()
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
