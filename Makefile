@@ -6,9 +6,12 @@ export VLLM_NO_USAGE_STATS ?= 1
 export VLLM_LOGGING_LEVEL ?= ERROR
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-sharded test-all test-gpu check clean
+.PHONY: help setup demo test test-sharded test-all test-gpu check clean
 
-setup: $(VENV)/.ready
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready  ## make the virtual environment
 
 $(VENV)/.ready: pyproject.toml requirements/cpu-overrides.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
@@ -33,7 +36,7 @@ build/deepspeed/.ready: $(VENV)/.ready
 test-sharded: build/deepspeed/.ready  ## FSDP2 and ZeRO-3 in two processes on a CPU
 	PYTHONPATH=build/deepspeed $(BIN)/python -m pytest -m slow tests/test_launch.py -k "fsdp2 or zero3"
 
-test-all: setup
+test-all: setup  ## every test, also the slow ones
 	$(BIN)/python -m pytest
 
 test-gpu: setup  ## exactness tests on a GPU: compiled models, CUDA graphs, async scheduling, kernels
@@ -45,5 +48,5 @@ check: setup  ## all checks of CI
 	$(BIN)/mypy
 	$(MAKE) test test-sharded
 
-clean:
+clean:  ## remove everything that is not in the repository
 	rm -rf $(VENV) build outputs models .pytest_cache .ruff_cache .mypy_cache
