@@ -71,11 +71,13 @@ class SideScheduler(AsyncScheduler):
     cornered: set[str]  # requests that were not admitted, because they had no other token left to compute
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Return how many tokens of a request to schedule; vLLM calls it for every request, after all other limits."""
-        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        """Return how many tokens of a request to schedule.
+
+        vLLM calls it for every request, after all other limits, to leave room for its own drafts, which a pair has none of.
+        """
         known = request.num_tokens + request.num_output_placeholders
-        if num_computed_tokens + tokens < known or self.may_finish(request.request_id):
-            return tokens
+        if num_computed_tokens + num_new_tokens < known or self.may_finish(request.request_id):
+            return num_new_tokens
         if num_computed_tokens >= known - 1 and request.status != RequestStatus.RUNNING:
             self.cornered.add(request.request_id)
         return max(known - 1 - num_computed_tokens, 0)
