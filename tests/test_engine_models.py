@@ -98,7 +98,7 @@ def test_engine_arguments_the_pair_cannot_take_are_refused(kwargs, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can cache states")
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_cached_states_are_refused_on_a_cpu(tmp_path, tiny_pair, side):
-    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: save_model(tmp_path, "Mamba-2 everywhere")}
+    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: save_model(tmp_path, "Mamba-2 and attention")}
     with pytest.raises(ValueError, match=f"{side} '{tmp_path}' has recurrent layers.*'enable_prefix_caching'"):
         pair(**paths)
 
