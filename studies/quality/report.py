@@ -180,11 +180,14 @@ def grouped(runs: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 
 def results_text(folder: Path, plots: Path) -> str:
     """Return the results section in Markdown; draws its plots into the folder `plots`."""
-    parts = [study_text(study, folder / study, plots) for study in STUDIES]
-    return "\n\n".join(part for part in parts if part) or "No results yet."
+    machines = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    parts = [study_text(study, machine, plots) for machine in machines for study in STUDIES]
+    return "\n\n".join(part for part in parts if part) or "There are no results yet."
 
 
-def study_text(study: str, folder: Path, plots: Path) -> str:
+def study_text(study: str, machine: Path, plots: Path) -> str:
+    """Return the section of one study on one kind of machine, or "" without results."""
+    folder = machine / study
     checks, compared, runs, tuning = (load(folder / name) for name in ("check", "compare", "runs", "tune"))
     check_distinct(runs)
     check_distinct(tuning)
@@ -194,7 +197,7 @@ def study_text(study: str, folder: Path, plots: Path) -> str:
     for (task, loss), group in grouped(runs).items():
         shown = main_runs(group, chosen.get((task, loss)))
         parts.append(f"### {task}, {loss} KL\n\n{conditions(shown)}\n\n{table_text(figures(shown))}")
-        name = f"{study}_{task}_{loss}.png"
+        name = f"{machine.name}_{task}_{loss}.png"
         write(plots / name, plot(shown))
         parts.append(f"![accuracy of every arm against steps, tokens and seconds]({plots.name}/{name})")
         if len({run["run"]["learning_rate"] for run in group}) > 1:
@@ -204,7 +207,7 @@ def study_text(study: str, folder: Path, plots: Path) -> str:
             parts.append(f"Each arm at its own best learning rate ({rates}):\n\n{table_text(figures(own))}")
     if ranks := rank_correlations(compared, runs):
         parts.append(ranks_text(ranks))
-    return "\n\n".join([f"## Results: {study}", *parts]) if parts else ""
+    return "\n\n".join([f"## Results: {study}, {machine.name}", *parts]) if parts else ""
 
 
 def main_runs(group: list[Result], chosen: dict[str, Any] | None) -> list[Result]:

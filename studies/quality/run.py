@@ -16,7 +16,7 @@ Phases, in order:
     main     all arms at that learning rate and length
     sweep    (if asked for) all arms at all learning rates
 
-One JSON per run, written when the run is finished. A run that has its JSON is skipped, so the same command continues a study
+One JSON per run, in a folder of this kind of machine, written when the run is finished. A run that has its JSON is skipped, so the same command continues a study
 that was stopped. With --processes, several processes share the GPU; each has its own engine. Use one command per GPU
 (CUDA_VISIBLE_DEVICES) and divide the tasks between them.
 """
@@ -113,9 +113,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teacher_at_least", type=float, help=f"accuracy of the teacher (default: {TEACHER_AT_LEAST})")
     add("--model", help="base model (default: SmolLM2-135M-Instruct, made from its wheel)")
     add("--models", type=Path, default=models.ROOT / "models" / "capacity", help="folder of the capacity study's models")
-    add("--output", type=Path, default=RESULTS, help="folder of the results (default: studies/quality/results)")
+    add("--output", type=Path, help="folder of the results (default: one of this machine in studies/quality/results)")
     flags = parser.parse_args(argv)
     flags.tasks = flags.tasks or list(STUDIES[flags.study])
+    flags.output = flags.output or RESULTS / hardware()["device"].lower().replace(",", "").replace(" ", "-")
     for name in ("seeds", "processes", "tune_seeds", "tune_steps", "batch", "limit", "validation"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name} {getattr(flags, name)} must be at least 1")
