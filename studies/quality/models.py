@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from examples.smollm2 import MARKER as PREPARED
 from examples.smollm2 import prepare_smollm2
 from osd.prompts import encode
 from studies.quality.runs import ON_GPU, load
@@ -78,6 +79,14 @@ def make(path: Path, base: str, task: Task, recipe: Recipe) -> str:
     return str(path)
 
 
+def described(path: str) -> dict[str, Any]:
+    """Return the name of a model and how it was made, for results."""
+    for marker in (MARKER, PREPARED):
+        if (file := Path(path) / marker).is_file():
+            return {"name": Path(path).name, **json.loads(file.read_text())}
+    return {"name": Path(path).name}
+
+
 def keep_layers(model: Any, count: int) -> None:
     """Remove all but `count` layers of a Llama model in place."""
     layers = model.model.layers
@@ -136,7 +145,7 @@ def batch(tokenizer: Any, task: Task, rows: list[Row]) -> dict[str, torch.Tensor
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def capacity_pair(folder: Path, base: str, teacher: Recipe = TEACHER, student: Recipe = STUDENT) -> tuple[str, str]:
+def capacity_pair(folder: Path, base: str, teacher: Recipe, student: Recipe) -> tuple[str, str]:
     """Return teacher and student of the capacity study, made in `folder` if they are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     task = TASKS[TASK]

@@ -19,15 +19,14 @@ def load(folder: Path) -> list[Result]:
 
 
 def check_distinct(results: Iterable[Result]) -> None:
-    """Refuse two runs with the same losses and tokens: an option or a seed of one of them had no effect.
+    """Refuse two runs with the same losses, tokens and final loss elsewhere: an option or a seed of one had no effect.
 
     Raises:
         RuntimeError: naming both runs.
     """
     seen: dict[str, Any] = {}
     for result in results:
-        steps = result["steps"]
-        trace = json.dumps([steps["loss"], steps["tokens"]])
+        trace = json.dumps([result["steps"]["loss"], result["steps"]["tokens"], result["elsewhere"]])
         if trace in seen:
             raise RuntimeError(
                 f"two runs have the same losses; an arm, seed or option had no effect: {seen[trace]}, {result['run']}"

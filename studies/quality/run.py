@@ -3,8 +3,6 @@
     python studies/quality/run.py privileged --seeds 5 --processes 4
     python studies/quality/run.py capacity --seeds 5 --processes 4
     python studies/quality/run.py privileged --phases sweep --seeds 5 --processes 4
-    nice python studies/quality/run.py privileged --tasks bookings --arms student 'q*' teacher --losses forward \
-        --phases check compare main --learning_rate 1e-4 --steps 16 --seeds 1 --limit 64 --points 5     # on a CPU
 
 privileged: student and teacher are SmolLM2-135M-Instruct; the teacher also reads the answer.
 capacity: a fine-tuned SmolLM2 teaches one of half its layers; both read the same prompt. Made on the first run.
@@ -16,14 +14,15 @@ Phases, in order:
     main     all arms at that learning rate and length
     sweep    (if asked for) all arms at all learning rates
 
-One JSON per run, in a folder of this kind of machine, written when the run is finished. A run that has its JSON is skipped, so the same command continues a study
-that was stopped. With --processes, several processes share the GPU; each has its own engine. Use one command per GPU
-(CUDA_VISIBLE_DEVICES) and divide the tasks between them.
+One JSON per run, in a folder for this kind of machine, written when the run is finished. A run that has its JSON is skipped,
+so the same command continues a study that was stopped. With --processes, several processes share the GPU; each has its own
+engine. Use one command per GPU (CUDA_VISIBLE_DEVICES) and divide the tasks between them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -113,6 +112,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teacher_at_least", type=float, help=f"accuracy of the teacher (default: {TEACHER_AT_LEAST})")
     add("--model", help="base model (default: SmolLM2-135M-Instruct, made from its wheel)")
     add("--models", type=Path, default=models.ROOT / "models" / "capacity", help="folder of the capacity study's models")
+    add("--teacher_steps", type=int, default=models.TEACHER.steps, help="of the capacity study (default: %(default)s)")
+    add("--student_steps", type=int, default=models.STUDENT.steps, help="of the capacity study (default: %(default)s)")
+    add("--student_layers", type=int, default=models.STUDENT.layers, help="of the capacity study (default: %(default)s)")
     add("--output", type=Path, help="folder of the results (default: one of this machine in studies/quality/results)")
     flags = parser.parse_args(argv)
     flags.tasks = flags.tasks or list(STUDIES[flags.study])
@@ -132,7 +134,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def make_models(flags: argparse.Namespace) -> tuple[str, str]:
     base = flags.model or models.smollm2()
-    return (base, base) if flags.study == "privileged" else models.capacity_pair(flags.models, base)
+    if flags.study == "privileged":
+        return base, base
+    teacher = dataclasses.replace(models.TEACHER, steps=flags.teacher_steps)
+    student = dataclasses.replace(models.STUDENT, steps=flags.student_steps, layers=flags.student_layers)
+    return models.capacity_pair(flags.models, base, teacher, student)
 
 
 # -- the runs of a phase -----------------------------------------------------------------------------------------------------
@@ -195,7 +201,7 @@ class Workers:
     """This process with one engine, or several processes that share the device, each with its own."""
 
     def __init__(self, teacher: str, student: str, processes: int) -> None:
-        self.pair, self.processes = (teacher, student), processes
+        self.pair, self.processes, self.began = (teacher, student), processes, False
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Workers:
@@ -208,7 +214,7 @@ class Workers:
     def __exit__(self, *exc_info: object) -> None:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
-        elif _engines:
+        elif self.began:
             _engines.pop().close()
 
     def do(self, jobs: Sequence[Job]) -> bool:
@@ -218,6 +224,7 @@ class Workers:
         if self.pool is None:
             if not _engines:
                 begin(*self.pair)
+                self.began = True
             done = [self._done(job, lambda job=job: work(job, self.processes)) for job in jobs]
         else:
             futures = {self.pool.submit(work, job, self.processes): job for job in jobs}
@@ -251,7 +258,7 @@ def work(job: Job, processes: int) -> None:
         "commit": commit(),
         "hardware": {**hardware(), "processes": processes},
         "versions": versions(),
-        "models": {side: Path(getattr(engine.config, side)).name for side in ("teacher", "student")},
+        "models": {side: models.described(getattr(engine.config, side)) for side in ("teacher", "student")},
     }
     made = {"check": check, "compare": compared, "run": lambda run, rows, engine: runs.execute(run, engine)}
     result = {**head, **made[job.kind](job.of, job.rows, engine)}
@@ -260,6 +267,7 @@ def work(job: Job, processes: int) -> None:
 
 def check(task: str, rows: int, engine: Any) -> dict[str, Any]:
     """Measure student and teacher on validation rows, before training."""
+    runs.untrain(engine)
     chosen = TASKS[task].rows("validation", rows)
     found: dict[str, Any] = {}
     for side, alpha in (("student", 0.0), ("teacher", 1.0)):
@@ -271,6 +279,7 @@ def check(task: str, rows: int, engine: Any) -> dict[str, Any]:
 
 def compared(task: str, rows: int, engine: Any) -> dict[str, Any]:
     """Run `osd compare` on validation rows with the engine that trains later, and keep its table and verdict."""
+    runs.untrain(engine)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in TASKS[task].columns(TASKS[task].rows("validation", rows))))

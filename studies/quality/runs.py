@@ -198,6 +198,12 @@ class Watch(TrainerCallback):
         )
 
 
+def untrain(engine: PairEngine) -> None:
+    """Push the student's own files into the engine, which may have a trained student, and empty both prefix caches."""
+    engine.load_student_weights(load(engine.config.student).named_parameters())
+    engine.reset_prefix_cache()
+
+
 def measure(engine: PairEngine, task: Task, rows: list[Row], alpha: float = 0.0) -> dict[str, Any]:
     """Complete prompts greedily with the student alone (α = 0) or the teacher alone (α = 1).
 
