@@ -193,7 +193,7 @@ def test_rows_that_differ_between_runs_are_found(arm_results):
 # -- whole studies ------------------------------------------------------------------------------------------------------
 
 
-SIZES = "--batch 4 --limit 6 --validation 12 --points 2 --cross_check 1 --tune_steps 2 --tune_seeds 1 --seeds 1".split()
+SIZES = "--batch 4 --limit 6 --validation 12 --points 2 --cross_check 1 --tune_steps 2 --tune_seeds 1 --seeds 1".split()  # noqa: SIM905
 EVERY = ["--phases", *run.PHASES]
 
 
@@ -201,11 +201,11 @@ EVERY = ["--phases", *run.PHASES]
 def study(engine, tiny_pair, monkeypatch, tmp_path):
     """Return a function that runs the privileged study on the module's engine, and returns its folder."""
     monkeypatch.setattr(run, "_engines", [engine])
+    monkeypatch.setattr(run, "make_models", lambda flags: tuple(map(str, tiny_pair)))
 
     def study(folder, *flags):
-        given = "--losses forward --teacher_at_least 0 --learning_rates 1e-2 2e-2 --arms student q* teacher".split()
-        output = ["--model", str(tiny_pair[1]), "--output", str(folder)]
-        assert run.main(["privileged", *SIZES, *given, *output, *flags]) == 0
+        given = "--losses forward --teacher_at_least 0 --learning_rates 1e-2 2e-2 --arms student q* teacher".split()  # noqa: SIM905
+        assert run.main(["privileged", *SIZES, *given, "--output", str(folder), *flags]) == 0
         return folder / "privileged"
 
     return study
@@ -244,6 +244,8 @@ def test_a_resumed_study_equals_an_uninterrupted_one(study, whole_study, monkeyp
     capsys.readouterr()
     study(tmp_path / "resumed", *EVERY)
     assert "done" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"and this command asks for .*'limit': 5"):
+        study(tmp_path / "resumed", "--phases", "main", "--limit", "5")
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(study, monkeypatch, capsys, tmp_path):
@@ -370,12 +372,12 @@ PAIRED = [
 def test_differences_are_paired_by_seed():
     table = report.figures(PAIRED)
     assert table["student"]["final"] == pytest.approx((0.5, 4.302653 * 0.1 / 3**0.5))  # t at 97.5 %, 2 degrees of freedom
-    mean, half = table["q*"]["final−"]
+    mean, half = table["q*"]["final_gain"]
     assert mean == pytest.approx(0.1 + 0.01 / 3)
     assert half == pytest.approx(4.302653 * np.std([0.1, 0.1, 0.11], ddof=1) / 3**0.5)
-    assert table["q*"]["area−"][0] == pytest.approx(0.125 + 0.0025 / 3)
-    assert table["q*"]["seconds−"][0] == pytest.approx(0, abs=1e-9)  # at the student's 4 seconds, q* is at step 2
-    assert table["q*"]["tokens−"] == table["q*"]["final−"]
+    assert table["q*"]["area_gain"][0] == pytest.approx(0.125 + 0.0025 / 3)
+    assert table["q*"]["seconds_gain"][0] == pytest.approx(0, abs=1e-9)  # at the student's 4 seconds, q* is at step 2
+    assert table["q*"]["tokens_gain"] == table["q*"]["final_gain"]
     assert table["q*"]["cost"][0] == 2
     unpaired = [run for run in PAIRED if (run["run"]["arm"], run["run"]["seed"]) != ("student", 2)]
     assert report.figures(unpaired)["q*"]["seeds"][0] == 2

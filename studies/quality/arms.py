@@ -31,6 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 LOSSES = {"forward": 0.0, "reverse": 1.0}  # OSDConfig.beta
 TOLERANCE = 0.02  # nats; the record is float32, and α is solved to about 1e-4
+MISSED = 0.01  # share of tokens at which rounding may be larger: log-probabilities that differ by tens of nats
 
 
 class SampleTrainer(OSDTrainer):
@@ -83,7 +84,7 @@ def check_sampled_as(mixing: MixingConfig, records: Sequence[TokenRecord]) -> No
     if mixing.alpha_method == "ess_balance":
         excess_N["unequal sample sizes"] = _imbalance(mixing, alpha_N, (of["ess_theta"] / of["ess_teacher"]).log()) - TOLERANCE
     for what, excess in excess_N.items():
-        if wrong := int((excess > 0).sum()):
+        if (wrong := int((excess > 0).sum())) > MISSED * len(alpha_N):
             raise RuntimeError(f"{wrong} of {len(alpha_N)} tokens were not sampled as {mixing}: {what}")
 
 

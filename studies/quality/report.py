@@ -42,6 +42,7 @@ MEASURES: dict[str, Callable[[Result, Result], float | None]] = {
     "elsewhere": lambda run, base: run["elsewhere"]["after"] - run["elsewhere"]["before"],
     "cost": lambda run, base: run["curve"][-1]["seconds"] / base["curve"][-1]["seconds"],
 }
+GAINS = ("final", "area", "tokens", "seconds")  # measures whose difference to the on-policy arm is shown
 HEADERS = (
     "sampled from",
     "seeds",
@@ -93,7 +94,7 @@ def by_arm(runs: Iterable[Result]) -> dict[str, dict[int, Result]]:
 
 
 def figures(runs: Iterable[Result]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Return mean and half width of every measure of every arm, and of its difference to the on-policy arm ("final−", ...).
+    """Return mean and half width of every measure of every arm, and of its difference to the on-policy arm ("final_gain", ...).
 
     Only seeds that the on-policy arm has too are used.
 
@@ -108,9 +109,9 @@ def figures(runs: Iterable[Result]) -> dict[str, dict[str, tuple[float, float]]]
         seeds = sorted(set(of_seed) & set(base))
         values = {name: [measure(of_seed[s], base[s]) for s in seeds] for name, measure in MEASURES.items()}
         row = {name: interval([v for v in of if v is not None]) for name, of in values.items()}
-        for name in ("final", "area", "tokens", "seconds"):
+        for name in GAINS:
             own = [MEASURES["final" if name != "area" else "area"](base[s], base[s]) for s in seeds]
-            row[f"{name}−"] = interval([v - o for v, o in zip(values[name], own, strict=True)])  # type: ignore[operator]
+            row[f"{name}_gain"] = interval([v - o for v, o in zip(values[name], own, strict=True)])  # type: ignore[operator]
         table[arm] = {"seeds": (len(seeds), np.nan), **row}
     return table
 
@@ -234,14 +235,15 @@ def conditions(runs: list[Result]) -> str:
 def table_text(table: dict[str, dict[str, tuple[float, float]]]) -> str:
     rows = [HEADERS, ("---",) * len(HEADERS)]
     for arm, of in table.items():
+        gains = ["" if arm == BASELINE else shown(of[f"{name}_gain"], 100, "+") for name in GAINS]
         rows.append(
             (
                 arm.replace("*", "\\*"),
                 f"{of['seeds'][0]:.0f}",
                 shown(of["final"], 100),
-                *((shown(of[name], 100, "+") if arm != BASELINE else "") for name in ("final−",)),
+                gains[0],
                 shown(of["area"], 100),
-                *((shown(of[name], 100, "+") if arm != BASELINE else "") for name in ("area−", "tokens−", "seconds−")),
+                *gains[1:],
                 shown(of["kl"], digits=3),
                 shown(of["gap"], digits=3),
                 shown(of["elsewhere"], sign="+", digits=3),

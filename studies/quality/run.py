@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     teacher, student = make_models(flags)
     with Workers(teacher, student, flags.processes) as workers:
         for phase in flags.phases:
-            jobs = [job for job in planned(phase, flags, folder) if not job.path.exists()]
+            jobs = [job for job in planned(phase, flags, folder) if not finished(job, teacher, student)]
             print(f"{flags.study}, {phase}: {len(jobs)} to run", flush=True)
             if not workers.do(jobs):
                 return 1
@@ -174,6 +174,30 @@ def planned_runs(phase: str, flags: argparse.Namespace, folder: Path) -> Iterato
                     yield Run(task=task, arm=arm, loss=loss, seed=seed, learning_rate=rate, steps=steps, **fixed)
 
 
+def finished(job: Job, teacher: str, student: str) -> bool:
+    """Return whether a job has its result.
+
+    Raises:
+        SystemExit: a result of other models, or of a run with other sizes.
+    """
+    if not job.path.exists():
+        return False
+    found = json.loads(job.path.read_text(encoding="utf-8"))
+    wanted: dict[str, Any] = {"models": described(teacher, student)}
+    if isinstance(job.of, Run):
+        wanted["run"] = dataclasses.asdict(job.of)
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise SystemExit(
+                f"{job.path} has {name} {found[name]}, and this command asks for {value}; use another --output or remove it"
+            )
+    return True
+
+
+def described(teacher: str, student: str) -> dict[str, Any]:
+    return {"teacher": models.described(teacher), "student": models.described(student)}
+
+
 def settings_of(flags: argparse.Namespace, folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Return learning rate and length of every task and loss: as given, or as the tune phase chose them."""
     every = [(task, loss) for task in flags.tasks for loss in flags.losses]
@@ -258,7 +282,7 @@ def work(job: Job, processes: int) -> None:
         "commit": commit(),
         "hardware": {**hardware(), "processes": processes},
         "versions": versions(),
-        "models": {side: models.described(getattr(engine.config, side)) for side in ("teacher", "student")},
+        "models": described(engine.config.teacher, engine.config.student),
     }
     made = {"check": check, "compare": compared, "run": lambda run, rows, engine: runs.execute(run, engine)}
     result = {**head, **made[job.kind](job.of, job.rows, engine)}

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from osd import OSDConfig
 from osd.engine.engine import PairConfig, PairEngine, PairPrompt
-from osd.prompts import encode, encode_all
+from osd.prompts import encode_all
 from studies.quality import tasks
 from studies.quality.arms import ARMS, LOSSES, check_sampled_as, mixing_at, trainer_class
 from studies.quality.tasks import TASKS, Row, Task
@@ -113,6 +113,8 @@ def execute(run: Run, engine: PairEngine) -> dict[str, Any]:
     }
     del trainer, watch, student
     gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()  # for the other processes
     return result
 
 
@@ -232,18 +234,18 @@ def complete(engine: PairEngine, task: Task, rows: list[Row], sampling: dict[str
 
 @torch.inference_mode()
 def cross_check(model: Any, task: Task, engine: PairEngine, run: Run) -> dict[str, Any]:
-    """Complete some held-out prompts with transformers too, one by one: the measurement does not rest on OSD's engine alone."""
+    """Complete some held-out prompts with transformers too: the measurement does not rest on OSD's engine alone."""
     rows = task.rows("held_out", min(run.cross_check, run.limit))
-    marks: list[bool] = []
+    if not rows:
+        return {"rows": 0, "transformers": 0, "engine": 0}
     model.eval()
-    for row in rows:
-        prompt = encode(engine.student_tokenizer, task.student_prompt(row))
-        ids = torch.tensor([prompt], device=model.device)
-        mask = torch.ones_like(ids)
-        new = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=task.max_new_tokens)[0, len(prompt) :]
-        marks.append(task.right(engine.student_tokenizer.decode(new, skip_special_tokens=True).strip(), row["answer"]))
-    engines = measure(engine, task, rows)["right"] if rows else []
-    return {"rows": len(rows), "transformers": sum(marks), "engine": sum(engines)}
+    tokenizer = engine.student_tokenizer
+    prompts = {"input_ids": encode_all(tokenizer, [task.student_prompt(row) for row in rows])}
+    inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=task.max_new_tokens)
+    texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [task.right(text.strip(), row["answer"]) for text, row in zip(texts, rows, strict=True)]
+    return {"rows": len(rows), "transformers": sum(right), "engine": sum(measure(engine, task, rows)["right"])}
 
 
 @torch.inference_mode()
