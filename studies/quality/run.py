@@ -145,7 +145,7 @@ def make_models(flags: argparse.Namespace) -> tuple[str, str]:
 
 
 def planned(phase: str, flags: argparse.Namespace, folder: Path) -> Iterator[Job]:
-    """Yield all jobs of a phase, also those that have a result. Seeds come last: a study that stops early has whole tables."""
+    """Yield all jobs of a phase, seed by seed: a study that is stopped early has whole tables."""
     if phase in ("check", "compare"):
         for task in flags.tasks:
             yield Job(kind=phase, path=folder / phase / f"{task}.json", of=task, rows=flags.validation)
