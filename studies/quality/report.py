@@ -182,12 +182,15 @@ def grouped(runs: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 def results_text(folder: Path, plots: Path) -> str:
     """Return the results section in Markdown; draws its plots into the folder `plots`."""
     machines = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    parts = [study_text(study, machine, plots) for machine in machines for study in STUDIES]
-    return "\n\n".join(part for part in parts if part) or "There are no results yet."
+    counts = {(study, m): len(load(m / study / "runs")) for m in machines for study in STUDIES if (m / study).is_dir()}
+    there = [f"{study} on {machine.name} ({count} training runs)" for (study, machine), count in counts.items()]
+    missing = [study for study in STUDIES if not any(count for (name, _), count in counts.items() if name == study)]
+    head = f"Results exist of: {', '.join(there) or 'nothing'}. Studies without a training run: {', '.join(missing) or 'none'}."
+    return "\n\n".join([head, *(study_text(study, machine, plots) for study, machine in counts)])
 
 
 def study_text(study: str, machine: Path, plots: Path) -> str:
-    """Return the section of one study on one kind of machine, or "" without results."""
+    """Return the section of one study on one kind of machine."""
     folder = machine / study
     checks, compared, runs, tuning = (load(folder / name) for name in ("check", "compare", "runs", "tune"))
     check_distinct(runs)
@@ -208,7 +211,7 @@ def study_text(study: str, machine: Path, plots: Path) -> str:
             parts.append(f"Each arm at its own best learning rate ({rates}):\n\n{table_text(figures(own))}")
     if ranks := rank_correlations(compared, runs):
         parts.append(ranks_text(ranks))
-    return "\n\n".join([f"## Results: {study}, {machine.name}", *parts]) if parts else ""
+    return "\n\n".join([f"## Results: {study}, {machine.name}", *parts])
 
 
 def main_runs(group: list[Result], chosen: dict[str, Any] | None) -> list[Result]:
