@@ -263,7 +263,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(study, monkeypatch, capsy
     execute = runs.execute
 
     def failing(run, engine):
-        if run.arm == "q*":
+        if run.arm == "student":  # the first
             raise RuntimeError("planted")
         return execute(run, engine)
 
@@ -272,7 +272,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(study, monkeypatch, capsy
         study(tmp_path / "failed", "--phases", "main", "--learning_rate", "1e-2", "--steps", "2")
     assert "planted" in capsys.readouterr().out
     names = sorted(path.name for path in (tmp_path / "failed" / "privileged" / "runs").iterdir())
-    assert names == ["echo_forward_student_lr0.01_2steps_seed0.json"]
+    assert names == ["echo_forward_qstar_lr0.01_2steps_seed0.json"]
 
 
 def test_settings_are_chosen_by_the_student_arm_on_validation_rows():
@@ -421,6 +421,7 @@ def test_rank_correlation_of_the_verdict_with_training():
 
 def test_report_of_a_whole_study(study, whole_study, tmp_path):
     study(whole_study, *EVERY)
+    (whole_study / "note.md").write_text("A note.\n")
     page = tmp_path / "page.md"
     page.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
     report.main(["--results", str(whole_study.parent), "--page", str(page)])
@@ -429,7 +430,7 @@ def test_report_of_a_whole_study(study, whole_study, tmp_path):
     assert text.endswith("after\n")
     assert "old" not in text
     for part in (
-        "## Results: privileged, a-machine",
+        "## Results: privileged, a-machine\n\nA note.",
         "| q\\* | 1 |",
         "own best learning rate",
         "Spearman",

@@ -29,6 +29,7 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence.md"
 STUDIES = ("privileged", "capacity")
 BEGIN, END = "<!-- begin results: python studies/quality/report.py -->", "<!-- end results -->"
 BASELINE = "student"
+NOTE = "note.md"  # what a reader must know of the runs on a machine; copied into the page
 ORDER = (BASELINE, "linear 0.1", "linear 0.5", "fixed 0.5", "q*", "ess_balance", "q* annealed", "q* prefix", "teacher", "sft")
 AXES = {"step": "optimizer steps", "tokens": "generated tokens", "seconds": "seconds of training"}
 # One value per run; None where it is unknown.
@@ -196,7 +197,9 @@ def study_text(study: str, machine: Path, plots: Path) -> str:
     check_distinct(runs)
     check_distinct(tuning)
     check_comparable(runs)
-    parts = [checks_text(checks)] if checks else []
+    note = machine / NOTE
+    parts = [note.read_text(encoding="utf-8").strip()] if note.is_file() else []
+    parts += [checks_text(checks)] if checks else []
     chosen = frozen(tuning)
     for (task, loss), group in grouped(runs).items():
         shown = main_runs(group, chosen.get((task, loss)))
