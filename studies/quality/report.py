@@ -346,8 +346,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     flags = parser.parse_args(argv)
     text = results_text(flags.results, flags.page.with_suffix(""))
-    print(text)
     write(flags.page, with_results(flags.page.read_text(encoding="utf-8"), text))
+    print(text)
 
 
 if __name__ == "__main__":
