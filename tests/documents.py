@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "json", "text"}
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 # Linked into the folder in which blocks run, so that relative paths of the repository work.
-LINKED = ("examples", "trainers", "benchmarks", "requirements", "pyproject.toml", "Makefile", "scripts")
+LINKED = ("examples", "trainers", "benchmarks", "requirements", "pyproject.toml", "Makefile", "scripts", "studies")
 
 
 @dataclass(frozen=True)

@@ -92,11 +92,11 @@ def test_readme_is_short():
 
 def test_structure_page_lists_every_module():
     text = (ROOT / "docs" / "structure.md").read_text()
-    for folder in ("osd", "trainers", "benchmarks"):
+    for folder in ("osd", "trainers", "benchmarks", "studies"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.name != "__init__.py":
                 assert f"`{path.relative_to(ROOT)}`" in text or re.search(rf"`{path.name}`", text), path
-    for name in re.findall(r"`((?:osd|trainers|benchmarks|theory)/[\w/]+\.\w+)`", text):
+    for name in re.findall(r"`((?:osd|trainers|benchmarks|studies|theory)/[\w/]+\.\w+)`", text):
         assert (ROOT / name).is_file(), name
 
 
@@ -339,7 +339,14 @@ def run_accelerate(arguments: list[str]) -> None:
         parse(launch.training_script_args)
 
 
-SCRIPTS_PARSED = ("benchmarks/sampling.py", "benchmarks/mixing.py", "examples/smollm2.py", "examples/demo.py")
+SCRIPTS_PARSED = (
+    "benchmarks/sampling.py",
+    "benchmarks/mixing.py",
+    "examples/smollm2.py",
+    "examples/demo.py",
+    "studies/quality/run.py",
+    "studies/quality/report.py",
+)
 
 
 def run_script(arguments: list[str], parse_only: bool) -> None:

@@ -478,9 +478,31 @@ def test_a_running_engine_must_be_the_one_that_was_configured(make, tmp_path, en
         make(teacher_model_name_or_path="another")
 
 
-def test_a_running_engine_takes_the_trainers_mixing(make, engine):
-    make(alpha_method="entropy", alpha_max=0.5, max_steps=1).train()
-    assert engine.mixing == MixingConfig(alpha_method="entropy", alpha_max=0.5)
+@pytest.mark.parametrize("method", ["entropy", "fixed", "linear"])
+def test_a_running_engine_takes_the_trainers_mixing(make, engine, method):
+    """Trainers on one engine, one after the other, each sample as their own configuration says."""
+    mixing = {
+        "entropy": {"alpha_method": "entropy", "alpha_max": 0.5},
+        "fixed": {"alpha_method": "fixed", "fixed_alpha": 0.25},
+        "linear": {"alpha_method": "fixed", "fixed_alpha": 0.75, "mixture": "linear"},
+    }[method]
+    trainer = make(**mixing, max_steps=1)
+    trainer.train()
+    assert engine.mixing == MixingConfig(**mixing)
+    records = [completion.record for completion in trainer.vllm_generation.last_batch.completions]
+    columns = ("alpha", "logq", "logp_theta", "logp_teacher", "kl_theta", "kl_teacher")
+    alpha, logq, theta, teacher, *kls = (torch.cat([getattr(record, name) for record in records]) for name in columns)
+    if method == "entropy":
+        assert alpha.max() <= 0.5
+        assert alpha.unique().numel() > 1
+    else:
+        assert (alpha == mixing["fixed_alpha"]).all()
+    if method == "linear":
+        torch.testing.assert_close(logq.exp(), 0.25 * theta.exp() + 0.75 * teacher.exp())
+    else:  # -log Z, once from the token and once from the mean over q
+        torch.testing.assert_close(
+            logq - (1 - alpha) * theta - alpha * teacher, (1 - alpha) * kls[0] + alpha * kls[1], atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_prompt_too_long_for_the_engine_is_refused_before_sampling(make):

@@ -41,13 +41,17 @@ class Pair(Protocol):
 
 
 class EnginePair:
-    """A `PairEngine` that starts when the first request needs it.
+    """A `PairEngine` that starts when the first request needs it, or a running one.
+
+    Args:
+        settings: the models and their mixing.
+        engine: a running engine of these models, whose mixing is set with every call; the caller closes it.
 
     Raises:
         ValueError: models that are missing or have different tokenizers, engine arguments that vLLM does not have.
     """
 
-    def __init__(self, settings: GenerateConfig | CompareConfig) -> None:
+    def __init__(self, settings: GenerateConfig | CompareConfig, *, engine: PairEngine | None = None) -> None:
         from osd.engine.engine import PairConfig, checked_params
         from osd.validate_models import check_models, load_tokenizer
 
@@ -62,7 +66,7 @@ class EnginePair:
         )
         checked_params(settings.sampling())
         check_models(self.config)
-        self._engine: PairEngine | None = None
+        self._engine, self._owned = engine, engine is None
         self.teacher_tokenizer, self.student_tokenizer = (load_tokenizer(self.config, side) for side in ("teacher", "student"))
 
     @property
@@ -99,8 +103,8 @@ class EnginePair:
         return self.engine.generate(prompts, sampling=seeded, alpha=alpha, on_finished=on_finished)
 
     def close(self) -> None:
-        """Shut the engine down, if it was started."""
-        if self._engine is not None:
+        """Shut the engine down, if this object started it."""
+        if self._engine is not None and self._owned:
             self._engine.close()
 
     def __enter__(self) -> EnginePair:
