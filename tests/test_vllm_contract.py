@@ -70,6 +70,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "ModelRegistry": (type(ModelRegistry),),
     "model_config": (ModelConfig,),
     "current_platform": (Platform,),
+    "emitted": (EngineCoreOutput,),
     "engine": (LLMEngine,),
     "grammar": (GrammarOutput,),
     "group": (KVCacheGroupSpec,),
