@@ -74,9 +74,7 @@ def test_logprobs_are_those_of_q_star_under_both_prompts(server, models):
     wrong_prompt, teacher_alone = [], []
     for choice in choices:
         assert len(choice["token_ids"]) == 24
-        torch.testing.assert_close(
-            drawn(choice), of(q_star(models, [TEACHER, STUDENT], choice["token_ids"]), choice), atol=2e-4, rtol=0
-        )
+        assert_drawn(choice, q_star(models, [TEACHER, STUDENT], choice["token_ids"]))
         wrong = of(q_star(models, [TEACHER, TEACHER], choice["token_ids"]), choice)
         wrong_prompt.append((drawn(choice) - wrong).abs().mean())
         teacher_alone.append((drawn(choice) - of(policies(models, [TEACHER, STUDENT], choice)[0], choice)).abs().mean())
@@ -86,9 +84,7 @@ def test_logprobs_are_those_of_q_star_under_both_prompts(server, models):
 
 def test_without_a_student_prompt_both_read_the_same(server, models):
     [choice] = server.complete(TEACHER, seed=1)
-    torch.testing.assert_close(
-        drawn(choice), of(q_star(models, [TEACHER, TEACHER], choice["token_ids"]), choice), atol=2e-4, rtol=0
-    )
+    assert_drawn(choice, q_star(models, [TEACHER, TEACHER], choice["token_ids"]))
 
 
 def test_text_prompts_are_tokenized_for_each_side(server):
@@ -103,9 +99,7 @@ def test_chat_messages_are_rendered_by_each_sides_template(server, models, own):
     [choice] = server.complete(messages, route=CHAT, seed=2, osd={"student_messages": own})
     teacher = [1, 5, 7, 2, 1, 6]  # <bos> user w7 <eos> <bos> assistant
     student = [50, 7 if own is None else 30, 51]
-    torch.testing.assert_close(
-        drawn(choice), of(q_star(models, [teacher, student], choice["token_ids"]), choice), atol=2e-4, rtol=0
-    )
+    assert_drawn(choice, q_star(models, [teacher, student], choice["token_ids"]))
 
 
 def test_options_of_a_request_choose_the_mixture(server, models):
