@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 if current_process().name != "MainProcess":  # a process that the engine spawned imports the `osd` script, before vLLM
     silence_libraries()
+    if sys.argv[1:2] == ["serve"]:  # of vLLM's front ends, which import nothing of ours before vLLM
+        pass
 
 HELP = """\
 usage: osd COMMAND [--help] ...

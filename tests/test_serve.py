@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import subprocess
 import time
 
 import httpx
@@ -11,10 +13,18 @@ import numpy as np
 import pytest
 import torch
 
+from osd import cli
 from osd.core import RECORD_FIELDS
+from osd.data.generate import generate
+from osd.data.pair import EnginePair
+from osd.data.remote import ServerPair
+from osd.data.settings import GenerateConfig
+from osd.engine.backend import server as backend
+from tests.documents import ROOT, blocks, commands
 from tests.exact import completion_logits, mixture, q_star, solve
+from tests.generate_run import read_output, write_rows
 from tests.served import KEY, LONGEST, LONGEST_OF_STUDENT, served
-from tests.tiny import save_tokenizer, tiny_model
+from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 
 TEACHER, STUDENT = [7, 8, 9, 10], [20, 21]
 CHAT = "/v1/chat/completions"
@@ -312,6 +322,61 @@ def test_clients_that_hang_up_leave_nothing_behind(server):
     assert len(choice["osd"]["alpha"]) == 24
 
 
+@pytest.fixture
+def here(server, model_paths, tmp_path, monkeypatch):
+    """A folder to work in, the key, and a function that puts the server and the models in the place of documented ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    teacher, student = map(str, model_paths)
+    write_rows(tmp_path / "problems.jsonl", [{"prompt": f"w{i} w{i + 1}", "answer": "w9"} for i in range(7, 10)])
+    names = {"http://localhost:8000": server.server.url}
+    names |= {"Qwen/Qwen2.5-7B-Instruct": teacher, "Qwen/Qwen2.5-1.5B-Instruct": student}
+    return lambda text: re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], text)
+
+
+def test_the_blocks_of_the_page_run(server, here, capsys):
+    namespace = {}
+    ran = set()
+    for block in blocks((ROOT / "docs" / "serving.md").read_text()):
+        text = here(block.text)
+        if block.language == "python":
+            exec(compile(text, "docs/serving.md", "exec"), namespace)
+            assert len(namespace["choice"].osd["alpha"]) == namespace["answer"].usage.completion_tokens
+            ran.add("python")
+        elif text.startswith("curl"):
+            out = subprocess.run(
+                ["bash", "-c", f"curl -s {text.removeprefix('curl')}"], capture_output=True, text=True, check=True
+            )
+            assert "alpha" in json.loads(out.stdout)["choices"][0]["osd"]
+            ran.add("curl")
+        else:
+            [(words, _)] = commands(text)
+            ran.add(" ".join(words[:2]))
+            if words[1] == "serve":
+                args = backend._parser().parse_args(words[2:])
+                assert backend.pair_config(args, backend._given(words[2:])).engine_kwargs == {"max_model_len": 4096}
+            else:
+                cli.main([*words[1:], "--max_completion_length", "8", "--shard_size", "4"])
+                assert "samples of" in capsys.readouterr().out
+    assert ran == {"python", "curl", "osd serve", "osd generate"}
+
+
+def test_generated_data_is_that_of_an_engine_in_this_process(server, here, tmp_path, model_paths):
+    teacher, student = map(str, model_paths)
+    given = {"input": "problems.jsonl", "teacher_model_name_or_path": teacher, "model_name_or_path": student}
+    given |= {"privileged_template": "{prompt} {answer}", "num_samples": 8, "max_completion_length": 16, "top_p": 0.95}
+    generate(GenerateConfig(**given, output="through", server=server.server.url), ServerPair)
+    generate(GenerateConfig(**given, output="local", engine_kwargs=tiny_engine_kwargs(max_num_seqs=16)), EnginePair)
+    through, local = (read_output(folder) for folder in ("through", "local"))
+    assert len(through) == len(local) == 24
+    for one, other in zip(through, local, strict=True):
+        numbers = [name for name in one if name in RECORD_FIELDS or name.startswith(("alpha_", "kl_"))]
+        for name in numbers:
+            np.testing.assert_allclose(one.pop(name), other.pop(name), atol=1e-4, err_msg=name)
+        assert one.pop("config_hash") != other.pop("config_hash"), "the engine's arguments are settings"
+        assert {name: str(value) for name, value in one.items()} == {name: str(value) for name, value in other.items()}
+
+
 def test_sigterm_leaves_no_process(server):
     """The last test of the module: it ends the server."""
     assert len(server.server.members()) >= 2, "the engine is a process of its own"
@@ -338,19 +403,15 @@ def test_sigterm_leaves_no_process(server):
     ],
 )
 def test_wrong_arguments_are_refused(flags, message):
-    from osd.engine.backend import server
-
     with pytest.raises(ValueError, match=message):
-        server.serve(flags)
+        backend.serve(flags)
 
 
 def test_written_arguments_reach_both_sides_and_the_teachers_files_only_the_teacher():
-    from osd.engine.backend import server
-
     argv = ["--teacher", "t", "--student", "s", "--max-model-len", "4k", "--revision", "main", "-cc.mode", "0"]
     argv += ["--student-engine-kwargs", '{"max_model_len": 64}', "--fixed-alpha", "0.25", "--alpha-method", "fixed"]
-    args = server._parser().parse_args(argv)
-    config = server.pair_config(args, server._given(argv))
+    args = backend._parser().parse_args(argv)
+    config = backend.pair_config(args, backend._given(argv))
     assert config.engine_kwargs == {"max_model_len": 4000, "compilation_config": {"mode": 0}}
     assert config.teacher_kwargs["revision"] == "main"
     assert config.student_kwargs == {"max_model_len": 64}

@@ -148,11 +148,12 @@ class ServerPair:
         if answer.status_code != 200:
             return False
         info = answer.json()
+        info |= {side: PurePath(info[side]).name for side in ("teacher", "student")}  # folders differ between machines
         if not self._info:
             self._check_info(url, info)
             self._info = info
-        elif info != self._info:
-            raise ValueError(f"server {url} is not the pair that the others are: {_difference(info, self._info)}; restart it")
+        elif difference := _difference(info, self._info):
+            raise ValueError(f"server {url} is not the pair that the others are: {difference}; restart it")
         return True
 
     def _check_info(self, url: str, info: dict[str, Any]) -> None:
@@ -165,7 +166,7 @@ class ServerPair:
             raise ValueError(f"generation_kwargs has {unknown[0]!r}, which a server does not take; remove it")
         names = {"teacher": self.settings.teacher_model_name_or_path, "student": self.settings.model_name_or_path}
         for side, name in names.items():
-            if PurePath(str(name)).name != PurePath(info[side]).name:
+            if PurePath(str(name)).name != info[side]:
                 warnings.warn(f"the {side} of server {url} is {info[side]!r}, and of the settings {name!r}", stacklevel=2)
 
     def _client(self) -> httpx.AsyncClient:

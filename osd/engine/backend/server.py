@@ -14,14 +14,11 @@ import copy
 import json
 import os
 from argparse import SUPPRESS, Namespace
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from vllm import envs
@@ -36,6 +33,7 @@ from vllm.renderers import renderer_from_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from osd.core import MIXING_OPTIONS, MixingConfig, mixing_option
+from osd.engine.asgi import HttpRequest, Sender, reading
 from osd.engine.backend.configuration import mixing_config, student_vllm_config
 from osd.engine.config import PairConfig
 from osd.engine.request import EXTRA_ARGS_KEY, PairOptions, PairPrompt, SideLimits, check_request
@@ -43,8 +41,6 @@ from osd.engine.wire import (
     FIELD,
     INFO_ROUTE,
     STUDENT_PROMPTS,
-    EventStream,
-    add_records,
     pair_options,
     record_to_json,
     returned,
@@ -73,18 +69,23 @@ def serve(argv: Sequence[str]) -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command line does
     parser = _parser()
     args = parser.parse_args(list(argv))
-    args.subparser = "serve"
+    args.subparser = "serve"  # vLLM's checks ask for it
     config = pair_config(args, _given(list(argv)))
     if args.grpc or envs.VLLM_USE_RUST_FRONTEND:
         raise ValueError("--grpc and vLLM's Rust front end take no middleware, which the pair needs; leave them out")
     check_models(config)
     for name, value in config.teacher_engine_args().items():
         setattr(args, name, value)
+    args.osd = _Imported()
     args.middleware = [*args.middleware, f"{PairMiddleware.__module__}.{PairMiddleware.__name__}"]
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)
     command.cmd(args)
+
+
+class _Imported:
+    """Imports this package where it is unpickled: in vLLM's further front end processes, before they read a configuration."""
 
 
 def pair_config(args: Namespace, given: Mapping[str, Any]) -> PairConfig:
@@ -156,31 +157,7 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
-# -- one request --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _HttpRequest:
-    """What the middleware knows of the HTTP request being served.
-
-    Attributes:
-        path: its route.
-        options: the pair's options, once its body was read.
-        calls: how many engine requests it has made: one per prompt.
-        records: the records of finished choices, by index.
-    """
-
-    path: str
-    options: PairOptions | None = None
-    calls: int = 0
-    records: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
-
-    @property
-    def wants_records(self) -> bool:
-        return self.options is not None and self.options.return_record
-
-
-_current: ContextVar[_HttpRequest | None] = ContextVar("osd_http_request", default=None)
+# -- the middleware -----------------------------------------------------------------------------------------------------
 
 
 class PairMiddleware:
@@ -201,79 +178,15 @@ class PairMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         assert self._server is not None, "the server has started"
-        request = _HttpRequest(scope["path"].removeprefix(scope.get("root_path", "")))
+        request = HttpRequest(scope["path"].removeprefix(scope.get("root_path", "")))
         if scope["method"] != "OPTIONS" and not self._server.allows(request.path, Headers(scope=scope)):
             return await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
         if request.path == INFO_ROUTE:
             return await JSONResponse(self._server.info)(scope, receive, send)
-        token = _current.set(request)
-        try:
+        with request.served():
             if scope["method"] == "POST":
-                receive, send = _reading(self._server, request, receive), _Sender(request, send)
+                receive, send = reading(self._server.read, request, receive), Sender(request, send)
             await self.app(scope, receive, send)
-        finally:
-            _current.reset(token)
-        return None
-
-
-def _reading(server: _Server, request: _HttpRequest, receive: Any) -> Callable[[], Awaitable[Any]]:
-    """Return a ``receive`` that takes the pair's options out of the body.
-
-    The route calls it after the API key was checked, and answers the HTTPException in OpenAI's form.
-    """
-    read = False
-
-    async def reading() -> Any:
-        nonlocal read
-        message = await receive()
-        if read or message["type"] != "http.request":
-            return message
-        parts = [message.get("body", b"")]
-        while message.get("more_body"):
-            message = await receive()
-            if message["type"] != "http.request":
-                return message
-            parts.append(message.get("body", b""))
-        read = True
-        try:
-            body = await server.read(request, b"".join(parts))
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return reading
-
-
-class _Sender:
-    """A ``send`` that adds the records to the answer of a request that wants them."""
-
-    def __init__(self, request: _HttpRequest, send: Any) -> None:
-        self.request, self.send = request, send
-        self._start: Any = None
-        self._body = b""
-        self._events: EventStream | None = None
-
-    async def __call__(self, message: Any) -> None:
-        if not self.request.wants_records:
-            return await self.send(message)
-        if message["type"] == "http.response.start":
-            if Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream"):
-                self._events = EventStream(self.request.records)
-                return await self.send(message)
-            self._start = message
-            return None
-        if message["type"] != "http.response.body":
-            return await self.send(message)
-        last = not message.get("more_body", False)
-        if self._events is not None:
-            return await self.send({**message, "body": self._events.feed(message.get("body", b""), last=last)})
-        self._body += message.get("body", b"")
-        if not last:
-            return None
-        body = add_records(self._body, self.request.records)
-        headers = [(name, value) for name, value in self._start["headers"] if name.lower() != b"content-length"]
-        await self.send({**self._start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
-        await self.send({**message, "body": body})
         return None
 
 
@@ -287,50 +200,49 @@ class _Server:
         info: the answer of `INFO_ROUTE`.
     """
 
-    def __init__(self, state: Any) -> None:
-        teacher = state.vllm_config
-        student = student_vllm_config(teacher)
-        models = {"teacher": teacher.model_config, "student": student.model_config}
+    def __init__(self, app_state: Any) -> None:
+        teacher_config = app_state.vllm_config
+        student_config = student_vllm_config(teacher_config)
+        models = {"teacher": teacher_config.model_config, "student": student_config.model_config}
         self.limits = {
             side: SideLimits(vocab_size=model.get_vocab_size(), max_model_len=model.max_model_len)
             for side, model in models.items()
         }
         self.info = {
             **{side: model.model for side, model in models.items()},
-            "mixing": mixing_config(teacher).to_dict(),
+            "mixing": mixing_config(teacher_config).to_dict(),
             "limits": {side: vars(limits) for side, limits in self.limits.items()},
             "fields": sorted(CompletionRequest.model_fields),
         }
-        keys = [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
+        keys = [key for key in (app_state.args.api_key or [envs.VLLM_API_KEY]) if key]
         self._keys = AuthenticationMiddleware(None, keys) if keys else None  # type: ignore[arg-type]
-        self._generate = state.engine_client.generate
+        self._generate = app_state.engine_client.generate
         # The student's prompts are rendered by vLLM's own renderer, with the same flags as the teacher's.
-        renderer = state.online_renderer
+        renderer = app_state.online_renderer
         self.renderer = copy.copy(renderer)
-        self.renderer.model_config = student.model_config
-        self.renderer.renderer = renderer_from_config(student)
-        self.renderer.chat_template = _template(state.args.student_chat_template)
-        templates = [r.chat_template or getattr(r.renderer.tokenizer, "chat_template", None) for r in (renderer, self.renderer)]
-        self.templates_differ = templates[0] != templates[1]
+        self.renderer.model_config = student_config.model_config
+        self.renderer.renderer = renderer_from_config(student_config)
+        self.renderer.chat_template = _template(app_state.args.student_chat_template)
+        self.templates_differ = _chat_template(renderer) != _chat_template(self.renderer)
 
     @classmethod
-    async def start(cls, state: Any) -> _Server:
+    async def start(cls, app_state: Any) -> _Server:
         """Stand before the engine client's ``generate``.
 
         Raises:
             RuntimeError: vLLM does not use the pair's worker.
         """
-        if set(await state.engine_client.collective_rpc("pair_active")) != {True}:
+        if set(await app_state.engine_client.collective_rpc("pair_active")) != {True}:
             raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
-        server = cls(state)
-        state.engine_client.generate = server.generate
+        server = cls(app_state)
+        app_state.engine_client.generate = server.generate
         return server
 
     def allows(self, path: str, headers: Headers) -> bool:
         """Return whether a request may pass: vLLM itself asks for the API key on some routes only."""
         return self._keys is None or path in OPEN_ROUTES or self._keys.verify_token(headers)
 
-    async def read(self, request: _HttpRequest, body: bytes) -> bytes:
+    async def read(self, request: HttpRequest, body: bytes) -> bytes:
         """Take the pair's options out of a body into ``request``; return the body that is left for vLLM.
 
         Raises:
@@ -389,7 +301,7 @@ class _Server:
         Raises:
             ValueError: what vLLM answers with 400.
         """
-        request = _current.get() or _HttpRequest("")
+        request = HttpRequest.current() or HttpRequest("")
         options = self._options(request, sampling_params)
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
             raise ValueError("the paired engine serves text completion only (no pooling, images, embeddings, streaming input)")
@@ -406,7 +318,7 @@ class _Server:
         first, request.calls = request.calls * params.n, request.calls + 1
         return self._watch(self._generate(prompt, params, request_id, **kwargs), request, first)
 
-    def _options(self, request: _HttpRequest, params: Any) -> PairOptions:
+    def _options(self, request: HttpRequest, params: Any) -> PairOptions:
         extra = params.extra_args or {}
         for name in extra:
             if name == EXTRA_ARGS_KEY or name.startswith(f"{FIELD}_"):
@@ -422,7 +334,7 @@ class _Server:
             room = self.limits["student"].max_model_len - len(pair.student_token_ids)
             params.max_tokens = max(1, min(params.max_tokens, room))
 
-    async def _watch(self, outputs: Any, request: _HttpRequest, first: int) -> AsyncIterator[Any]:
+    async def _watch(self, outputs: Any, request: HttpRequest, first: int) -> AsyncIterator[Any]:
         """Pass vLLM's outputs on; keep the records, and say why a request failed."""
         async with aclosing(outputs):
             async for output in outputs:
@@ -439,6 +351,10 @@ def _failure(reason: Any) -> Exception:
     """Return the exception for a request that the engine ended: the client's fault unless logits were not numbers."""
     text = str(reason or "vLLM gives no reason").removeprefix("osd: ")
     return GenerationError(text) if reason is None or text.startswith("NaN") else ValueError(text)
+
+
+def _chat_template(renderer: Any) -> Any:
+    return renderer.chat_template or getattr(renderer.renderer.tokenizer, "chat_template", None)
 
 
 def _template(given: str | None) -> str | None:
