@@ -6,7 +6,9 @@ import json
 import re
 import signal
 import subprocess
+import threading
 import time
+from contextlib import suppress
 
 import httpx
 import numpy as np
@@ -22,8 +24,8 @@ from osd.data.settings import GenerateConfig
 from osd.engine.backend import server as backend
 from tests.documents import ROOT, blocks, commands
 from tests.exact import completion_logits, mixture, q_star, solve
-from tests.generate_run import read_output, write_rows
-from tests.served import KEY, LONGEST, LONGEST_OF_STUDENT, served
+from tests.generate_run import content, keys, read_output, write_rows
+from tests.served import KEY, LONGEST, LONGEST_OF_STUDENT, serve, served
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 
 TEACHER, STUDENT = [7, 8, 9, 10], [20, 21]
@@ -307,7 +309,7 @@ def test_it_says_what_it_serves(server, model_paths):
 
 def test_clients_that_hang_up_leave_nothing_behind(server):
     for _ in range(3):
-        with httpx.Client(base_url=server.server.url, headers=server.http.headers) as http, pytest.raises(httpx.ReadTimeout):
+        with httpx.Client(base_url=server.server.url, headers=server.http.headers) as http, suppress(httpx.ReadTimeout):
             http.post("/v1/completions", json={"prompt": TEACHER, "max_tokens": 120, "ignore_eos": True}, timeout=0.05)
     body = {"prompt": TEACHER, "max_tokens": 120, "ignore_eos": True, "stream": True, "osd": {"record": True}}
     with server.http.stream("POST", "/v1/completions", json=body) as answer:
@@ -386,6 +388,39 @@ def test_sigterm_leaves_no_process(server):
     while server.server.members():
         assert time.monotonic() < deadline, server.server.members()
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_sigkill_in_mid_run_loses_and_repeats_no_sample(model_paths, tmp_path):
+    """A server is killed while it samples, and another one is started on its port."""
+    teacher, student = map(str, model_paths)
+    path = write_rows(tmp_path / "problems.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(7, 57)])
+    given = {"input": str(path), "teacher_model_name_or_path": teacher, "model_name_or_path": student, "num_samples": 4}
+    given |= {"max_completion_length": 100, "shard_size": 40, "batch_size": 40, "generation_kwargs": {"ignore_eos": True}}
+    first = serve(*model_paths, tmp_path / "first.log")
+    servers = [first]
+
+    def replace():
+        while not list((tmp_path / "through").glob("data-*")):
+            time.sleep(0.05)
+        first.kill()
+        servers.append(serve(*model_paths, tmp_path / "second.log", port=int(first.url.rpartition(":")[2])))
+
+    thread = threading.Thread(target=replace)
+    try:
+        first.wait()
+        thread.start()
+        generate(GenerateConfig(**given, output=str(tmp_path / "through"), server=first.url), ServerPair)
+    finally:
+        thread.join()
+        for server in servers:
+            server.kill()
+    generate(GenerateConfig(**given, output=str(tmp_path / "local"), engine_kwargs=tiny_engine_kwargs()), EnginePair)
+    through, local = (read_output(tmp_path / name) for name in ("through", "local"))
+    assert len(servers) == 2
+    assert len(through) == 200
+    assert keys(through) == keys(local)
+    assert content(through) == content(local)
 
 
 # -- arguments, before a model loads ------------------------------------------------------------------------------------
