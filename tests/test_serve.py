@@ -433,8 +433,10 @@ def test_sigkill_in_mid_run_loses_and_repeats_no_sample(model_paths, tmp_path):
         (["some/model", "--teacher", "t", "--student", "s"], "give --teacher and --student"),
         (["--teacher", "t", "--student", "s", "--worker-cls", "x"], "is set by the pair itself"),
         (["--teacher", "t", "--student", "s", "--enable-lora"], "is not supported"),
+        (["--teacher", "t", "--student", "s", "--student-chat-template", "none.jinja"], "is neither a file nor the text"),
+        (["--teacher", "t", "--student", "s", "--grpc"], "take no middleware"),
         (["--teacher", "t", "--student", "s", "--alpha-min", "2"], "alpha_min=2.0 is not a weight"),
-        (["--teacher", "t", "--student", "s", "--student-engine-kwargs", '{"block_size": 8}'], "cannot differ"),
+        (["--teacher", "t", "--student", "s", "--student-engine-kwargs", '{"tensor_parallel_size": 2}'], "cannot differ"),
     ],
 )
 def test_wrong_arguments_are_refused(flags, message):

@@ -73,6 +73,7 @@ def serve(argv: Sequence[str]) -> None:
     config = pair_config(args, _given(list(argv)))
     if args.grpc or envs.VLLM_USE_RUST_FRONTEND:
         raise ValueError("--grpc and vLLM's Rust front end take no middleware, which the pair needs; leave them out")
+    args.student_chat_template = _template(args.student_chat_template)
     check_models(config)
     for name, value in config.teacher_engine_args().items():
         setattr(args, name, value)
@@ -222,7 +223,7 @@ class _Server:
         self.renderer = copy.copy(renderer)
         self.renderer.model_config = student_config.model_config
         self.renderer.renderer = renderer_from_config(student_config)
-        self.renderer.chat_template = _template(app_state.args.student_chat_template)
+        self.renderer.chat_template = app_state.args.student_chat_template
         self.templates_differ = _chat_template(renderer) != _chat_template(self.renderer)
 
     @classmethod
@@ -358,4 +359,9 @@ def _chat_template(renderer: Any) -> Any:
 
 
 def _template(given: str | None) -> str | None:
-    return given if given is None or "{" in given else Path(given).read_text(encoding="utf-8")
+    """Return the text of a chat template that was given as text or as a file."""
+    if given is None or "{" in given:
+        return given
+    if not Path(given).is_file():
+        raise ValueError(f"--student-chat-template={given!r} is neither a file nor the text of a chat template")
+    return Path(given).read_text(encoding="utf-8")
