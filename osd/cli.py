@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 if current_process().name != "MainProcess":  # a process that the engine spawned imports the `osd` script, before vLLM
     silence_libraries()
+    if sys.argv[1:2] == ["serve"]:  # of vLLM's front ends, which import nothing of ours before vLLM
+        pass
 
 HELP = """\
 usage: osd COMMAND [--help] ...
@@ -28,6 +30,7 @@ commands:
   inspect    write one HTML page about the data that `generate` wrote
   compare    sample the same prompts from teacher, student, linear mixture and q*: is it worth it for this pair?
   train      train the student on samples from q*, under accelerate
+  serve      serve the OpenAI API from q*: vLLM's own server, with both models in it
   env        print versions and devices, for a bug report
 
 start here:
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         near = suggest(command, COMMANDS)
         sys.exit(_refused("", f"unknown command {command!r}{near}; use {', '.join(COMMANDS)}"))
-    if command != "env":  # it shows the variables that the user has set
+    if command not in ("env", "serve"):  # env shows the variables that the user has set, serve has vLLM's log
         silence_libraries()
     try:
         COMMANDS[command](rest)
@@ -92,12 +95,12 @@ def _generate(argv: Sequence[str]) -> None:
         description="Sample completions from q* into sharded files, with the record of every token.",
     )
     from osd.data.generate import NothingUsable, generate
-    from osd.data.pair import EnginePair
 
+    start_pair = _pair(settings)
     if settings.dry_run:
-        return _dry_run(settings, EnginePair)
+        return _dry_run(settings, start_pair)
     try:
-        counts = generate(settings, EnginePair)
+        counts = generate(settings, start_pair)
     except NothingUsable as error:
         sys.exit(f"osd generate: failed: {error}")
     removed = "".join(f"\n  {count} removed by {name}" for name, count in counts.removed.items())
@@ -113,6 +116,16 @@ def _generate(argv: Sequence[str]) -> None:
         ),
     )
     return None
+
+
+def _pair(settings: GenerateConfig) -> Any:
+    if settings.server is None:
+        from osd.data.pair import EnginePair
+
+        return EnginePair
+    from osd.data.remote import ServerPair
+
+    return ServerPair
 
 
 def _compare(argv: Sequence[str]) -> None:
@@ -193,6 +206,12 @@ def _train(argv: Sequence[str]) -> None:
     train(argv)
 
 
+def _serve(argv: Sequence[str]) -> None:
+    from osd.engine.backend.server import serve
+
+    serve(argv)
+
+
 def _env(argv: Sequence[str]) -> None:
     from osd.environment import report
 
@@ -217,5 +236,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "inspect": _inspect,
     "compare": _compare,
     "train": _train,
+    "serve": _serve,
     "env": _env,
 }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import random
 import sys
 import tempfile
 import time
@@ -17,7 +16,8 @@ from types import SimpleNamespace
 
 import torch
 
-from osd.core import RECORD_FIELDS, TokenRecord
+from osd.core import TokenRecord
+from tests.draws import draw
 from tests.tiny import save_tokenizer
 
 LONGEST_PROMPT = 40
@@ -56,17 +56,13 @@ class FakePair:
         return completions
 
     def _completion(self, request, sampling, alpha, mixing):
-        chance = random.Random(f"{request.seed} {request.teacher.token_ids} {request.student.token_ids}")
-        ids = [chance.randrange(7, 64) for _ in range(chance.randint(1, sampling["max_tokens"]))]
-        values = torch.tensor([[chance.random() for _ in RECORD_FIELDS] for _ in ids])
-        values[:, RECORD_FIELDS.index("logp_theta")] *= -3
-        values[:, RECORD_FIELDS.index("logp_teacher")] *= -2
+        ids, rows = draw(request.seed, request.teacher.token_ids, request.student.token_ids, sampling["max_tokens"])
         return SimpleNamespace(
             token_ids=ids,
             text=self.teacher_tokenizer.decode(ids),
             finish_reason="length" if len(ids) == sampling["max_tokens"] else "stop",
             error="NaN in the student's logits" if request.row.id in self.fails else None,
-            record=TokenRecord(values_TR=values, teacher_hidden_TH=None, weights_version=0),
+            record=TokenRecord(values_TR=torch.tensor(rows), teacher_hidden_TH=None, weights_version=0),
             weights_version=0,
         )
 

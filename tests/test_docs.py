@@ -40,6 +40,7 @@ RUNS = [
     pytest.param(path, languages, id=f"{path.stem}-{languages[0]}", marks=[pytest.mark.slow] if path.stem == slow else [])
     for languages, slow in ((("python",), ""), (("bash", "yaml", "json"), "usage"))
     for path in PAGES
+    if path.stem != "serving"  # tests/test_serve.py runs its blocks
     if any(block.language in languages for block in blocks(path.read_text()))
 ]
 

@@ -186,6 +186,43 @@ def test_logprobs_are_of_q(engine, models):
         assert logprobs[token].logprob == pytest.approx(logq[row, token].item(), abs=5e-4)
 
 
+def test_a_returned_record_is_the_one_that_the_worker_keeps(engine):
+    """Beside requests that want logprobs, no record, or two completions; some end early, by a stop string among others."""
+    text = engine.generate([PROMPTS[0]], sampling=dict(max_tokens=12, seed=7, ignore_eos=True))[0].text
+    given = [
+        dict(max_tokens=20, record=True),
+        dict(max_tokens=5, record=True, logprobs=2),
+        dict(max_tokens=12, record=True, stop=[text.split()[4]], seed=7),
+        dict(max_tokens=20, record=False, logprobs=2),
+        dict(max_tokens=9, record=True, n=2, logprobs=0),
+    ]
+    student, prompts, params = PROMPTS[0].student_token_ids, [], []
+    for index, sampling in enumerate(given):
+        returned = sampling.pop("record")
+        options = PairOptions(student_prompt_token_ids=student, record=True, return_record=returned)
+        params.append(SamplingParams(**{"seed": index, **sampling}, ignore_eos=True, extra_args=options.to_extra_args()))
+        prompts.append({"prompt_token_ids": PROMPTS[0].teacher_token_ids})
+    outputs = engine.llm.generate(prompts, params, use_tqdm=False)
+    completions = [completion for output in outputs for completion in output.outputs]
+    kept = {tuple(record.values_TR[:, 0].tolist()): record for record in engine._take_records().values()}
+    assert len(kept) == len(completions) == 6
+    assert [len(c.token_ids) for c in completions] == [20, 5, len(completions[2].token_ids), 20, 9, 9]
+    assert 0 < len(completions[2].token_ids) < 12
+    for index, completion in enumerate(completions):
+        if index == 3:
+            assert completion.routed_experts is None
+            continue
+        values = torch.from_numpy(completion.routed_experts.copy())
+        assert len(values) == len(completion.token_ids)
+        [record] = [r for alphas, r in kept.items() if list(alphas[: len(values)]) == values[:, 0].tolist()]
+        torch.testing.assert_close(values[:, :-1], record.values_TR[: len(values)], rtol=0, atol=0)
+        assert values[:, -1].tolist() == [engine.weights_version] * len(values)
+    for completion in completions[1], completions[3], *completions[4:]:
+        for token, row in zip(completion.token_ids, completion.logprobs, strict=True):
+            assert token in row
+            assert len(row) <= 3, "a column of the record among the logprobs"
+
+
 def test_n_completions_of_one_request(engine, models):
     prompt = PROMPTS[1]
     options = PairOptions(student_prompt_token_ids=prompt.student_token_ids)

@@ -22,10 +22,16 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.api_server import app_state as app_states
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.outputs import CompletionOutput
 from vllm.platforms.interface import Platform
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -55,22 +61,31 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 from vllm.v1.worker.worker_base import WorkerBase
 
-from osd.engine.backend import cpu, versions
+from osd.engine.backend import cpu, server, versions
 from osd.engine.backend.worker import PairWorker, Worker
 from osd.engine.request import _ACTING
 from tests.vllm_names import Names, attributes, imports
 
+# What vLLM's parser and its server's state have.
+Arguments = type("Arguments", (), {"subparser": None} | {action.dest: None for action in server._parser()._actions})
+AppState = type("AppState", (), dict.fromkeys(re.findall(r"state\.(\w+) = ", inspect.getsource(app_states))))
 # The classes of variables; of several, one must have the attribute.
 OWNERS: dict[str, tuple[Any, ...]] = {
+    "app_state": (AppState,),
+    "args": (Arguments,),
     "batch": (InputBatch,),
     "block": (KVCacheBlock,),
     "cache_config": (CacheConfig,),
+    "command": (ServeSubcommand,),
+    "completion": (CompletionOutput,),
     "closure": (inspect.ClosureVars,),
     "config": (VllmConfig, ModelConfig),
     "ModelRegistry": (type(ModelRegistry),),
     "model_config": (ModelConfig,),
     "current_platform": (Platform,),
+    "emitted": (EngineCoreOutput,),
     "engine": (LLMEngine,),
+    "engine_client": (EngineClient,),
     "grammar": (GrammarOutput,),
     "group": (KVCacheGroupSpec,),
     "groups": (KVCacheGroupSpec,),
@@ -94,6 +109,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "planned": (KVCacheConfig,),
     "platform": (Platform,),
     "processor": (LogitsProcessor,),
+    "renderer": (OnlineRenderer,),
     "request": (Request,),
     "resources": (BackgroundResources,),
     "runner": (GPUModelRunner,),
@@ -115,6 +131,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "teacher_config": (VllmConfig,),
     "utils": (layer_utils, triton_utils),
     "vllm_config": (VllmConfig,),
+    "_keys": (AuthenticationMiddleware,),
     "_allocator()": (CuMemAllocator,),
     "student_vllm_config()": (VllmConfig,),
 }

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import textwrap
+from argparse import Action, ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _defined(folder: Path) -> set[str]:
     found = set()
     for _, tree in _sources(folder):
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 found.add(node.name)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 found.add(node.target.id)
@@ -138,6 +139,7 @@ def _defined(folder: Path) -> set[str]:
 def _known_elsewhere() -> set[str]:
     """Return names of Python, torch and numpy that need no contract."""
     import gc
+    import json
     import os
     import queue
     import random
@@ -166,7 +168,11 @@ def _known_elsewhere() -> set[str]:
         torch.accelerator,
         torch.distributed,
         gc,
+        json,
         os,
+        Path,
+        ArgumentParser(),
+        Action([], ""),
         queue,
         random,
         random.Random,

@@ -9,12 +9,29 @@ from osd.data.requests import Request
 from osd.data.settings import CompareConfig, GenerateConfig
 
 if TYPE_CHECKING:
-    from osd.core import MixingConfig
+    from osd.core import MixingConfig, TokenRecord
     from osd.engine.engine import PairCompletion, PairConfig, PairEngine, PairPrompt
 
 
+class Completion(Protocol):
+    """What runs read of a completion; attributes as in `osd.engine.request.PairCompletion`."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def record(self) -> TokenRecord | None: ...
+    @property
+    def weights_version(self) -> int: ...
+
+
 class Pair(Protocol):
-    """Interface of the engine that runs need; `EnginePair` implements it."""
+    """Interface of the engine that runs need; `EnginePair` implements it, and `osd.data.remote.ServerPair`."""
 
     teacher_tokenizer: Any
     student_tokenizer: Any
@@ -30,7 +47,7 @@ class Pair(Protocol):
         alpha: float | None = None,
         mixing: MixingConfig | None = None,
         on_finished: Callable[[int], None] | None = None,
-    ) -> list[PairCompletion]:
+    ) -> Sequence[Completion]:
         """Sample one completion per request, with its record, each from its own seed.
 
         Args:

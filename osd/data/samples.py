@@ -50,7 +50,7 @@ def sample_of(request: Request, completion: Any, tokenizer: Any, run: dict[str, 
     """Return one completion as a line of data.
 
     Args:
-        completion: an `osd.engine.engine.PairCompletion` with its record.
+        completion: an `osd.data.pair.Completion` with its record.
         run: the columns that are equal in the whole run: student_model, teacher_model, config_hash.
     """
     record = {name: completion.record.values_TR[:, i].tolist() for i, name in enumerate(RECORD_FIELDS)}

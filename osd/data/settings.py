@@ -7,6 +7,7 @@ imports torch, vLLM or TRL: `osd generate --help` is quick, and a wrong setting 
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ FINISH_REASONS = ("stop", "length")
 FREE = frozenset(
     {"input", "dataset_name", "dataset_config", "dataset_train_split", "output", "resume", "shard", "batch_size"}
     | {"vllm_gpu_memory_utilization", "quiet", "dry_run"}
+    | {"server", "api_key", "server_concurrency", "server_timeout", "server_wait"}
 )
 
 
@@ -167,6 +169,35 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Servers:
+    _argument_group_name = "servers"
+
+    server: str | None = _of(
+        None,
+        "URLs of `osd serve` processes to sample through, with commas between them: http://a:8000,http://b:8000. They share "
+        "the work. Default: an engine in this process.",
+    )
+    api_key: str | None = _of(None, "The servers' API key. Default: the environment variable VLLM_API_KEY.")
+    server_concurrency: int = _of(256, "Requests in flight per server.")
+    server_timeout: float = _of(600.0, "Longest wait for one completion, in seconds.")
+    server_wait: float = _of(600.0, "How long to wait while no server answers before the run ends, in seconds.")
+
+    def server_urls(self) -> list[str]:
+        """Return the servers' URLs, without a path; none without `server`.
+
+        Raises:
+            ValueError: a URL that is not http:// or https://, or is given twice.
+        """
+        urls = [] if self.server is None else [url.strip().rstrip("/").removesuffix("/v1") for url in self.server.split(",")]
+        for url in urls:
+            if not re.fullmatch(r"https?://[^/\s]+", url):
+                raise ValueError(f"server: {url!r} is not a URL such as http://localhost:8000")
+            if urls.count(url) > 1:
+                raise ValueError(f"server: {url} is given twice")
+        return urls
+
+
+@dataclass(frozen=True, kw_only=True)
 class Terminal:
     _argument_group_name = "terminal"
 
@@ -293,10 +324,10 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine, Terminal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(_Run, Output, Filters):
+class GenerateConfig(_Run, Output, Filters, Servers):
     """Settings of `osd generate`."""
 
-    groups = (Models, Data, Prompts, Mixing, Sampling, Filters, Output, Engine, Terminal)
+    groups = (Models, Data, Prompts, Mixing, Sampling, Filters, Output, Engine, Servers, Terminal)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -306,6 +337,17 @@ class GenerateConfig(_Run, Output, Filters):
             raise ValueError(f"shard_size={self.shard_size!r} must be at least 1")
         if self.shard is not None:
             parse_shard(self.shard)
+        self._check_servers()
+
+    def _check_servers(self) -> None:
+        for name in ("server_concurrency", "server_timeout", "server_wait"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be more than 0")
+        if not self.server_urls():
+            return
+        for name in ("vllm_max_model_length", "engine_kwargs", "teacher_engine_kwargs", "student_engine_kwargs"):
+            if getattr(self, name):
+                warnings.warn(f"{name} has no effect with server, whose engine is running already", stacklevel=5)
 
     def _check_filters(self) -> None:
         """Refuse filters that no completion can pass."""

@@ -31,6 +31,8 @@ UNSUPPORTED_KWARGS = {
     "kv_transfer_config": "the paired engine has no KV transfer",
     "kv_events_config": "events of the student's cache would be taken for the teacher's",
     "enable_lora": "the engine has no LoRA layers; OSDTrainer merges the student's adapter at every sync",
+    "enable_return_routed_experts": "the per-token record travels in its place",
+    "weight_transfer_config": "vLLM would load the student's weights into the teacher",
     "watermark_config": "the pair draws its own tokens, without a watermark",
     "sleep_mode_offload_cudagraph": "the two models' CUDA graphs would share one memory pool",
 }

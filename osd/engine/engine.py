@@ -172,6 +172,8 @@ class PairEngine:
             option = replace(option, student_prompt_token_ids=ids, weights_version=self.weights_version)
             extra_args = {**(kwargs.get("extra_args") or {}), **option.to_extra_args()}
             params.append(checked_params({**kwargs, "extra_args": extra_args}))
+            if (n := params[-1].n) != 1:
+                raise ValueError(f"sampling n={n}: give each prompt {n} times instead")
             check_request(index, prompt, params[-1], self.limits, option.teacher_only)
         return params
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
-from osd.core import TokenRecord
+from osd.core import TokenRecord, suggest
 
 EXTRA_ARGS_KEY = "osd"
 
@@ -24,12 +25,13 @@ class PairOptions:
         teacher_only: sample from the teacher and never run the student (its record has NaN in the student's columns).
         record: keep the per-token record on the device until ``take_records``.
         hidden: keep the teacher's final hidden state with it.
+        return_record: send the per-token record with the tokens: :mod:`osd.engine.backend.returned`.
         weights_version: the student weights to sample with. A version newer than the scheduler's resets the student's prefix
             cache. An older one ends the request in error. The worker refuses to run with weights of another version than the
             scheduler's. None: the version of the last request that named one.
 
     Raises:
-        ValueError: an α outside [0, 1], or a negative ``mix_tokens``.
+        ValueError: a value of another type, an α outside [0, 1], or a negative ``mix_tokens``.
     """
 
     student_prompt_token_ids: list[int] | None = None
@@ -38,9 +40,14 @@ class PairOptions:
     teacher_only: bool = False
     record: bool = False
     hidden: bool = False
+    return_record: bool = False
     weights_version: int | None = None
 
     def __post_init__(self) -> None:
+        for name, (kind, what) in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+                raise ValueError(f"{name}={value!r:.200} is not {what}")
         if self.alpha is not None and not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]; 0 samples from the student, 1 from the teacher")
         if self.mix_tokens is not None and self.mix_tokens < 0:
@@ -60,13 +67,33 @@ class PairOptions:
         given = (getattr(sampling_params, "extra_args", None) or {}).get(EXTRA_ARGS_KEY)
         if not given:
             return _DEFAULT
-        unknown = sorted(set(given) - {f.name for f in fields(cls)})
-        if unknown:
-            known = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f'extra_args["{EXTRA_ARGS_KEY}"] has unknown keys {unknown}; the options are {known}')
+        if not isinstance(given, Mapping):
+            raise ValueError(f'extra_args["{EXTRA_ARGS_KEY}"]={given!r:.200} is not a mapping of options')
+        check_names(given, [f.name for f in fields(cls)], f'extra_args["{EXTRA_ARGS_KEY}"]')
         return cls(**given)
 
 
+def check_names(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise a ValueError for the first key of ``given`` that is not ``known``."""
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"{where} has the unknown option {name!r}{suggest(name, known)}; the options are {', '.join(known)}"
+            )
+
+
+# The type of each option, and how an error describes it.
+_FLAG = (bool, "true or false")
+_KINDS: dict[str, tuple[Any, str]] = {
+    "student_prompt_token_ids": (list, "a list of token ids"),
+    "alpha": (Real, "a number from 0 to 1"),
+    "mix_tokens": (Integral, "a whole number"),
+    "weights_version": (Integral, "a whole number"),
+    "teacher_only": _FLAG,
+    "record": _FLAG,
+    "hidden": _FLAG,
+    "return_record": _FLAG,
+}
 _DEFAULT = PairOptions()
 
 # vLLM's sampling parameters that act on q* before a token is drawn, or that need log q* itself; inactive at these values.
@@ -164,7 +191,7 @@ class SideLimits:
 
 
 def check_request(index: int, prompt: PairPrompt, params: Any, limits: Mapping[str, SideLimits], teacher_only: bool) -> None:
-    """Raise unless both models can take a request.
+    """Raise unless both models can take a request; ``n`` is the caller's to check.
 
     Args:
         index: the prompt's place, for messages.
@@ -175,8 +202,6 @@ def check_request(index: int, prompt: PairPrompt, params: Any, limits: Mapping[s
     Raises:
         ValueError: naming the prompt or the parameter, its value and the fix.
     """
-    if params.n != 1:
-        raise ValueError(f"sampling n={params.n}: give each prompt {params.n} times instead")
     if params.max_tokens is None:
         raise ValueError("sampling max_tokens is None; give the longest completion you want, in tokens")
     for name in ("prompt_logprobs", "trace_decode_token_ids"):

@@ -20,7 +20,6 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.states import RequestState
 
 from osd.core import RECORD_FIELDS, MixingConfig
 from osd.engine.alignment import Alignment
@@ -252,7 +251,7 @@ def _without_student(values_PR: torch.Tensor) -> torch.Tensor:
 
 
 def counts(
-    states: RequestState, batch: InputBatch, ready_B: torch.Tensor, rejected_B: torch.Tensor | None
+    states: Any, batch: InputBatch, ready_B: torch.Tensor, rejected_B: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (num_sampled, num_rejected) of each row, int32: by vLLM's own kernel.
 
@@ -288,7 +287,7 @@ def set_prompt_mask(stock: Sampler, slot: int, prompt_token_ids: list[int]) -> N
 class NoSampler:
     """The student's sampler: keeps no state, where vLLM's would hold a count of every token of the vocabulary per request."""
 
-    def __init__(self, states: RequestState) -> None:
+    def __init__(self, states: Any) -> None:
         self.states = states
         self.penalties_state = _NoPenalties()
 

@@ -35,6 +35,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from osd.engine.backend.configuration import StudentCache, eos_ids, student_vllm_config
+from osd.engine.backend.returned import return_record, take_record
 from osd.engine.mixture import NO_TOKEN
 from osd.engine.request import PairOptions
 
@@ -56,12 +57,14 @@ class PairStep:
         ready: ids of the requests that are sampled in this step: both sides compute logits for the same position.
         unmixed: of those, the requests past their ``mix_tokens``, sampled from the student alone.
         weights_version: the student weights that these KV blocks belong to.
+        returned: requests whose record is returned with their tokens.
     """
 
     student_output: SchedulerOutput
     ready: set[str] = field(default_factory=set)
     unmixed: set[str] = field(default_factory=set)
     weights_version: int = 0
+    returned: set[str] = field(default_factory=set)
 
 
 class SideScheduler(AsyncScheduler):
@@ -105,6 +108,7 @@ class PairScheduler(SideScheduler):
         seed = vllm_config.model_config.seed, vllm_config.parallel_config.data_parallel_index
         self._seeds = random.Random(str(seed))
         self._mix_limits: dict[str, int] = {}
+        self._returned: set[str] = set()
         self.cornered = set()
         self._refused: list[tuple[Request, str]] = []
         self._to_zero: dict[Scheduler, set[int]] = {self: set(), self.student: set()}
@@ -119,6 +123,7 @@ class PairScheduler(SideScheduler):
         self.may_finish = partial(self._teacher_may_finish, finishing)
         output = super().schedule(*args, **kwargs)
         self._pair_up(output, step, finishing)
+        step.returned = self._returned & step.ready
         self._zero_scrubbed_blocks(output, step.student_output)
         output.osd = step  # type: ignore[attr-defined]
         return output
@@ -183,7 +188,10 @@ class PairScheduler(SideScheduler):
         failed = _take_failed_rows(model_runner_output)
         # The stock update trims and owns these lists.
         tokens = {i: list(t) for i, t in zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True)}
+        record = take_record(model_runner_output) if step.returned else None
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if record is not None:
+            return_record(outputs, step.returned, model_runner_output.req_id_to_index, record, step.weights_version)
         self._update_student(step.student_output, tokens)
         for request_id, reason in failed.items():
             self._scrub(request_id)
@@ -262,6 +270,8 @@ class PairScheduler(SideScheduler):
             params.seed = self._seeds.getrandbits(63)  # here, so that all tensor-parallel ranks draw the same
         if options.mix_tokens is not None:
             self._mix_limits[request.request_id] = options.mix_tokens
+        if options.return_record:
+            self._returned.add(request.request_id)
         super().add_request(request)
         if not options.teacher_only:
             self.student.add_request(self._student_request(request, options))
@@ -330,6 +340,7 @@ class PairScheduler(SideScheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Free both halves of a request. Only the teacher's side decides that a request ends."""
         self._mix_limits.pop(request.request_id, None)
+        self._returned.discard(request.request_id)
         self.student.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
         return super()._free_request(request, *args, **kwargs)
 

@@ -11,6 +11,7 @@ import inspect
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -35,6 +36,7 @@ from osd.engine.backend.configuration import (
     wants_overlap,
 )
 from osd.engine.backend.output_layer import output_layer
+from osd.engine.backend.returned import append_record
 from osd.engine.backend.sampler import (
     NoSampler,
     PairSampler,
@@ -56,8 +58,8 @@ else:
     from vllm.v1.worker.gpu_worker import Worker
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
 
 # Attributes of vLLM's Worker that it reads when it builds, profiles or warms up its model runner.
 _CONFIG_ATTRIBUTES = ("model_config", "cache_config", "load_config", "scheduler_config", "compilation_config")
@@ -73,7 +75,7 @@ class PairWorker(Worker):
     student_runner: Any
     _step: PairStep | None = None
     _student_logits: torch.Tensor | None = None
-    _grammar: GrammarOutput | None = None
+    _grammar: Any = None
     _outputs: tuple[Alignment, StepOutputs] | None = None
 
     # -- building both sides ----------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ class PairWorker(Worker):
                 set_prompt_mask(self.sampler.stock, states.req_id_to_index[new.req_id], prompt)
 
     @torch.inference_mode()
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+    def sample_tokens(self, grammar_output: Any) -> Any:
         if self._step is None:
             return super().sample_tokens(grammar_output)
         self._grammar = grammar_output
@@ -280,7 +282,7 @@ class PairWorker(Worker):
         return output
 
     def _sample(
-        self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: GrammarOutput | None
+        self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: Any
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         """Draw the step's tokens from q*; stands in the place of the teacher runner's ``sample``."""
         runner = self.model_runner
@@ -301,6 +303,8 @@ class PairWorker(Worker):
         self._outputs, self._student_logits = (alignment, outputs), None
         self._record(alignment, outputs, hidden_BH)
         num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_B, alignment.rejected_B)
+        if self._step.returned:
+            outputs = replace(outputs, logprobs=append_record(outputs.logprobs, outputs.values_BR))
         return sampler_output(outputs, num_sampled, num_rejected), num_sampled, num_rejected
 
     def _constraint(self, batch: InputBatch) -> Any:

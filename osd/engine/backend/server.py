@@ -1,0 +1,367 @@
+"""`osd serve`: vLLM's own OpenAI server with the pair plugged in.
+
+The engine gets the pair's worker and scheduler as ever. The HTTP side is one ASGI middleware (vLLM's ``--middleware``), which
+
+- takes the object ``osd`` out of a request's body (:mod:`osd.engine.wire`) and renders the student's prompt,
+- stands before the engine client's ``generate``, which every route of vLLM calls: it checks each request as `PairEngine` does,
+  so that a mistake is answered with 4xx before the engine sees it, and passes the options on,
+- adds the per-token record to the choices of an answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from argparse import SUPPRESS, Namespace
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from vllm import envs
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.exceptions import GenerationError
+from vllm.logger import configure_logging_from_args
+from vllm.renderers import renderer_from_config
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from osd.core import MIXING_OPTIONS, MixingConfig, mixing_option
+from osd.engine.asgi import HttpRequest, Sender, reading
+from osd.engine.backend.configuration import mixing_config, student_vllm_config
+from osd.engine.config import PairConfig
+from osd.engine.request import EXTRA_ARGS_KEY, PairOptions, PairPrompt, SideLimits, check_request
+from osd.engine.wire import (
+    FIELD,
+    INFO_ROUTE,
+    STUDENT_PROMPTS,
+    pair_options,
+    record_to_json,
+    returned,
+    take_options,
+)
+from osd.validate_models import check_models
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+OPEN_ROUTES = ("/health", "/ping")  # need no API key
+# The neutral values of what vLLM would take from the teacher's generation_config.json where a request names none.
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Engine arguments that describe the teacher's files; the student has its own in --student-engine-kwargs.
+_OF_TEACHER = {"revision", "code_revision", "tokenizer", "tokenizer_revision", "hf_config_path", "served_model_name"}
+_OF_TEACHER |= {"quantization", "quantization_config", "hf_overrides", "override_generation_config", "reasoning_parser"}
+
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Run `osd serve` until a signal ends it.
+
+    Raises:
+        ValueError: arguments or models that the pair cannot take; before any weights load.
+        SystemExit: `--help`, or an argument that vLLM's parser refuses.
+    """
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command line does
+    parser = _parser()
+    args = parser.parse_args(list(argv))
+    args.subparser = "serve"  # vLLM's checks ask for it
+    config = pair_config(args, _given(list(argv)))
+    if args.grpc or envs.VLLM_USE_RUST_FRONTEND:
+        raise ValueError("--grpc and vLLM's Rust front end take no middleware, which the pair needs; leave them out")
+    args.student_chat_template = _template(args.student_chat_template)
+    check_models(config)
+    for name, value in config.teacher_engine_args().items():
+        setattr(args, name, value)
+    args.osd = _Imported()
+    args.middleware = [*args.middleware, f"{PairMiddleware.__module__}.{PairMiddleware.__name__}"]
+    configure_logging_from_args(args)
+    command = ServeSubcommand()
+    command.validate(args)
+    command.cmd(args)
+
+
+class _Imported:
+    """Imports this package where it is unpickled: in vLLM's further front end processes, before they read a configuration."""
+
+
+def pair_config(args: Namespace, given: Mapping[str, Any]) -> PairConfig:
+    """Return the pair of parsed arguments; ``given`` holds those that were written.
+
+    Raises:
+        ValueError: no teacher or student, a model given vLLM's way, or what `PairConfig` and `MixingConfig` refuse.
+    """
+    for side in ("teacher", "student"):
+        if not getattr(args, side):
+            raise ValueError(f"--{side} is not set; give its path or model id")
+    if args.model_tag is not None or "model" in given:
+        raise ValueError(f"{args.model_tag or given['model']!r}: a pair has two models; give --teacher and --student")
+    engine = {name: value for name, value in given.items() if name in EngineArgs.__dataclass_fields__}
+    teacher = {name: engine.pop(name) for name in _OF_TEACHER & engine.keys()}
+    return PairConfig(
+        teacher=args.teacher,
+        student=args.student,
+        mixing=MixingConfig(**{name: getattr(args, name) for name in MIXING_OPTIONS}),
+        engine_kwargs=engine,
+        teacher_kwargs={"override_generation_config": NEUTRAL, **teacher},
+        student_kwargs=args.student_engine_kwargs,
+    )
+
+
+def _parser() -> FlexibleArgumentParser:
+    """Make the parser of `vllm serve` with the pair's arguments."""
+    commands = FlexibleArgumentParser(prog="osd").add_subparsers()
+    parser = ServeSubcommand().subparser_init(commands)
+    parser.usage = "osd serve --teacher MODEL --student MODEL [any option of vllm serve]"
+    parser.description = (
+        "Serve the OpenAI API from a pair: every token is drawn from q*. vLLM's own arguments act on both models; see "
+        "docs/serving.md."
+    )
+    group = parser.add_argument_group("Pair", "The two models and their mixture.")
+    group.add_argument("--teacher", help="The teacher: model id or local path.")
+    group.add_argument("--student", help="The student: model id or local path, with the teacher's tokenizer.")
+    for name in MIXING_OPTIONS:
+        option = mixing_option(name)
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=type(option.default), default=option.default, help=option.metadata["help"])
+    group.add_argument(
+        "--student-engine-kwargs", type=_mapping, default={}, help="vLLM engine arguments of the student only, as JSON."
+    )
+    group.add_argument(
+        "--student-chat-template",
+        default=None,
+        help="Chat template of the student: a Jinja file, or its text. Default: its own tokenizer's.",
+    )
+    parser.set_defaults(host="127.0.0.1")
+    return parser
+
+
+def _given(argv: list[str]) -> dict[str, Any]:
+    """Return the arguments that were written, with configurations as plain mappings."""
+    parser = _parser()
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = SUPPRESS
+        if getattr(action.type, "__name__", "") == "parse_dataclass":  # would fill in vLLM's defaults
+            action.type = _mapping
+    return vars(parser.parse_args(argv))
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object")
+    return value
+
+
+# -- the middleware -----------------------------------------------------------------------------------------------------
+
+
+class PairMiddleware:
+    """ASGI middleware of a pair's server; see the module's docstring."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self._server: _Server | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            try:
+                self._server = await _Server.start(scope["app"].state)
+            except Exception as error:
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": f"osd serve: {error}"})
+                return None
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        assert self._server is not None, "the server has started"
+        request = HttpRequest(scope["path"].removeprefix(scope.get("root_path", "")))
+        if scope["method"] != "OPTIONS" and not self._server.allows(request.path, Headers(scope=scope)):
+            return await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+        if request.path == INFO_ROUTE:
+            return await JSONResponse(self._server.info)(scope, receive, send)
+        with request.served():
+            if scope["method"] == "POST":
+                receive, send = reading(self._server.read, request, receive), Sender(request, send)
+            await self.app(scope, receive, send)
+        return None
+
+
+# -- the pair behind the routes -----------------------------------------------------------------------------------------
+
+
+class _Server:
+    """The pair of one front end process: its limits, the student's renderer, and the way to the engine.
+
+    Attributes:
+        info: the answer of `INFO_ROUTE`.
+    """
+
+    def __init__(self, app_state: Any) -> None:
+        teacher_config = app_state.vllm_config
+        student_config = student_vllm_config(teacher_config)
+        models = {"teacher": teacher_config.model_config, "student": student_config.model_config}
+        self.limits = {
+            side: SideLimits(vocab_size=model.get_vocab_size(), max_model_len=model.max_model_len)
+            for side, model in models.items()
+        }
+        self.info = {
+            **{side: model.model for side, model in models.items()},
+            "mixing": mixing_config(teacher_config).to_dict(),
+            "limits": {side: vars(limits) for side, limits in self.limits.items()},
+            "fields": sorted(CompletionRequest.model_fields),
+        }
+        keys = [key for key in (app_state.args.api_key or [envs.VLLM_API_KEY]) if key]
+        self._keys = AuthenticationMiddleware(None, keys) if keys else None  # type: ignore[arg-type]
+        self._generate = app_state.engine_client.generate
+        # The student's prompts are rendered by vLLM's own renderer, with the same flags as the teacher's.
+        renderer = app_state.online_renderer
+        self.renderer = copy.copy(renderer)
+        self.renderer.model_config = student_config.model_config
+        self.renderer.renderer = renderer_from_config(student_config)
+        self.renderer.chat_template = app_state.args.student_chat_template
+        self.templates_differ = _chat_template(renderer) != _chat_template(self.renderer)
+
+    @classmethod
+    async def start(cls, app_state: Any) -> _Server:
+        """Stand before the engine client's ``generate``.
+
+        Raises:
+            RuntimeError: vLLM does not use the pair's worker.
+        """
+        if set(await app_state.engine_client.collective_rpc("pair_active")) != {True}:
+            raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
+        server = cls(app_state)
+        app_state.engine_client.generate = server.generate
+        return server
+
+    def allows(self, path: str, headers: Headers) -> bool:
+        """Return whether a request may pass: vLLM itself asks for the API key on some routes only."""
+        return self._keys is None or path in OPEN_ROUTES or self._keys.verify_token(headers)
+
+    async def read(self, request: HttpRequest, body: bytes) -> bytes:
+        """Take the pair's options out of a body into ``request``; return the body that is left for vLLM.
+
+        Raises:
+            ValueError: options that are not valid, or on a route that takes none.
+        """
+        renders_chat = request.path == CHAT and self.templates_differ
+        if f'"{FIELD}'.encode() not in body and not renders_chat:
+            return body
+        try:
+            given = json.loads(body)
+        except ValueError:
+            return body  # vLLM answers
+        if not isinstance(given, dict):
+            return body
+        options = take_options(given)
+        if options and request.path not in (COMPLETIONS, CHAT):
+            raise ValueError(f"{request.path} takes no {FIELD} options; use {COMPLETIONS} or {CHAT}")
+        if renders_chat and not options.get("teacher_only") and not options.keys() & set(STUDENT_PROMPTS):
+            options["student_messages"] = given.get("messages")
+        text, messages = options.pop("student_prompt", None), options.pop("student_messages", None)
+        if text is not None or messages is not None:
+            options["student_prompt_token_ids"] = await self._render(request.path, given, text, messages)
+        if given.get("use_beam_search") and options.keys() & {"student_prompt_token_ids", "record"}:
+            raise ValueError(f"use_beam_search has one prompt for both sides and no record; remove them from {FIELD}")
+        request.options = pair_options(options)
+        return json.dumps(given).encode()
+
+    async def _render(self, path: str, given: dict[str, Any], text: Any, messages: Any) -> list[int]:
+        """Render the student's prompt as vLLM renders the request's own."""
+        if (path == CHAT) == (text is not None):
+            fit = "student_messages" if path == CHAT else "student_prompt"
+            raise ValueError(f"{path} takes the student's prompt as {FIELD}.{fit} or {FIELD}.student_prompt_token_ids")
+        try:
+            if text is not None:
+                if not isinstance(text, str):
+                    raise ValueError(f"student_prompt={text!r:.200} is not text")
+                body = {**given, "prompt": text, "echo": False}
+                rendered = await self.renderer.render_completion(CompletionRequest.model_validate(body))
+            else:
+                body = {**given, "messages": messages}
+                rendered = await self.renderer.render_chat(ChatCompletionRequest.model_validate(body))
+                rendered = rendered[1] if isinstance(rendered, tuple) else rendered
+        except Exception as error:  # templates raise anything
+            raise ValueError(f"the student's prompt cannot be rendered: {error!s:.500}") from error
+        if not isinstance(rendered, list):
+            raise ValueError(f"the student's prompt cannot be rendered: {rendered.error.message}")
+        if rendered[0]["type"] != "token":
+            raise ValueError("the student's prompt has more than text; a pair takes text only")
+        return list(rendered[0]["prompt_token_ids"])
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
+        """Stand for the engine client's ``generate``: check a request, give it its options, watch its outputs.
+
+        It checks when it is called, before a streamed answer has begun.
+
+        Raises:
+            ValueError: what vLLM answers with 400.
+        """
+        request = HttpRequest.current() or HttpRequest("")
+        options = self._options(request, sampling_params)
+        if not isinstance(prompt, dict) or prompt.get("type") != "token":
+            raise ValueError("the paired engine serves text completion only (no pooling, images, embeddings, streaming input)")
+        ids, own = prompt["prompt_token_ids"], options.student_prompt_token_ids
+        pair = PairPrompt(teacher_token_ids=ids, student_token_ids=ids if own is None else own)
+        params = copy.copy(sampling_params)  # vLLM's beam search uses one for many calls
+        params.extra_args = {**(params.extra_args or {}), **options.to_extra_args()}
+        if not options.teacher_only:
+            self._fit_student(pair, params)
+        try:
+            check_request(0, pair, params, self.limits, options.teacher_only)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("prompt 0: ")) from error
+        first, request.calls = request.calls * params.n, request.calls + 1
+        return self._watch(self._generate(prompt, params, request_id, **kwargs), request, first)
+
+    def _options(self, request: HttpRequest, params: Any) -> PairOptions:
+        extra = params.extra_args or {}
+        for name in extra:
+            if name == EXTRA_ARGS_KEY or name.startswith(f"{FIELD}_"):
+                raise ValueError(f'vllm_xargs has {name!r}; write the pair\'s options into the object "{FIELD}" of the body')
+        options = request.options or returned(PairOptions())
+        if request.calls and options.student_prompt_token_ids is not None:
+            raise ValueError("one student's prompt for several prompts; send a request for each")
+        return options
+
+    def _fit_student(self, pair: PairPrompt, params: Any) -> None:
+        """End a completion that may fill the teacher's context, as without max_tokens, where the student's is full."""
+        if params.max_tokens == self.limits["teacher"].max_model_len - len(pair.teacher_token_ids):
+            room = self.limits["student"].max_model_len - len(pair.student_token_ids)
+            params.max_tokens = max(1, min(params.max_tokens, room))
+
+    async def _watch(self, outputs: Any, request: HttpRequest, first: int) -> AsyncIterator[Any]:
+        """Pass vLLM's outputs on; keep the records, and say why a request failed."""
+        async with aclosing(outputs):
+            async for output in outputs:
+                for completion in output.outputs:
+                    if completion.finish_reason == "error":
+                        raise _failure(completion.stop_reason)
+                    if request.wants_records and completion.routed_experts is not None:
+                        request.records[first + completion.index] = record_to_json(completion.routed_experts)
+                        completion.routed_experts = None
+                yield output
+
+
+def _failure(reason: Any) -> Exception:
+    """Return the exception for a request that the engine ended: the client's fault unless logits were not numbers."""
+    text = str(reason or "vLLM gives no reason").removeprefix("osd: ")
+    return GenerationError(text) if reason is None or text.startswith("NaN") else ValueError(text)
+
+
+def _chat_template(renderer: Any) -> Any:
+    return renderer.chat_template or getattr(renderer.renderer.tokenizer, "chat_template", None)
+
+
+def _template(given: str | None) -> str | None:
+    """Return the text of a chat template that was given as text or as a file."""
+    if given is None or "{" in given:
+        return given
+    if not Path(given).is_file():
+        raise ValueError(f"--student-chat-template={given!r} is neither a file nor the text of a chat template")
+    return Path(given).read_text(encoding="utf-8")

@@ -1,0 +1,456 @@
+"""`osd serve`, over HTTP and in a process of its own: what it draws from, what it returns, what it refuses, how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from osd import cli
+from osd.core import RECORD_FIELDS
+from osd.data.generate import generate
+from osd.data.pair import EnginePair
+from osd.data.remote import ServerPair
+from osd.data.settings import GenerateConfig
+from osd.engine.backend import server as backend
+from tests.documents import ROOT, blocks, commands
+from tests.exact import completion_logits, mixture, q_star, solve
+from tests.generate_run import content, keys, read_output, write_rows
+from tests.served import KEY, LONGEST, LONGEST_OF_STUDENT, serve, served
+from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
+
+TEACHER, STUDENT = [7, 8, 9, 10], [20, 21]
+CHAT = "/v1/chat/completions"
+# The student's own: other words between the messages.
+STUDENT_TEMPLATE = "{% for m in messages %}{{ 'w50 ' + m['content'] + ' w51 ' }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def model_paths(tmp_path_factory):
+    root = tmp_path_factory.mktemp("served")
+    teacher, student = tiny_model(root / "teacher", seed=1), tiny_model(root / "student", seed=2)
+    tokenizer = save_tokenizer(student, 64)
+    tokenizer.chat_template = STUDENT_TEMPLATE
+    tokenizer.save_pretrained(student)
+    # What vLLM would sample with by itself: q* would be cut off.
+    (teacher / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "top_k": 2, "eos_token_id": 2}))
+    return teacher, student
+
+
+@pytest.fixture(scope="module")
+def server(model_paths, tmp_path_factory):
+    own = json.dumps({"max_model_len": LONGEST_OF_STUDENT})
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    with served(*model_paths, log, "--api-key", KEY, "--student-engine-kwargs", own) as client:
+        yield client
+
+
+def drawn(choice):
+    """Return the log-probabilities of the drawn tokens, as the server says."""
+    logprobs = choice["logprobs"]
+    return torch.tensor(
+        logprobs["token_logprobs"] if "token_logprobs" in logprobs else [entry["logprob"] for entry in logprobs["content"]],
+        dtype=torch.float64,
+    )
+
+
+def of(logp, choice):
+    """Return the entries of log-probabilities [T, V] at a choice's tokens."""
+    return logp.gather(-1, torch.tensor(choice["token_ids"])[:, None])[:, 0]
+
+
+def assert_drawn(choice, logp):
+    torch.testing.assert_close(drawn(choice), of(logp, choice), atol=2e-4, rtol=0)
+
+
+def policies(models, prompts, choice):
+    """Return log-probabilities [T, V] of (teacher, student)."""
+    return [completion_logits(m, p, choice["token_ids"]).log_softmax(-1) for m, p in zip(models, prompts, strict=True)]
+
+
+# -- what it draws from -------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_those_of_q_star_under_both_prompts(server, models):
+    """The planted errors: a server that ignored the student's prompt, or that sampled from the teacher, would be seen."""
+    choices = [server.complete(TEACHER, STUDENT, seed=seed)[0] for seed in range(4)]
+    wrong_prompt, teacher_alone = [], []
+    for choice in choices:
+        assert len(choice["token_ids"]) == 24
+        assert_drawn(choice, q_star(models, [TEACHER, STUDENT], choice["token_ids"]))
+        wrong = of(q_star(models, [TEACHER, TEACHER], choice["token_ids"]), choice)
+        wrong_prompt.append((drawn(choice) - wrong).abs().mean())
+        teacher_alone.append((drawn(choice) - of(policies(models, [TEACHER, STUDENT], choice)[0], choice)).abs().mean())
+    assert min(wrong_prompt) > 0.1
+    assert min(teacher_alone) > 0.1
+
+
+def test_without_a_student_prompt_both_read_the_same(server, models):
+    [choice] = server.complete(TEACHER, seed=1)
+    assert_drawn(choice, q_star(models, [TEACHER, TEACHER], choice["token_ids"]))
+
+
+def test_text_prompts_are_tokenized_for_each_side(server):
+    [text] = server.complete("w7 w8 w9 w10", osd={"student_prompt": "w20 w21"}, seed=1)
+    [ids] = server.complete(TEACHER, STUDENT, seed=1)
+    assert text["token_ids"] == ids["token_ids"]
+
+
+@pytest.mark.parametrize("own", [None, [{"role": "user", "content": "w30"}]])
+def test_chat_messages_are_rendered_by_each_sides_template(server, models, own):
+    messages = [{"role": "user", "content": "w7"}]
+    [choice] = server.complete(messages, route=CHAT, seed=2, osd={"student_messages": own})
+    teacher = [1, 5, 7, 2, 1, 6]  # <bos> user w7 <eos> <bos> assistant
+    student = [50, 7 if own is None else 30, 51]
+    assert_drawn(choice, q_star(models, [teacher, student], choice["token_ids"]))
+
+
+def test_options_of_a_request_choose_the_mixture(server, models):
+    fixed = server.complete(TEACHER, STUDENT, osd={"alpha": 0.25}, seed=1)[0]
+    lt, ls = policies(models, [TEACHER, STUDENT], fixed)
+    assert_drawn(fixed, mixture(ls, lt, torch.tensor([[0.25]]).double()))
+
+    mixed = server.complete(TEACHER, STUDENT, osd={"mix_tokens": 5}, seed=1)[0]
+    lt, ls = policies(models, [TEACHER, STUDENT], mixed)
+    expected = torch.cat([mixture(ls, lt, solve("kl_symmetry", ls, lt))[:5], ls[5:]])
+    assert_drawn(mixed, expected)
+
+    alone = server.complete(TEACHER, osd={"teacher_only": True}, seed=1)[0]
+    assert_drawn(alone, policies(models, [TEACHER, STUDENT], alone)[0])
+    assert alone["osd"]["logp_theta"] == [None] * 24
+
+
+def test_a_grammar_constrains_q_star(server):
+    [choice] = server.complete(TEACHER, STUDENT, structured_outputs={"choice": ["w7", "w9"]}, ignore_eos=False, seed=0)
+    assert choice["text"].strip() in ("w7", "w9")
+    assert choice["finish_reason"] == "stop"
+
+
+def test_the_choices_of_one_request_differ_and_each_has_its_record(server, models):
+    for fields in ({"prompt": TEACHER, "student": STUDENT, "n": 2}, {"prompt": [TEACHER, STUDENT], "n": 2}):
+        choices = server.complete(**fields, seed=5)
+        assert [choice["index"] for choice in choices] == list(range(len(choices)))
+        assert len({tuple(choice["token_ids"]) for choice in choices}) == len(choices)
+        for choice in choices:
+            np.testing.assert_allclose(choice["osd"]["logq"], drawn(choice), atol=1e-4)
+
+
+# -- the record ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_has_every_column_of_every_token(server, models):
+    [choice] = server.complete(TEACHER, STUDENT, seed=3, top_p=0.9)
+    record = choice["osd"]
+    assert set(record) == {*RECORD_FIELDS, "weights_version"}
+    assert {len(column) for column in record.values()} == {24}
+    lt, ls = policies(models, [TEACHER, STUDENT], choice)
+    alpha = solve("kl_symmetry", ls, lt)
+    np.testing.assert_allclose(record["alpha"], alpha[:, 0], atol=1e-3)
+    for name, logp in (("logq", mixture(ls, lt, alpha)), ("logp_theta", ls), ("logp_teacher", lt)):
+        np.testing.assert_allclose(record[name], of(logp, choice), atol=1e-3)
+    assert all(draw >= logq for draw, logq in zip(record["logp_draw"], record["logq"], strict=True))
+    assert record["weights_version"] == [0] * 24
+
+
+def test_a_stop_string_ends_the_record_with_the_tokens(server):
+    [whole] = server.complete(TEACHER, STUDENT, seed=3)
+    third = whole["text"].split()[2]
+    [stopped] = server.complete(TEACHER, STUDENT, seed=3, stop=[third])
+    length = len(stopped["token_ids"])
+    assert 0 < length < 24
+    assert stopped["osd"] == {name: column[:length] for name, column in whole["osd"].items()}
+
+
+def test_no_record_is_returned_unless_asked_for(server):
+    for options in ({}, {"osd": {"student_prompt_token_ids": STUDENT}}):
+        [choice] = server.post("/v1/completions", {"prompt": TEACHER, "max_tokens": 4, **options}).json()["choices"]
+        assert "osd" not in choice
+        assert choice["routed_experts"] is None
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(("prompt", "route"), [(TEACHER, "/v1/completions"), ([{"role": "user", "content": "w7"}], CHAT)])
+def test_a_stream_has_the_same_tokens_and_records(server, prompt, route, n):
+    whole = server.complete(prompt, STUDENT, route=route, seed=9, n=n)
+    tokens, text, records = [[] for _ in range(n)], [""] * n, {}
+    for event in server.complete(prompt, STUDENT, route=route, seed=9, n=n, stream=True):
+        for choice in event["choices"]:
+            index = choice["index"]
+            tokens[index] += choice.get("token_ids") or []
+            text[index] += choice["text"] if route != CHAT else choice["delta"].get("content") or ""
+            assert ("osd" in choice) == (choice["finish_reason"] is not None)
+            records |= {index: choice["osd"]} if "osd" in choice else {}
+    for index, choice in enumerate(whole):
+        assert tokens[index] == choice["token_ids"]
+        assert text[index] == (choice["text"] if route != CHAT else choice["message"]["content"])
+        assert records[index] == choice["osd"]
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------
+
+LONG = [7] * LONGEST
+REFUSED = [
+    ({"osd": {"student_prompt_token_ids": [64]}}, "token id 64 is not one of the student's 64 ids"),
+    ({"osd": {"student_prompt_token_ids": [-1]}}, "token id -1 is not one of the student's"),
+    ({"osd": {"student_prompt_token_ids": [2**70]}}, "is not one of the student's"),
+    ({"osd": {"student_prompt_token_ids": []}}, "the student's prompt is empty"),
+    ({"osd": {"student_prompt_token_ids": [7.0]}}, "has 7.0, which is not a token id"),
+    ({"osd": {"student_prompt_token_ids": [True]}}, "has True, which is not a token id"),
+    ({"osd": {"student_prompt_token_ids": "w7"}}, "is not a list of token ids"),
+    ({"osd": {"student_prompt_token_ids": LONG[: LONGEST_OF_STUDENT - 3]}}, f"is over its max_model_len={LONGEST_OF_STUDENT}"),
+    ({"osd": {"student_prompt": ["w7"]}}, "is not text"),
+    ({"osd": {"student_prompt": "w7 " * LONGEST}}, "the student's prompt cannot be rendered"),
+    ({"osd": {"student_prompt": "w7", "student_prompt_token_ids": [7]}}, "give the student's prompt once"),
+    ({"osd": {"student_messages": []}}, "/v1/completions takes the student's prompt as osd.student_prompt"),
+    ({"osd": {"teacher_only": True, "student_prompt": "w7"}}, "has no effect with teacher_only"),
+    ({"prompt": [[7], [8]], "osd": {"student_prompt": "w7"}}, "one student's prompt for several prompts"),
+    ({"osd": {"alpha": 1.5}}, "alpha=1.5 is outside [0, 1]"),
+    ({"osd": {"alpha": -1}}, "alpha=-1 is outside [0, 1]"),
+    ({"osd": {"alpha": float("nan")}}, "alpha=nan is outside [0, 1]"),
+    ({"osd": {"alpha": "half"}}, "alpha='half' is not a number"),
+    ({"osd": {"alpha": True}}, "alpha=True is not a number"),
+    ({"osd": {"mix_tokens": -1}}, "mix_tokens=-1 is negative"),
+    ({"osd": {"mix_tokens": 1.5}}, "mix_tokens=1.5 is not a whole number"),
+    ({"osd": {"record": 1}}, "record=1 is not true or false"),
+    ({"osd": {"aplha": 0.5}}, "unknown option 'aplha' (did you mean 'alpha'?)"),
+    ({"osd": {"hidden": True}}, "unknown option 'hidden'"),
+    ({"osd": {"weights_version": 7}}, "unknown option 'weights_version'"),
+    ({"osd": [0.5]}, "is not an object of options"),
+    ({"osd_alpha": 0.5}, "'osd_alpha' is not a field of a request"),
+    ({"vllm_xargs": {"osd": "{}"}}, "vllm_xargs has 'osd'"),
+    ({"vllm_xargs": {"osd_alpha": 0.5}}, "vllm_xargs has 'osd_alpha'"),
+    ({"use_beam_search": True, "osd": {"student_prompt": "w7"}}, "use_beam_search has one prompt for both sides"),
+    ({"prompt": [64]}, "token id 64 is not one of the teacher's 64 ids"),
+    ({"prompt": LONG}, "max_tokens must be at least 1"),
+    ({"prompt": LONG[:LONGEST_OF_STUDENT]}, "the student's prompt has 128 tokens"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"echo": True, "logprobs": 1}, "prompt_logprobs is not supported"),
+    ({"temperature": -1}, "temperature must be non-negative"),
+    ({"temperature": float("nan")}, "temperature must be a finite number"),
+    ({"top_p": 0}, "top_p must be in (0, 1]"),
+    ({"n": 0}, "n must be at least 1"),
+    ({"max_tokens": -3}, "max_tokens must be at least 1"),
+    ({"allowed_token_ids": [7], "bad_words": ["w7"]}, "leave no token that can be drawn"),
+]
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]
+REFUSED_CHATS = [
+    ({"messages": IMAGE}, "not a multimodal model"),
+    ({"osd": {"student_messages": IMAGE}}, "the student's prompt cannot be rendered"),
+    ({"osd": {"student_messages": "w7"}}, "the student's prompt cannot be rendered"),
+    ({"osd": {"student_prompt": "w7"}}, "takes the student's prompt as osd.student_messages"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_mistakes_are_answered_with_400_and_the_server_goes_on(server, stream):
+    completion = {"prompt": TEACHER, "max_tokens": 4, "stream": stream}
+    chat = {"messages": [{"role": "user", "content": "w7"}], "max_tokens": 4, "stream": stream}
+    answers = [(given, wanted, server.refused({**completion, **given})) for given, wanted in REFUSED]
+    answers += [(given, wanted, server.refused({**chat, **given}, route=CHAT)) for given, wanted in REFUSED_CHATS]
+    wrong = [(given, answer) for given, wanted, answer in answers if answer[0] != 400 or wanted not in answer[1]]
+    assert not wrong, wrong
+    assert server.http.get("/health").status_code == 200
+    assert len(server.complete(TEACHER, STUDENT)[0]["token_ids"]) == 24
+
+
+def test_the_pairs_own_checks_answer_before_a_stream_begins(server):
+    body = {"prompt": TEACHER, "stream": True, "osd": {"student_prompt_token_ids": [64]}}
+    assert server.post("/v1/completions", body).status_code == 400
+
+
+def test_bodies_that_are_not_requests_are_answered_by_vllm(server):
+    for body in (b"", b'{"osd": ', b'["osd"]', b'"osd"', b"\xff\xfe"):
+        assert server.post("/v1/completions", body).status_code == 400
+
+
+def test_routes_without_options_refuse_them_and_sample_from_q_star_without(server):
+    body = {"input": "w7", "max_output_tokens": 4}
+    assert server.refused({**body, "osd": {"alpha": 1}}, route="/v1/responses")[0] == 400
+    assert server.post("/v1/responses", body).status_code == 200
+
+
+def test_a_request_without_max_tokens_fills_the_shorter_context(server):
+    for osd, most in ({}, LONGEST_OF_STUDENT - 3), ({"teacher_only": True}, LONGEST - 6):  # prompts of 3 and 6 tokens
+        [choice] = server.complete([{"role": "user", "content": "w7"}], route=CHAT, max_tokens=None, osd=osd)
+        assert (len(choice["token_ids"]), choice["finish_reason"]) == (most, "length")
+
+
+def test_beam_search_searches_q_star(server):
+    body = {"prompt": TEACHER, "max_tokens": 3, "n": 2, "use_beam_search": True, "temperature": 0}
+    assert len({choice["text"] for choice in server.post("/v1/completions", body).json()["choices"]}) == 2
+
+
+# -- the server ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_route_but_health_needs_the_key(server):
+    routes = ["/v1/models", "/v1/osd", "/metrics", "/tokenize", "/invocations", "/version", "/docs", "/nowhere"]
+    assert {route: httpx.get(server.server.url + route).status_code for route in routes} == dict.fromkeys(routes, 401)
+    assert httpx.get(server.server.url + "/health").status_code == 200
+    answer = httpx.post(server.server.url + "/v1/completions", json={}, headers={"Authorization": "Bearer wrong"})
+    assert answer.status_code == 401
+
+
+def test_it_says_what_it_serves(server, model_paths):
+    info = server.http.get("/v1/osd").json()
+    assert (info["teacher"], info["student"]) == tuple(map(str, model_paths))
+    assert info["mixing"]["alpha_method"] == "kl_symmetry"
+    assert info["limits"]["student"] == {"vocab_size": 64, "max_model_len": LONGEST_OF_STUDENT}
+
+
+def test_clients_that_hang_up_leave_nothing_behind(server):
+    for _ in range(3):
+        with httpx.Client(base_url=server.server.url, headers=server.http.headers) as http, suppress(httpx.ReadTimeout):
+            http.post("/v1/completions", json={"prompt": TEACHER, "max_tokens": 120, "ignore_eos": True}, timeout=0.05)
+    body = {"prompt": TEACHER, "max_tokens": 120, "ignore_eos": True, "stream": True, "osd": {"record": True}}
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    deadline = time.monotonic() + 20
+    while "vllm:num_requests_running{" in (text := server.http.get("/metrics").text):
+        running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
+        if all(line.endswith(" 0.0") for line in running):
+            break
+        assert time.monotonic() < deadline, running
+    [choice] = server.complete(TEACHER, STUDENT, seed=1)
+    assert len(choice["osd"]["alpha"]) == 24
+
+
+@pytest.fixture
+def here(server, model_paths, tmp_path, monkeypatch):
+    """A folder to work in, the key, and a function that puts the server and the models in the place of documented ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    teacher, student = map(str, model_paths)
+    write_rows(tmp_path / "problems.jsonl", [{"prompt": f"w{i} w{i + 1}", "answer": "w9"} for i in range(7, 10)])
+    names = {"http://localhost:8000": server.server.url}
+    names |= {"Qwen/Qwen2.5-7B-Instruct": teacher, "Qwen/Qwen2.5-1.5B-Instruct": student}
+    return lambda text: re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], text)
+
+
+def test_the_blocks_of_the_page_run(server, here, capsys):
+    namespace = {}
+    ran = set()
+    for block in blocks((ROOT / "docs" / "serving.md").read_text()):
+        text = here(block.text)
+        if block.language == "python":
+            exec(compile(text, "docs/serving.md", "exec"), namespace)
+            assert len(namespace["choice"].osd["alpha"]) == namespace["answer"].usage.completion_tokens
+            ran.add("python")
+        elif text.startswith("curl"):
+            out = subprocess.run(
+                ["bash", "-c", f"curl -s {text.removeprefix('curl')}"], capture_output=True, text=True, check=True
+            )
+            assert "alpha" in json.loads(out.stdout)["choices"][0]["osd"]
+            ran.add("curl")
+        else:
+            [(words, _)] = commands(text)
+            ran.add(" ".join(words[:2]))
+            if words[1] == "serve":
+                args = backend._parser().parse_args(words[2:])
+                assert backend.pair_config(args, backend._given(words[2:])).engine_kwargs == {"max_model_len": 4096}
+            else:
+                cli.main([*words[1:], "--max_completion_length", "8", "--shard_size", "4"])
+                assert "samples of" in capsys.readouterr().out
+    assert ran == {"python", "curl", "osd serve", "osd generate"}
+
+
+def test_generated_data_is_that_of_an_engine_in_this_process(server, here, tmp_path, model_paths):
+    teacher, student = map(str, model_paths)
+    given = {"input": "problems.jsonl", "teacher_model_name_or_path": teacher, "model_name_or_path": student}
+    given |= {"privileged_template": "{prompt} {answer}", "num_samples": 8, "max_completion_length": 16, "top_p": 0.95}
+    generate(GenerateConfig(**given, output="through", server=server.server.url), ServerPair)
+    generate(GenerateConfig(**given, output="local", engine_kwargs=tiny_engine_kwargs(max_num_seqs=16)), EnginePair)
+    through, local = (read_output(folder) for folder in ("through", "local"))
+    assert len(through) == len(local) == 24
+    for one, other in zip(through, local, strict=True):
+        numbers = [name for name in one if name in RECORD_FIELDS or name.startswith(("alpha_", "kl_"))]
+        for name in numbers:
+            np.testing.assert_allclose(one.pop(name), other.pop(name), atol=1e-4, err_msg=name)
+        assert one.pop("config_hash") != other.pop("config_hash"), "the engine's arguments are settings"
+        assert {name: str(value) for name, value in one.items()} == {name: str(value) for name, value in other.items()}
+
+
+def test_sigterm_leaves_no_process(server):
+    """The last test of the module: it ends the server."""
+    assert len(server.server.members()) >= 2, "the engine is a process of its own"
+    server.server.process.send_signal(signal.SIGTERM)
+    server.server.process.wait(30)
+    deadline = time.monotonic() + 10
+    while server.server.members():
+        assert time.monotonic() < deadline, server.server.members()
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_sigkill_in_mid_run_loses_and_repeats_no_sample(model_paths, tmp_path):
+    """A server is killed while it samples, and another one is started on its port."""
+    teacher, student = map(str, model_paths)
+    path = write_rows(tmp_path / "problems.jsonl", [{"prompt": f"w{i} w{i + 1}"} for i in range(7, 57)])
+    given = {"input": str(path), "teacher_model_name_or_path": teacher, "model_name_or_path": student, "num_samples": 4}
+    given |= {"max_completion_length": 100, "shard_size": 40, "batch_size": 40, "generation_kwargs": {"ignore_eos": True}}
+    first = serve(*model_paths, tmp_path / "first.log")
+    servers = [first]
+
+    def replace():
+        while not list((tmp_path / "through").glob("data-*")):
+            time.sleep(0.05)
+        first.kill()
+        servers.append(serve(*model_paths, tmp_path / "second.log", port=int(first.url.rpartition(":")[2])))
+
+    thread = threading.Thread(target=replace)
+    try:
+        first.wait()
+        thread.start()
+        generate(GenerateConfig(**given, output=str(tmp_path / "through"), server=first.url), ServerPair)
+    finally:
+        thread.join()
+        for server in servers:
+            server.kill()
+    generate(GenerateConfig(**given, output=str(tmp_path / "local"), engine_kwargs=tiny_engine_kwargs()), EnginePair)
+    through, local = (read_output(tmp_path / name) for name in ("through", "local"))
+    assert len(servers) == 2
+    assert len(through) == 200
+    assert keys(through) == keys(local)
+    assert content(through) == content(local)
+
+
+# -- arguments, before a model loads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--student", "s"], "--teacher is not set"),
+        (["some/model", "--teacher", "t", "--student", "s"], "give --teacher and --student"),
+        (["--teacher", "t", "--student", "s", "--worker-cls", "x"], "is set by the pair itself"),
+        (["--teacher", "t", "--student", "s", "--enable-lora"], "is not supported"),
+        (["--teacher", "t", "--student", "s", "--student-chat-template", "none.jinja"], "is neither a file nor the text"),
+        (["--teacher", "t", "--student", "s", "--grpc"], "take no middleware"),
+        (["--teacher", "t", "--student", "s", "--alpha-min", "2"], "alpha_min=2.0 is not a weight"),
+        (["--teacher", "t", "--student", "s", "--student-engine-kwargs", '{"tensor_parallel_size": 2}'], "cannot differ"),
+    ],
+)
+def test_wrong_arguments_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        backend.serve(flags)
+
+
+def test_written_arguments_reach_both_sides_and_the_teachers_files_only_the_teacher():
+    argv = ["--teacher", "t", "--student", "s", "--max-model-len", "4k", "--revision", "main", "-cc.mode", "0"]
+    argv += ["--student-engine-kwargs", '{"max_model_len": 64}', "--fixed-alpha", "0.25", "--alpha-method", "fixed"]
+    args = backend._parser().parse_args(argv)
+    config = backend.pair_config(args, backend._given(argv))
+    assert config.engine_kwargs == {"max_model_len": 4000, "compilation_config": {"mode": 0}}
+    assert config.teacher_kwargs["revision"] == "main"
+    assert config.student_kwargs == {"max_model_len": 64}
+    assert (config.mixing.alpha_method, config.mixing.fixed_alpha) == ("fixed", 0.25)
+    assert args.host == "127.0.0.1"
