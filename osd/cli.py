@@ -26,6 +26,7 @@ usage: osd COMMAND [--help] ...
 Semi-on-policy data from two models: every token drawn from q* ∝ π_θ^(1-α) π_t^α.
 
 commands:
+  check      say before anything loads whether a pair samples and trains, and what memory it needs
   generate   sample completions for a file of prompts, with log-probabilities and α of every token
   inspect    write one HTML page about the data that `generate` wrote
   compare    sample the same prompts from teacher, student, linear mixture and q*: is it worth it for this pair?
@@ -34,6 +35,7 @@ commands:
   env        print versions and devices, for a bug report
 
 start here:
+  osd check TEACHER STUDENT
   osd generate --config math_qa --input problems.jsonl --output data/ --dry_run
   osd generate --config math_qa --input problems.jsonl --output data/
   osd inspect data/
@@ -81,6 +83,48 @@ def _going_on(command: str) -> str:
 def _refused(command: str, message: str) -> int:
     print(f"osd {command}".rstrip() + f": error: {message}", file=sys.stderr)
     return 2
+
+
+def _check(argv: Sequence[str]) -> None:
+    from argparse import ArgumentParser
+
+    from osd.data.parse import strict
+
+    parser = strict(ArgumentParser)(
+        prog="osd check",
+        description="Say whether a pair samples and trains, what memory it needs and what to set; load no weights.",
+        epilog="exit status: 0 it samples and trains, 1 it does not sample, 2 a wrong flag, 3 it samples but does not train",
+        allow_abbrev=False,
+    )
+    parser.add_argument("teacher", metavar="TEACHER", help="model id or local path")
+    parser.add_argument("student", metavar="STUDENT", help="model id or local path, with the teacher's tokenizer")
+    parser.add_argument(
+        "--max_model_len",
+        type=int,
+        metavar="N",
+        help="longest prompt and completion together, in tokens [4096, or the models' own]",
+    )
+    parser.add_argument("--max_num_seqs", type=int, default=64, metavar="N", help="requests at once [64]")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of one engine, tensor parallel [1]")
+    parser.add_argument("--gpu_memory", type=float, metavar="GIB", help="memory of each GPU [this machine's, else 80]")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="[auto]")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    flags = parser.parse_args(argv)
+    from osd.check import Wanted, check
+
+    memory = _gpu_memory() if flags.gpu_memory is None else flags.gpu_memory * 2**30
+    given = {name: value for name, value in vars(flags).items() if name not in ("teacher", "student", "gpu_memory")}
+    report = check(flags.teacher, flags.student, Wanted(gpu_memory=memory, **given))
+    print(*report.lines(), sep="\n")
+    if report.status:
+        sys.exit(report.status)
+
+
+def _gpu_memory() -> float:
+    """Return the bytes of this machine's first GPU, or of one of 80 GiB."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * 2**30
 
 
 def _generate(argv: Sequence[str]) -> None:
@@ -232,6 +276,7 @@ def _training_keys() -> set[str]:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "check": _check,
     "generate": _generate,
     "inspect": _inspect,
     "compare": _compare,

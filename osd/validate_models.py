@@ -94,21 +94,32 @@ def check_student_can_train(config: PairConfig) -> StudentLayout | None:
 
 def student_layout(config: PairConfig) -> StudentLayout | None:
     """Build the student without weights, for its parameters; see :func:`check_student_can_train`."""
-    from transformers.modeling_utils import set_zero3_state  # not public
-
-    kwargs = config.side_kwargs("student")
-    if kwargs.get("hf_overrides"):
-        return None
-    trust = kwargs.get("trust_remote_code", False)
-    try:
-        with torch.device("meta"), set_zero3_state():  # under DeepSpeed's ZeRO-3 too: whole, and nothing initialized
-            model = AutoModelForCausalLM.from_config(_config(config, "student"), trust_remote_code=trust)
-    except ValueError:  # no causal language model of this configuration; vLLM may know one
+    model = model_without_weights(config, "student")
+    if model is None:
         return None
     return StudentLayout(
         shapes={name: parameter.shape for name, parameter in model.named_parameters()},
         on_disk=_names_on_disk(model, config.student),
     )
+
+
+def model_without_weights(config: PairConfig, side: str) -> Any | None:
+    """Build the model of "teacher" or "student" on torch's meta device.
+
+    Returns:
+        None if the engine arguments change the architecture, or transformers has no causal language model of it.
+    """
+    from transformers.modeling_utils import set_zero3_state  # not public
+
+    kwargs = config.side_kwargs(side)
+    if kwargs.get("hf_overrides"):
+        return None
+    trust = kwargs.get("trust_remote_code", False)
+    try:
+        with torch.device("meta"), set_zero3_state():  # under DeepSpeed's ZeRO-3 too: whole, and nothing initialized
+            return AutoModelForCausalLM.from_config(_config(config, side), trust_remote_code=trust)
+    except ValueError:  # no causal language model of this configuration; vLLM may know one
+        return None
 
 
 def _names_on_disk(model: Any, student: str) -> dict[str, str]:
@@ -132,20 +143,27 @@ def shared_vocabulary(config: PairConfig) -> int:
 
 def end_ids(config: PairConfig) -> list[int]:
     """Every token id that ends a completion: those that the student's files declare, then those of the teacher's."""
-    found: dict[int, None] = {}
-    for side in ("student", "teacher"):
-        declared = _declared_end(config, side)
-        found |= dict.fromkeys([declared] if isinstance(declared, int) else declared or [])
-    return list(found)
+    ends = [*declared_ends(config, "student"), *declared_ends(config, "teacher")]
+    if not config.side_kwargs("teacher").get("skip_tokenizer_init"):  # vLLM stops at this one too, whatever the model declares
+        ends.append(load_tokenizer(config, "teacher").eos_token_id)
+    return [i for i in dict.fromkeys(ends) if i is not None]
 
 
-def _declared_end(config: PairConfig, side: str) -> int | list[int] | None:
+def declared_ends(config: PairConfig, side: str) -> list[int]:
+    """Return the token ids that end a completion by the files of "teacher" or "student"."""
+    declared = getattr(load_generation_config(config, side), "eos_token_id", None)
+    if declared is None:
+        declared = getattr(_config(config, side).get_text_config(), "eos_token_id", None)
+    return [declared] if isinstance(declared, int) else list(declared or [])
+
+
+def load_generation_config(config: PairConfig, side: str) -> GenerationConfig | None:
+    """Return the generation_config.json of "teacher" or "student", or None where there is none."""
     options = {key: value for key, value in config.side_kwargs(side).items() if key in ("revision", "trust_remote_code")}
     try:
-        declared = GenerationConfig.from_pretrained(getattr(config, side), **options).eos_token_id
-    except OSError:  # no generation_config.json
-        declared = None
-    return declared if declared is not None else getattr(_config(config, side).get_text_config(), "eos_token_id", None)
+        return GenerationConfig.from_pretrained(getattr(config, side), **options)
+    except OSError:
+        return None
 
 
 def experts(config: Any) -> int:

@@ -22,6 +22,7 @@ LAYERS = [
     "osd.prompt_checks",
     "osd.prompts",
     ("osd.validate_models", "osd.engine"),  # they import each other: checks need PairConfig, PairEngine needs the checks
+    "osd.check",
     "osd.adapters",
     "osd.sync_check",
     "osd.weight_sync",

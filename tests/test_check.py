@@ -1,0 +1,293 @@
+"""`osd check`: verdicts, memory against independent counts, settings, and its command. No engine starts."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from osd import cli
+from osd.check import TRAINING_BYTES, Wanted, check, size, stored_bytes
+from osd.data.settings import GenerateConfig
+from osd.engine.config import PairConfig
+from osd.validate_models import end_ids
+from tests.architectures import WINDOW, save_model
+from tests.tiny import save_tokenizer, tiny_model
+
+FLOAT32 = Wanted(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return the folder of a tiny model of a kind, saved once."""
+    root = tmp_path_factory.mktemp("kinds")
+    return lambda kind: root / kind if (root / kind).exists() else save_model(root / kind, kind)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command; return its status and its lines by what stands before the first colon."""
+
+    def run(*argv):
+        status = 0
+        try:
+            cli.main(["check", *map(str, argv)])
+        except SystemExit as ended:
+            status = ended.code
+        printed = capsys.readouterr()
+        lines = dict(line.split(": ", 1) for line in printed.out.partition("\n\n")[0].splitlines())
+        return Namespace(status=status, lines=lines, out=printed.out, err=printed.err)
+
+    return run
+
+
+def edit(folder: Path, file: str, **changes) -> None:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def cached(path: Path, length: int, wanted: Wanted = FLOAT32) -> int | None:
+    return check(str(path), str(path), wanted).sides["student"].request_bytes(length)
+
+
+@pytest.mark.parametrize("kind", ["Mamba-2 and attention", "sliding window and full", "experts", "soft-capped logits"])
+def test_weights_are_those_of_the_files(kind, saved):
+    side = check(str(saved(kind)), str(saved(kind)), FLOAT32).sides["teacher"]
+    header = 40_000  # of safetensors: names and shapes
+    assert 0 <= stored_bytes(str(saved(kind))) - side.weights < header
+    assert side.weights == 4 * side.parameters
+
+
+def test_shared_embeddings_are_counted_once(tmp_path):
+    tied = tiny_model(tmp_path / "tied", vocab=1000, tie_word_embeddings=True)
+    loose = tiny_model(tmp_path / "loose", vocab=1000)
+    counts = [check(str(path), str(path), FLOAT32).sides["teacher"].parameters for path in (tied, loose)]
+    assert counts[1] - counts[0] == 1000 * 64
+
+
+def test_a_quantized_teacher_weighs_what_its_files_do(tmp_path, tiny_pair):
+    teacher = tiny_model(tmp_path / "fp8")
+    edit(teacher, "config.json", quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
+    (teacher / "consolidated.safetensors").write_bytes(b"0" * 1000)  # a second copy, which is not loaded
+    report = check(str(teacher), str(tiny_pair[1]), Wanted())
+    assert report.sides["teacher"].weights == (teacher / "model.safetensors").stat().st_size
+    assert "fp8 quantized" in "\n".join(report.lines())
+    assert report.status == 0
+    swapped = check(str(tiny_pair[1]), str(teacher), Wanted())
+    assert (swapped.sampling, swapped.status) == ("", 3)
+    assert "is quantized" in swapped.training
+
+
+def test_a_llama_caches_every_token(tiny_pair):
+    layers, heads, head_size = 2, 2, 32
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        per_token = layers * 2 * heads * head_size * itemsize
+        assert [cached(tiny_pair[0], n, Wanted(dtype=dtype)) for n in (1, 500)] == [per_token, 500 * per_token]
+
+
+def test_kv_heads_are_split_over_gpus_and_at_least_one_is_left(tiny_pair):
+    one, two, four = (cached(tiny_pair[0], 10, Wanted(gpus=gpus)) for gpus in (1, 2, 4))
+    assert (two, four) == (one // 2, one // 2)
+
+
+def test_a_window_caches_its_tokens(saved):
+    per_layer = 2 * 2 * 32 * 4
+    assert cached(saved("sliding window and full"), 8) == 4 * 8 * per_layer
+    assert cached(saved("sliding window and full"), 300) == 2 * (300 + WINDOW) * per_layer
+    assert cached(saved("sliding window everywhere"), 300) == 4 * WINDOW * per_layer
+
+
+def test_states_do_not_grow(saved):
+    config = AutoConfig.from_pretrained(saved("Mamba-2 and attention"))
+    inner = config.mamba_expand * config.hidden_size
+    convolution = (inner + 2 * config.mamba_n_groups * config.mamba_d_state) * (config.mamba_d_conv - 1)
+    state = 4 * (convolution + config.mamba_n_heads * config.mamba_d_head * config.mamba_d_state)
+    assert cached(saved("Mamba-2 and attention"), 300) == 2 * state + 2 * 300 * 2 * 2 * 32 * 4
+    assert cached(saved("Mamba-2 everywhere"), 300) == cached(saved("Mamba-2 everywhere"), 8) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "per_token"),
+    [
+        ("latent attention", 4 * (512 + 64) * 4),  # one latent vector and its rotary part, in 4 layers
+        ("shared KV caches", 2 * 2 * 32 * 4),  # of 4 layers, 2 share; of the other 2, one has a window
+        # Two full layers of heads of 512; slow to save.
+        pytest.param("head sizes that differ by layer", 2 * 2 * 2 * 512 * 4, marks=pytest.mark.slow),
+        ("short convolution", 2 * 2 * 2 * 32 * 4),
+        ("gated delta net and attention", 2 * 2 * 2 * 32 * 4),
+    ],
+)
+def test_caches_of_other_kinds(kind, per_token, saved):
+    assert cached(saved(kind), 301) - cached(saved(kind), 300) == per_token
+
+
+def test_totals_add_up(tiny_pair):
+    wanted = Wanted(dtype="float32", max_model_len=100, max_num_seqs=7, gpus=2, gpu_memory=2**30)
+    report = check(str(tiny_pair[0]), str(tiny_pair[1]), wanted)
+    weights, request = report.needed()
+    assert weights * 2 == sum(side.weights for side in report.sides.values())
+    assert request == 2 * 100 * 2 * 2 * 1 * 32 * 4
+    text = "\n".join(report.lines())
+    assert f"weights {size(weights)} + 7 requests of 100 tokens {size(7 * request)} = {size(weights + 7 * request)}" in text
+    assert f"{size(0.9 * 2**30 - weights - 7 * request)} left on each GPU" in text
+    assert f"memory, training: {size(TRAINING_BYTES * report.sides['student'].parameters)}" in text
+
+
+def test_too_little_memory_is_told(run, tiny_pair):
+    flags = (*tiny_pair, "--dtype", "float32", "--max_model_len", "512")
+    weights, request = check(*map(str, tiny_pair), Wanted(dtype="float32", max_model_len=512)).needed()
+    memory = (weights + 5.5 * request) / 0.9 / 2**30
+    assert "short; 5 such requests fit" in run(*flags, "--gpu_memory", memory).lines["memory, both"]
+    assert "the weights alone do not fit" in run(*flags, "--gpu_memory", memory / 100).lines["memory, both"]
+
+
+# -- verdicts -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_that_works(run, tiny_pair):
+    done = run(*tiny_pair)
+    assert (done.status, done.lines["sampling"], done.lines["training"]) == (0, "yes", "yes")
+    assert "2 x full attention; dense; not quantized" in done.lines["teacher"]
+
+
+def test_tokenizers_that_differ_are_refused(run, tmp_path, tiny_pair):
+    other = tiny_model(tmp_path / "other", tokenizer_vocab=60)
+    done = run(tiny_pair[0], other)
+    assert done.status == 1
+    assert done.lines["sampling"].startswith("no: teacher and student have different tokenizers: id 60")
+    assert done.lines["training"] == "no: the pair cannot be sampled"
+    assert "memory, student" in done.lines
+    assert "model_name_or_path" not in done.out
+
+
+def test_experts(run, saved):
+    dense, experts = saved("sliding window and full"), saved("experts")
+    both = run(experts, experts)
+    assert (both.status, both.lines["sampling"]) == (3, "yes")
+    assert "is a mixture of experts" in both.lines["training"]
+    assert "4 experts" in both.lines["student"]
+    beside_dense = run(dense, experts)
+    assert beside_dense.status == 1
+    assert "mixture of experts" in beside_dense.lines["sampling"]
+    assert run(experts, dense).status == 0
+
+
+def test_kinds_of_cache_are_named(run, saved):
+    done = run(saved("Mamba-2 and attention"), saved("sliding window and full"))
+    assert "2 x recurrent state, 2 x full attention" in done.lines["teacher"]
+    assert f"2 x sliding window of {WINDOW} tokens, 2 x full attention" in done.lines["student"]
+    assert "4 x latent attention" in run(saved("latent attention"), saved("sliding window and full")).lines["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "3"], "gpus=3 does not divide the 2 attention heads of the teacher"),
+        (["--max_model_len", "513"], "max_model_len=513 is over the teacher's context of 512 tokens"),
+    ],
+)
+def test_what_does_not_fit_the_pair_is_refused(flags, message, run, tiny_pair):
+    done = run(*tiny_pair, *flags)
+    assert done.status == 1
+    assert message in done.lines["sampling"]
+
+
+def test_a_missing_model_is_refused(run, tiny_pair):
+    done = run(tiny_pair[0], "no/such-model")
+    assert (done.status, done.err) == (1, "")
+    assert "student model 'no/such-model': no config.json could be loaded" in done.lines["sampling"]
+    assert "student" not in done.lines
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_model_len", "0"], "max_model_len=0 must be at least 1"),
+        (["--max_num_seqs", "-4"], "max_num_seqs=-4 must be at least 1"),
+        (["--gpus", "0"], "gpus=0 must be at least 1"),
+        (["--gpu_memory", "-1"], "gpu_memory=-1 must be above 0"),
+        (["--gpu_memory", "nan"], "gpu_memory=nan must be above 0"),
+        (["--gpus", "two"], "argument --gpus: invalid int value: 'two'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--max_len", "4"], "unrecognized arguments: --max_len 4"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(flags, message, run):
+    done = run("a", "b", *flags)
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+
+
+# -- settings to start from -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def declaring(tmp_path):
+    """A pair whose generation configs declare several ends and sampling defaults."""
+    teacher, student = tiny_model(tmp_path / "teacher"), tiny_model(tmp_path / "student", max_position_embeddings=300)
+    GenerationConfig(eos_token_id=[2, 9], temperature=0.7, top_p=1.0, top_k=20, do_sample=True).save_pretrained(teacher)
+    GenerationConfig(eos_token_id=5, repetition_penalty=1.05).save_pretrained(student)
+    return teacher, student
+
+
+def test_the_union_of_ends_is_that_of_both_and_of_the_teachers_tokenizer(declaring, run):
+    save_tokenizer(declaring[0], 64, eos="w11")
+    assert end_ids(PairConfig(teacher=str(declaring[0]), student=str(declaring[1]))) == [5, 2, 9, 11]
+    told = run(*declaring).lines["end of a completion"]
+    assert told == "ids [2, 9] by the teacher's files, [5] by the student's; any of [5, 2, 9, 11] ends it"
+
+
+def test_sampling_defaults_are_shown_as_ignored(declaring, run):
+    lines = run(*declaring).lines
+    teacher, student = (lines[f"sampling defaults of the {side}'s generation_config.json"] for side in ("teacher", "student"))
+    assert teacher.startswith("temperature=0.7, top_k=20; OSD ignores them")
+    assert student.startswith("repetition_penalty=1.05; OSD ignores them")
+
+
+def test_vllm_takes_ends_alone_from_a_generation_config():
+    """The reason why the defaults are shown as ignored; requests reach vLLM with all of their own arguments."""
+    from osd.engine.engine import checked_params
+
+    params = checked_params({"max_tokens": 4})
+    params.update_from_generation_config({"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05, "eos_token_id": [2, 9]})
+    assert (params.temperature, params.top_k, params.repetition_penalty) == (1.0, 0, 1.0)
+    assert {2, 9} <= set(params.stop_token_ids)
+
+
+def test_contexts_and_the_default_length(declaring, run):
+    done = run(*declaring)
+    assert done.lines["context"] == "512 tokens of the teacher, 300 of the student"
+    assert "vllm_max_model_length: 300" in done.out
+
+
+def test_chat_templates_are_compared(declaring, run):
+    student = declaring[1]
+    assert run(*declaring).lines["chat templates"] == "the same on both sides"
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    for template, told in (("{{ messages }}", "they differ"), (None, "the student has none")):
+        tokenizer.chat_template = template
+        (student / "chat_template.jinja").unlink()
+        tokenizer.save_pretrained(student)
+        done = run(*declaring)
+        assert done.lines["chat templates"].startswith(told)
+        assert ("enable_chat_template" in done.out) == (template is not None)
+    assert run(student, student).lines["chat templates"].startswith("missing on both sides")
+
+
+def test_the_settings_at_the_end_are_those_of_the_commands(declaring, run):
+    teacher, student = declaring
+    printed = run(*declaring, "--gpus", "2", "--dtype", "float32", "--max_num_seqs", "9").out.partition("\n\n")[2]
+    settings = GenerateConfig(**yaml.safe_load(printed), input="x", output="y", max_completion_length=8)
+    assert (settings.teacher_model_name_or_path, settings.model_name_or_path) == (str(teacher), str(student))
+    kwargs = settings.pair_kwargs()["engine_kwargs"]
+    assert {"dtype": "float32", "max_num_seqs": 9, "tensor_parallel_size": 2, "max_model_len": 300}.items() <= kwargs.items()
+    PairConfig(teacher="t", student="s", **settings.pair_kwargs())
+    assert "# temperature: 0.7  # the teacher's own default" in printed
