@@ -238,7 +238,8 @@ def check(teacher: str, student: str, wanted: Wanted) -> Report:
         try:
             sides[name] = _side(config, name, wanted.gpus)
         except (ValueError, OSError) as error:
-            sampling = sampling or f"{name}={getattr(config, name)!r}: vLLM does not take it on this machine ({_first_line(error)})"
+            why = f"{name}={getattr(config, name)!r}: vLLM does not take it on this machine ({_first_line(error)})"
+            sampling = sampling or why
     return Report(
         teacher=teacher,
         student=student,
