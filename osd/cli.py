@@ -107,7 +107,9 @@ def _check(argv: Sequence[str]) -> None:
     parser.add_argument("--max_num_seqs", type=int, default=64, metavar="N", help="requests at once [64]")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of one engine, tensor parallel [1]")
     parser.add_argument("--gpu_memory", type=float, metavar="GIB", help="memory of each GPU [this machine's, else 80]")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="[auto]")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of the engine's weights [auto]"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     flags = parser.parse_args(argv)
     from osd.check import Wanted, check

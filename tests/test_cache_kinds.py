@@ -5,14 +5,16 @@ Both sides have the architecture and weights of their own. Float32; bound 2e-3 o
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pytest
 import torch
 
+from osd.engine.backend.layers import model_facts
 from tests.architectures import ARCHITECTURES, reference, save_model
 from tests.exact import completion_logits
-from tests.pairs import cramped, hard_prompts, preempted, run_with_random_arrivals, start, watch
+from tests.pairs import cramped, hard_prompts, preempted, run_with_random_arrivals, runners, start, watch
 
 IN_CI = ["sliding window and full", "Mamba-2 and attention"]
 # Stock vLLM 0.32 on a CPU: 0.75 (LFM2) and 9.5 nats (DeepSeek-V2) off transformers, and no float32 (Qwen3-Next).
@@ -120,3 +122,18 @@ def test_a_state_that_takes_a_token_twice_is_seen(kind, engine, models, monkeypa
     monkeypatch.setattr("osd.engine.backend.scheduler._preempt", take_back)
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
     assert errors(models, results)["logp_theta"] > 0.1
+
+
+def planned(spec: Any) -> tuple[int, int | None]:
+    """Return the bytes of a layer's cache, per token or of a state, and its window."""
+    if hasattr(spec, "shapes"):
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)), None
+    return spec.page_size_bytes // spec.block_size, getattr(spec, "sliding_window", None)
+
+
+def test_osd_check_counts_the_caches_of_the_running_models(engine):
+    for side, runner in runners(engine).items():
+        layers = model_facts(engine.config, side, gpus=1).layers
+        assert sorted((layer.size, layer.tokens or 0) for layer in layers) == sorted(
+            (size, window or 0) for size, window in map(planned, runner.get_kv_cache_spec().values())
+        )
