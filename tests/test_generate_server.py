@@ -105,7 +105,7 @@ def test_sigkill_of_every_server_in_turn_loses_and_repeats_nothing(run, start, t
     local = run(out="local", server=None)
     generate(local, FakePair)
     log = tmp_path / "log"
-    servers = [start(seconds=0.05, log=str(log)) for _ in range(2)]
+    servers = [start(seconds=0.25, log=str(log)) for _ in range(2)]
     for server in servers:
         server.wait()
     settings = run(*servers, server_concurrency=3, batch_size=5)
@@ -121,7 +121,7 @@ def test_sigkill_of_every_server_in_turn_loses_and_repeats_nothing(run, start, t
             if stop.wait(0.2):
                 return
             for i in hit:
-                servers[i] = start(port_of(servers[i]), seconds=0.05, log=str(log))
+                servers[i] = start(port_of(servers[i]), seconds=0.25, log=str(log))
                 servers[i].wait()
             disturbed.append(hit)
 
