@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.logits import SpreadLogits, spread, spread_logits
-from osd.core import RECORD_FIELDS, MixingConfig
+from osd.core import RECORD_FIELDS, TOKEN_ORIGINS, MixingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Job:
         engine_kwargs: further ``vllm.LLM`` arguments for every vLLM engine.
         pair_kwargs: further engine arguments for the pair only.
         alpha_method: α method of the systems that mix.
+        num_speculative_tokens: drafts of the pair.
     """
 
     teacher: str
@@ -41,6 +42,7 @@ class Job:
     pair_kwargs: dict[str, Any] = field(default_factory=dict)
     alpha_method: str = "kl_symmetry"
     logit_std: float = 4.0
+    num_speculative_tokens: int | str = 0
 
     def llm_kwargs(self) -> dict[str, Any]:
         """Return the arguments of every vLLM engine. On a GPU all other arguments keep vLLM's defaults."""
@@ -147,6 +149,7 @@ class Paired:
                 teacher=job.teacher,
                 student=job.student,
                 mixing=MixingConfig(alpha_method=job.alpha_method),
+                num_speculative_tokens=job.num_speculative_tokens,
                 engine_kwargs=job.llm_kwargs() | job.pair_kwargs,
             )
         )
@@ -169,7 +172,17 @@ class Paired:
         """
         assert all(len(c.record.values_TR) == len(c.token_ids) for c in self.completions), "incomplete record"
         values = torch.cat([c.record.values_TR for c in self.completions])
-        return dict(zip(RECORD_FIELDS, values.double().mean(0).tolist(), strict=True))
+        means = dict(zip(RECORD_FIELDS, values.double().mean(0).tolist(), strict=True))
+        origins = [c.record.origin_T for c in self.completions if c.record.origin_T is not None]
+        if origins:
+            drawn, accepted, corrected, bonus = torch.cat(origins).bincount(minlength=len(TOKEN_ORIGINS)).tolist()
+            means["draft_acceptance"] = accepted / max(accepted + corrected, 1)
+            means["tokens_per_cycle"] = (drawn + accepted + corrected + bonus) / (drawn + corrected + bonus)
+        return means
+
+    def force_acceptance(self, rate: float) -> None:
+        """Accept drafts with this probability, whatever the policies say: for speed only."""
+        self.engine.llm.collective_rpc("force_acceptance", args=(rate,))
 
     def close(self) -> None:
         self.engine.close()

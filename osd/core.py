@@ -35,6 +35,32 @@ RECORD_FIELDS = (
     "logp_draw",  # log-probability the token was drawn with, after top-k and the rest; equals logq without them
 )
 
+# How a token came to be under speculation: without a draft, as an accepted draft of the student, in the place of a draft that
+# was refused, or after the last draft of a cycle, all of which were accepted.
+TOKEN_ORIGINS = ("drawn", "accepted", "corrected", "bonus")
+
+MOST_SPECULATIVE_TOKENS = 16
+SPECULATION_HELP = (
+    "Tokens that the student drafts and the teacher verifies in one pass: 0 (none) to 16, or 'auto', which measures acceptance "
+    "and times and chooses. Completions follow the same distribution for every value."
+)
+
+
+def speculative_tokens(given: Any) -> int | str:
+    """Return the number of drafts, also from text, or "auto".
+
+    Raises:
+        ValueError: anything else, or a number out of range.
+    """
+    number = int(given) if isinstance(given, str) and given.isdecimal() else given
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    if number != "auto" and not (whole and 0 <= number <= MOST_SPECULATIVE_TOKENS):
+        raise ValueError(
+            f"num_speculative_tokens={given!r} is not a whole number from 0 to {MOST_SPECULATIVE_TOKENS}; use 0 for no drafts, "
+            "about 4, or 'auto'"
+        )
+    return number
+
 
 def suggest(given: object, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the known name that is closest to `given`, or "" if none is close."""
@@ -167,11 +193,13 @@ class TokenRecord:
         values_TR: [T, R] float32, columns in RECORD_FIELDS order.
         teacher_hidden_TH: the teacher's final hidden states, [T, H], or None when they were not asked for.
         weights_version: number of weight syncs the student had received when it sampled these tokens.
+        origin_T: how each token came to be, uint8 [T], an index into ``TOKEN_ORIGINS``; None without speculation.
     """
 
     values_TR: torch.Tensor
     teacher_hidden_TH: torch.Tensor | None
     weights_version: int
+    origin_T: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         import torch

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from osd.core import MixingConfig
+from osd.core import MixingConfig, speculative_tokens
 from osd.output import OptimalSample, OptimalSamplingOutput, alpha_stats, save_alpha_history
 from osd.prompt_checks import check_template_kwargs, compare_templates, forget_warnings, is_conversation, is_token_ids
 from osd.prompts import Prompt, encode, for_side
@@ -38,6 +38,8 @@ class OptimalSamplingV1:
         chat_template_kwargs: arguments of both chat templates, as in ``{"enable_thinking": False}``.
         teacher_chat_template_kwargs, theta_chat_template_kwargs: further ones for one side, which win.
         use_tqdm: show progress bars while models load and completions are sampled.
+        num_speculative_tokens: how many tokens the student drafts for the teacher to verify in one pass, or "auto"; see
+            :class:`osd.PairConfig`. Completions follow the same distribution for every value.
         **kwargs: ``mixture`` ("geometric" or "linear"); ``teacher_kwargs`` and ``theta_kwargs``, vLLM engine arguments for
             one side; and any other vLLM engine argument, for both sides.
 
@@ -65,6 +67,7 @@ class OptimalSamplingV1:
         teacher_chat_template_kwargs: Mapping[str, Any] | None = None,
         theta_chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
+        num_speculative_tokens: int | str = 0,
         **kwargs: Any,
     ) -> None:
         mixing = MixingConfig(
@@ -74,6 +77,7 @@ class OptimalSamplingV1:
             alpha_max=alpha_max,
             mixture=kwargs.pop("mixture", MixingConfig.mixture),
         )
+        num_speculative_tokens = speculative_tokens(num_speculative_tokens)
         _refuse_sampling(kwargs)
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt
@@ -90,6 +94,7 @@ class OptimalSamplingV1:
             teacher=str(model_teacher),
             student=str(model_theta),
             mixing=mixing,
+            num_speculative_tokens=num_speculative_tokens,
             teacher_kwargs=kwargs.pop("teacher_kwargs", None) or {},
             student_kwargs=kwargs.pop("theta_kwargs", None) or {},
             engine_kwargs={"gpu_memory_utilization": gpu_memory_utilization, "use_tqdm_on_load": use_tqdm, **kwargs},

@@ -70,14 +70,19 @@ def pit_chi_square(
     uniform on [0, 1] in every context if y was drawn from q*. The power is highest for an order along which an error
     shifts mass. The statistic has ``bins - 1`` degrees of freedom.
     """
+    u = integral_transform(logq, tokens, order_by, seed=seed)
+    counts = np.histogram(u.numpy(), bins=bins, range=(0, 1))[0]
+    return float(stats.chisquare(counts).statistic)
+
+
+def integral_transform(logq: torch.Tensor, tokens: Sequence[int], order_by: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+    """Return the randomised probability integral transform of draws, in [0, 1), float64 [N]; see `pit_chi_square`."""
     order = order_by.argsort(-1)
     q = logq.exp().gather(-1, order)
     before = q.cumsum(-1) - q
     place = (order == torch.tensor(tokens)[:, None]).double().argmax(-1, keepdim=True)
     uniform = torch.rand(len(q), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    u = (before.gather(-1, place) + uniform * q.gather(-1, place))[:, 0]
-    counts = np.histogram(u.clamp(0, 1 - 1e-12).numpy(), bins=bins, range=(0, 1))[0]
-    return float(stats.chisquare(counts).statistic)
+    return (before.gather(-1, place) + uniform * q.gather(-1, place))[:, 0].clamp(0, 1 - 1e-12)
 
 
 def q_star(

@@ -248,6 +248,22 @@ def test_five_sampling_systems_run_on_a_tiny_pair(tmp_path):
 
 
 @pytest.mark.slow
+def test_speculation_benchmark_sets_the_acceptance(tmp_path):
+    options = (
+        "--pair small+tiny --batch-sizes 4 --prompt-tokens 16 --new-tokens 65 --drafts 0 2 --acceptances 0.5 0.9 --repeats 1"
+    )
+    engine = json.dumps({"kv_cache_memory_bytes": 64 << 20, "block_size": 32})
+    found = benchmark("speculation.py", tmp_path, *options.split(), "--engine-kwargs", engine)
+    assert list(found["systems"]) == ["teacher", "student", "0", "2"]
+    assert all(system["status"] == "ok" for system in found["systems"].values())
+    observed = {row["acceptance"]: row["observed"] for row in found["systems"]["2"]["rows"]}
+    for rate, values in observed.items():
+        assert abs(values["draft_acceptance"] - rate) < 0.15
+        assert values["tokens_per_cycle"] == pytest.approx(1 + rate + rate**2, rel=0.15)
+    assert "draft_acceptance" not in found["systems"]["0"]["rows"][0]["observed"]
+
+
+@pytest.mark.slow
 def test_weight_sync_benchmark_runs(tmp_path):
     found = benchmark("weight_sync.py", tmp_path, "--pair", "small+tiny", "--repeats", "2")
     ways = {name: [row["way"] for row in system["rows"]] for name, system in found["systems"].items()}

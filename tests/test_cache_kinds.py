@@ -21,6 +21,7 @@ IN_CI = ["sliding window and full", "Mamba-2 and attention"]
 ON_GPUS = ["short convolution", "latent attention", "gated delta net and attention"]
 # OSD refuses to train experts and latent attention; vLLM 0.32's Gemma 3n is wrong where `correct_output_scale` is not 0.
 NOT_SYNCED = ["attention sinks", "experts", "latent attention", "gated delta net and attention", "shared KV caches"]
+RECURRENT = ["Mamba-2 and attention", "Mamba-2 everywhere", "short convolution", "gated delta net and attention"]
 ONE_GROUP = ["sliding window everywhere", "experts", "latent attention"]
 pytestmark = pytest.mark.gpu
 
@@ -48,12 +49,20 @@ def models(model_paths):
     return tuple(map(reference, model_paths))
 
 
+@pytest.fixture(scope="module", params=[0, pytest.param(3, marks=pytest.mark.slow)], ids=["no drafts", "drafts"])
+def drafts(kind, request) -> int:
+    if request.param and kind in RECURRENT:
+        pytest.skip("a recurrent state cannot go back by a rejected draft")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine(kind, model_paths):
+def engine(kind, model_paths, drafts):
     blocks = 12 if kind in ONE_GROUP else 24
     # vLLM 0.32 on a CPU: a prefill that ends inside a block of cached Mamba-2 states ends the engine.
     caching = torch.cuda.is_available() or "Mamba" not in kind
-    with start(model_paths, cramped(34, 50, blocks), max_model_len=192, enable_prefix_caching=caching) as engine:
+    config = cramped(34, 50, blocks) | dict(num_speculative_tokens=drafts)
+    with start(model_paths, config, max_model_len=192, enable_prefix_caching=caching) as engine:
         yield engine
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from osd.engine.backend import worker as _worker  # noqa: F401  (vLLM's CPU work
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these functions run on a CPU only")
 
-SLOTS, LONGEST, TOKENS, VOCAB = 12, 64, 96, 50
+SLOTS, LONGEST, TOKENS, VOCAB, DRAFTS = 12, 64, 96, 50, 3
 
 
 def fresh(module: str) -> ModuleType:
@@ -44,14 +45,19 @@ class Batch:
             lengths.append(1 if kind == 0 else prefill - done if kind == 1 else self.integer(1, prefill - done))
         lengths = torch.tensor(lengths)[self.slots]
         padding = self.integer(0, 2)
-        self.starts = torch.tensor([0, *lengths.cumsum(0), *[lengths.sum()] * padding], dtype=torch.int32)
         self.all_ids = self.integers(VOCAB, (SLOTS, LONGEST)).int()
         self.total_len = torch.maximum(self.prefill_len, self.computed + 1)
         self.seq_lens = torch.zeros(SLOTS, dtype=torch.int32)
         self.seq_lens[:rows] = self.computed[self.slots] + lengths
-        self.cu_num_logits = torch.arange(rows + 1, dtype=torch.int32)
-        self.sampled = self.integers(VOCAB, (rows, 1))
-        self.ready = self.integers(2, (rows,)).int()
+        # A row has drafts after its next token, and after a prompt whose last token it computes.
+        ends = self.seq_lens[:rows] >= self.prefill_len[self.slots]
+        drafts = torch.where(ends, self.integers(DRAFTS + 1, (rows,)), 0)
+        self.seq_lens[:rows] += drafts
+        lengths = lengths + drafts
+        self.starts = torch.tensor([0, *lengths.cumsum(0), *[lengths.sum()] * padding], dtype=torch.int32)
+        self.cu_num_logits = torch.tensor([0, *(drafts + 1).cumsum(0)], dtype=torch.int32)
+        self.sampled = self.integers(VOCAB, (rows, DRAFTS + 1))
+        self.ready = torch.minimum(self.integers(DRAFTS + 2, (rows,)), drafts + 1).int()
 
     def integer(self, low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=self.generator))
@@ -75,11 +81,15 @@ def positions(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
 
 def combine(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
     input_ids, last = batch.integers(VOCAB, (TOKENS * 8,)).int(), batch.integers(VOCAB, (SLOTS, 1))
-    drafts, rows = torch.zeros(SLOTS, 0, dtype=torch.int64), len(batch.slots)
+    drafts, logits = batch.integers(VOCAB, (SLOTS, DRAFTS)), int(batch.cu_num_logits[-1])
     indices = wrapper(
-        input_ids, batch.slots, last, batch.starts, batch.seq_lens, batch.prefill_len, drafts, batch.cu_num_logits, rows
+        input_ids, batch.slots, last, batch.starts, batch.seq_lens, batch.prefill_len, drafts, batch.cu_num_logits, logits
     )
     return [input_ids, indices]
+
+
+def expand(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
+    return list(wrapper(batch.slots, int(batch.cu_num_logits[-1]), batch.cu_num_logits, DRAFTS + 1))
 
 
 def counts(batch: Batch, wrapper: Callable) -> list[torch.Tensor]:
@@ -104,6 +114,7 @@ LAUNCHERS = {
     "_prepare_prefill_inputs_kernel": ("prepare_prefill_inputs", prefill_inputs),
     "_prepare_pos_seq_lens_kernel": ("prepare_pos_seq_lens", positions),
     "_combine_sampled_and_draft_tokens_kernel": ("combine_sampled_and_draft_tokens", combine),
+    "_expand_idx_mapping_kernel": ("expand_idx_mapping", expand),
     "_get_num_sampled_and_rejected_kernel": ("get_num_sampled_and_rejected", counts),
     "_post_update_kernel": ("post_update", post_update),
 }
@@ -138,7 +149,7 @@ def test_ignored_prefills_and_skipped_rows_are_seen():
     """The planted errors: a row inside its prompt counts as sampled; rows with a negative slot are not skipped."""
 
     def no_prefill(num_sampled: Any, num_rejected: Any, *rest: Any) -> None:
-        num_rejected.numpy()[:] = 1 - num_sampled.numpy()
+        num_rejected.numpy()[:] = np.diff(rest[1].numpy()) - num_sampled.numpy()
 
     def no_skipping(slots: Any, *rest: Any, **kwargs: Any) -> None:
         cpu._post_update(slots.abs(), *rest, **kwargs)
@@ -158,17 +169,20 @@ def test_grammar_masks_are_those_of_the_kernel(monkeypatch):
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", with_boolean_mask)
     kernel = fresh("structured_outputs")._apply_grammar_bitmask_kernel
+    found = 0
     for seed in range(20):
         batch = Batch(seed)
         rows = len(batch.slots)
-        masked = torch.randperm(rows, generator=batch.generator)[: batch.integer(1, rows)].int()
+        masked = torch.randperm(rows, generator=batch.generator)[: batch.integer(1, rows)].int() * (DRAFTS + 1)
+        masked += batch.integers(DRAFTS + 1, masked.shape).int()
         bitmask = batch.integers(2**31, (len(masked), (VOCAB + 31) // 32)).int()
-        logits = [torch.zeros(rows, VOCAB), torch.zeros(rows, VOCAB)]
+        logits = [torch.zeros(int(batch.cu_num_logits[-1]), VOCAB) for _ in range(2)]
         for out, launch in zip(logits, (kernel[(len(masked), 1)], cpu._grammar_mask), strict=True):
             arguments = (out, out.stride(0), masked, batch.cu_num_logits, bitmask, bitmask.stride(0), VOCAB)
-            launch(*arguments, MASK_STRIDE=1, BLOCK_SIZE=64)
-        assert logits[0].isinf().any()
+            launch(*arguments, MASK_STRIDE=DRAFTS + 1, BLOCK_SIZE=64)
+        found += int(logits[0].isinf().any())
         assert torch.equal(*logits)
+    assert found > 10
 
 
 def block_tables(batch: Batch, module: ModuleType, sizes: list[int]) -> Any:

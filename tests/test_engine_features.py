@@ -15,7 +15,14 @@ from osd.engine.request import PairOptions
 from tests.exact import completion_logits, mixture, penalised, q_star
 from tests.pairs import collect, run, runners, step, submit
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.parametrize(
+        "engine",
+        [pytest.param({}, id="no drafts"), pytest.param({"num_speculative_tokens": 3}, id="drafts", marks=pytest.mark.slow)],
+        indirect=True,
+    ),
+]
 
 # N sampled tokens, V vocabulary.
 

@@ -26,7 +26,13 @@ def model_paths(tiny_pair, unconstrained):
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.parametrize(
-        "engine", [cramped(34, 50), cramped(50, 34)], ids=["slow teacher prefill", "slow student prefill"], indirect=True
+        "engine",
+        [
+            pytest.param(cramped(34, 50), id="slow teacher prefill"),
+            pytest.param(cramped(50, 34), id="slow student prefill"),
+            pytest.param(cramped(50, 34) | dict(num_speculative_tokens=3), id="drafts", marks=pytest.mark.slow),
+        ],
+        indirect=True,
     ),
 ]
 

@@ -88,6 +88,10 @@ def test_a_missing_model_is_refused_by_name(tmp_path, tiny_pair, side):
         ({"engine_kwargs": {"pipeline_parallel_size": 2}}, "pipeline"),
         ({"engine_kwargs": {"watermark_config": {"key": 1}}}, "watermark_config.*not supported"),
         ({"student_kwargs": {"tensor_parallel_size": 2}}, "cannot differ"),
+        ({"num_speculative_tokens": 17}, "num_speculative_tokens=17 is not a whole number from 0 to 16"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens=-1"),
+        ({"num_speculative_tokens": "some"}, "num_speculative_tokens='some'.*'auto'"),
+        ({"num_speculative_tokens": True}, "num_speculative_tokens=True"),
     ],
 )
 def test_engine_arguments_the_pair_cannot_take_are_refused(kwargs, message):
@@ -101,6 +105,14 @@ def test_cached_states_are_refused_on_a_cpu(tmp_path, tiny_pair, side):
     paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: save_model(tmp_path, "Mamba-2 and attention")}
     with pytest.raises(ValueError, match=f"{side} '{tmp_path}' has recurrent layers.*'enable_prefix_caching'"):
         pair(**paths)
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_recurrent_model_gets_no_drafts(tmp_path, tiny_pair, side):
+    """A state cannot go back by a rejected draft: it would be wrong, and nothing would show it."""
+    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: save_model(tmp_path, "Mamba-2 everywhere")}
+    with pytest.raises(ValueError, match=f"num_speculative_tokens.*{side} '{tmp_path}' has recurrent layers"):
+        pair(**paths, num_speculative_tokens=2, engine_kwargs={"enable_prefix_caching": False})
 
 
 def test_a_completion_ends_at_either_models_eos(tmp_path):

@@ -32,6 +32,7 @@ class Scenario:
         shared: tokens that all prompts of both sides begin with.
         abort: requests that are aborted, by the step after which they are.
         engine: engine arguments.
+        drafts: how many tokens the student drafts.
         expect: events of `tests.pairs.watch` that must occur, or the schedule proves nothing.
     """
 
@@ -43,6 +44,7 @@ class Scenario:
     shared: int = 0
     abort: tuple[tuple[int, int], ...] = ()
     student: str = "llama"
+    drafts: int = 0
 
 
 # 13 blocks of 32, one of which vLLM keeps: a longest request (90 + 70 tokens) takes 5 of 12.
@@ -76,6 +78,23 @@ SCENARIOS = {
         requests=8,
         completion=(20, 60),
         engine=dict(num_gpu_blocks_override=13, max_num_batched_tokens=48, async_scheduling=False),
+        expect=PREEMPT,
+    ),
+    "drafts": Scenario(
+        requests=10,
+        completion=(10, 60),
+        shared=32,
+        abort=((9, 0), (25, 3)),
+        student="qwen",
+        engine=dict(num_gpu_blocks_override=13, max_num_batched_tokens=40),
+        drafts=4,
+        expect=(*PREEMPT, "teacher hits", "student hits"),
+    ),
+    "sync drafts": Scenario(
+        requests=8,
+        completion=(20, 60),
+        engine=dict(num_gpu_blocks_override=13, max_num_batched_tokens=48, async_scheduling=False),
+        drafts=2,
         expect=PREEMPT,
     ),
 }
@@ -138,7 +157,7 @@ def test_no_token_is_wrong(tiny_pair, qwen, monkeypatch, name):
     scenario = SCENARIOS[name]
     paths = tiny_pair[0], (qwen if scenario.student == "qwen" else tiny_pair[1])
     models, requests = [reference(path) for path in paths], requests_of(scenario, random.Random(0))
-    with start(paths, max_num_seqs=6, **scenario.engine) as engine:
+    with start(paths, dict(num_speculative_tokens=scenario.drafts), max_num_seqs=6, **scenario.engine) as engine:
         seen = watch(engine, monkeypatch)
         completions = sample(engine, scenario, requests)
         step(engine)

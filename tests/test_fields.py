@@ -31,6 +31,7 @@ VALUES = {
     "kl_clip": 3.0,
     "mixture": ("linear", {"alpha_method": "fixed"}),
     "model_init_kwargs": {"revision": "v2"},
+    "num_speculative_tokens": 4,
     "skew": (0.3, {"divergence": "skew_kl"}),
     "student_engine_kwargs": {"revision": "v3"},
     "teacher_engine_kwargs": {"quantization": "fp8"},

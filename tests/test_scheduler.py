@@ -27,6 +27,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from osd.engine.backend.configuration import StudentCache, student_vllm_config
 from osd.engine.backend.scheduler import PairScheduler
+from osd.engine.backend.speculative_scheduler import SpeculativeScheduler
 from osd.engine.config import PairConfig
 from osd.engine.request import PairOptions
 from tests.tiny import tiny_engine_kwargs
@@ -37,14 +38,14 @@ LONG = {"max_position_embeddings": 32768}
 init_none_hash(HASH_FN)  # once: it may be random, and prefixes match only under the same one
 
 
-@pytest.fixture(params=[False, True], ids=["sync", "async"])
-def pair(tiny_pair, request) -> tuple[str, str, bool]:
-    """Teacher, student, and whether scheduling is async."""
-    return (*map(str, tiny_pair), request.param)
+@pytest.fixture(params=[(False, 0), (True, 0), (False, 3), (True, 3)], ids=["sync", "async", "sync drafts", "async drafts"])
+def pair(tiny_pair, request) -> tuple[str, str, bool, int]:
+    """Teacher, student, whether scheduling is async, and the number of drafts."""
+    return (*map(str, tiny_pair), *request.param)
 
 
 def make_scheduler(pair, *, blocks: int, budget: int, student_budget: int, max_num_seqs: int = 8) -> PairScheduler:
-    teacher, student, asynchronous = pair
+    teacher, student, asynchronous, drafts = pair
     config = PairConfig(
         teacher=teacher,
         student=student,
@@ -53,12 +54,14 @@ def make_scheduler(pair, *, blocks: int, budget: int, student_budget: int, max_n
         ),
         teacher_kwargs={"max_num_batched_tokens": budget},
         student_kwargs={"max_num_batched_tokens": student_budget},
+        num_speculative_tokens=drafts,
     )
     vllm_config = EngineArgs(**config.teacher_engine_args()).create_engine_config()
     vllm_config.cache_config.num_gpu_blocks = blocks
     manager = StructuredOutputManager(vllm_config)
     with set_current_vllm_config(vllm_config):
-        return PairScheduler(vllm_config, kv_cache(vllm_config, blocks), manager, block_size=BLOCK, hash_block_size=BLOCK)
+        scheduler_class = SpeculativeScheduler if drafts else PairScheduler
+        return scheduler_class(vllm_config, kv_cache(vllm_config, blocks), manager, block_size=BLOCK, hash_block_size=BLOCK)
 
 
 def kv_cache(vllm_config: VllmConfig, blocks: int) -> KVCacheConfig:
@@ -136,16 +139,29 @@ class Workers:
         runner_output = ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={i: n for n, i in enumerate(ids)},
-            sampled_token_ids=[[self.rng.randrange(self.vocabulary)] if i in output.osd.ready else [] for i in ids],
+            sampled_token_ids=[self.sample(output, i) for i in ids],
             prompt_logprobs_dict={},
             pooler_output=[],
         )
         return output, runner_output
 
+    def sample(self, output: SchedulerOutput, i: str) -> list[int]:
+        """Return one token of a ready request, and as many as its drafts allow."""
+        if i not in output.osd.ready:
+            return []
+        drafts = len(output.scheduled_spec_decode_tokens.get(i, ()))
+        self.seen["drafts"] += drafts
+        return [self.rng.randrange(self.vocabulary) for _ in range(1 + self.rng.randint(0, drafts))]
+
     def deliver(self, output: SchedulerOutput, runner_output: ModelRunnerOutput) -> None:
         for i, tokens in zip(runner_output.req_ids, runner_output.sampled_token_ids, strict=True):
-            if i in self.scheduler.requests:  # else it ended while this step was in flight
-                self.outputs.setdefault(i, []).extend(tokens)
+            if (request := self.scheduler.requests.get(i)) is not None:  # else it ended while this step was in flight
+                left = request.max_tokens - request.num_output_tokens
+                self.outputs.setdefault(i, []).extend(tokens[:left])
+                rejected = len(output.scheduled_spec_decode_tokens.get(i, ())) + 1 - len(tokens) if tokens else 0
+                for side in (self.scheduler, self.scheduler.student):
+                    if (side, i) in self.computed:
+                        self.computed[side, i] -= rejected
         for client in self.scheduler.update_from_output(output, runner_output).values():
             for done in client.outputs:
                 if done.finish_reason is not None:
@@ -159,6 +175,8 @@ class Workers:
             if s is not None:
                 assert i in step.student_output.num_scheduled_tokens
                 assert s.num_computed_tokens == known_tokens(s)
+                drafts = [of_side.scheduled_spec_decode_tokens.get(i) for of_side in (output, step.student_output)]
+                assert drafts[0] == drafts[1]
                 assert t.num_computed_tokens - t.num_prompt_tokens == s.num_computed_tokens - s.num_prompt_tokens
                 assert list(t.output_token_ids) == list(s.output_token_ids) == self.outputs.get(i, [])
         for side, scheduled in ((teacher, output), (student, step.student_output)):
@@ -244,6 +262,18 @@ def test_random_schedules_cover_the_cases_of_the_rule(pair):
         workers.run()
         seen += workers.seen
     assert min(seen[k] for k in ("waited", "preempted teacher", "preempted student", "hits teacher", "hits student")) > 0, seen
+    assert (seen["drafts"] > 0) == (pair[3] > 0)
+
+
+@pytest.mark.parametrize("pair", [(True, 3)], ids=["async drafts"], indirect=True)
+def test_sides_with_different_numbers_of_drafts_are_seen(pair, monkeypatch):
+    """The planted error: each side keeps the drafts that its own step has room for."""
+    monkeypatch.setattr(SpeculativeScheduler, "_level_drafts", lambda self, output, student_output: None)
+    workers = Workers(make_scheduler(pair, blocks=24, budget=64, student_budget=11))
+    for r in random_requests(random.Random(1), 14):
+        workers.scheduler.add_request(r)
+    with pytest.raises(AssertionError):
+        workers.run()
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])

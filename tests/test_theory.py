@@ -20,6 +20,7 @@ from scipy import optimize
 
 from osd.alpha import _root, solve_alpha
 from osd.core import MixingConfig
+from osd.engine.speculation import expected_tokens, residual
 from osd.log_partition import Curve
 from osd.mixing import Mixture, mix
 from theory.pairs import (
@@ -770,6 +771,118 @@ def test_theorem_18_two_prompts() -> None:
     alpha = pair.chernoff()
     says("$I=0.368$", kl(pair.r, pair.p))
     says("it remains at $C=0.112$, with $\\alpha^{\\ast}=0.458$", -pair.psi(alpha), alpha)
+
+
+def cycle_law(tree: Tree, target: Callable[[tuple[int, ...]], Vector], prefix: tuple[int, ...], drafts: int) -> dict:
+    """Return the probability of every run of tokens that a cycle at a prefix can keep, by its definition."""
+    law: dict[tuple[int, ...], float] = {}
+
+    def decide(kept: tuple[int, ...], weight: float) -> None:
+        pair, q = tree.after(prefix + kept), target(prefix + kept)
+        left = np.maximum(q - pair.p, 0)
+        for token, p in enumerate(pair.p):
+            accepted = weight * p * min(1.0, q[token] / p) if p else 0.0
+            if len(kept) < drafts:
+                decide((*kept, token), accepted) if accepted else None
+            else:
+                law[(*kept, token)] = law.get((*kept, token), 0.0) + accepted
+        refused = weight * (1 - np.minimum(pair.p, q).sum())
+        if left.sum():
+            for token, share in enumerate(left / left.sum()):
+                law[(*kept, token)] = law.get((*kept, token), 0.0) + refused * share
+
+    decide((), 1.0)
+    return law
+
+
+def completions_by_cycles(tree: Tree, weigh: Callable[[Two], float], drafts: int, length: int) -> Vector:
+    """Return the law of the first `length` tokens of completions that are made cycle by cycle, over all of them."""
+
+    def target(prefix: tuple[int, ...]) -> Vector:
+        return tree.after(prefix).q(weigh(tree.after(prefix)))
+
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    while any(len(prefix) < length for prefix in law):
+        after: dict[tuple[int, ...], float] = {}
+        for prefix, weight in law.items():
+            runs = cycle_law(tree, target, prefix, drafts) if len(prefix) < length else {(): 1.0}
+            for run, share in runs.items():
+                whole = (prefix + run)[:length]
+                after[whole] = after.get(whole, 0.0) + weight * share
+        law = after
+    return np.array([law.get(tokens, 0.0) for tokens in itertools.product(range(3), repeat=length)])
+
+
+def independent(acceptance: float, drafts: int) -> float:
+    return sum(acceptance**n for n in range(drafts + 1))
+
+
+def test_theorem_19_speculation_is_exact() -> None:
+    for pair in [*PAIRS, *OVERLAPPING]:
+        alpha = pair.chernoff()
+        q = pair.q(alpha)
+        a = np.minimum(pair.p, q).sum()
+        assert a == pytest.approx(1 - np.abs(q - pair.p).sum() / 2)
+        assert a == pytest.approx(q @ np.minimum(1, np.divide(pair.p, q, out=np.zeros_like(q), where=q > 0)))
+        if 0.01 < alpha < 0.99:
+            assert a >= 1 - np.sqrt(-pair.psi(alpha) / 2)
+        with np.errstate(divide="ignore"):
+            left = residual(torch.tensor(np.log(q))[None], torch.tensor(np.log(pair.p))[None])[0].numpy()
+        assert np.minimum(pair.p, q) + (1 - a) * left / left.sum() == pytest.approx(q)  # the code's residual
+    tree = random_tree(6)
+    for drafts in (0, 1, 2, 3):
+        for weigh in (balanced, lambda pair: 0.3):
+            _, expected = tree.joint(weigh)
+            assert completions_by_cycles(tree, weigh, drafts, 3) == pytest.approx(expected)
+    says("$a=0.620$, and the bound is 0.490", *(running_acceptance(), 1 - np.sqrt(-RUNNING.psi(RUNNING.chernoff()) / 2)))
+
+
+def running_acceptance() -> float:
+    return float(np.minimum(RUNNING.p, RUNNING.q(RUNNING.chernoff())).sum())
+
+
+def test_theorem_20_tokens_of_a_cycle() -> None:
+    constant = Tree(3, lambda prefix: RUNNING)
+    for drafts in range(5):
+        law = cycle_law(constant, lambda prefix: RUNNING.q(RUNNING.chernoff()), (), drafts)
+        assert sum(law.values()) == pytest.approx(1)
+        mean = sum(len(run) * weight for run, weight in law.items())
+        assert mean == pytest.approx(independent(running_acceptance(), drafts))
+        assert mean == pytest.approx(expected_tokens(running_acceptance(), drafts))
+    tree = random_tree(7)
+    laws = [cycle_law(tree, lambda prefix: tree.after(prefix).q(0.5), (), drafts) for drafts in range(4)]
+    means = [sum(len(run) * weight for run, weight in law.items()) for law in laws]
+    assert means[0] == pytest.approx(1)
+    assert (np.diff(means) > 0).all()
+    assert (np.diff(means, 2) <= 1e-12).all()
+    says("four drafts give 4.10 tokens a cycle", independent(0.9, 4))
+    says("the others $a=0.8$, 4.18", (independent(1.0, 4) + independent(0.8, 4)) / 2)
+
+
+def test_theorem_21_break_even() -> None:
+    def time(a: float, c: float, k: int) -> float:
+        return (1 + (k + 1) * c) / independent(a, k)
+
+    for a, c in itertools.product(np.linspace(0.05, 0.99, 20), np.geomspace(0.01, 3, 20)):
+        times = [time(a, c, k) for k in range(40)]
+        down = np.diff(times) < 0
+        assert not (np.diff(down.astype(int)) > 0).any()  # once up, never down again
+        rule = [a ** (k + 1) * (1 + (k + 1) * c) > c * independent(a, k) for k in range(39)]
+        assert all(d == r for d, r, step in zip(down, rule, np.diff(times), strict=True) if abs(step) > 1e-12)
+        assert (min(times[1:]) < times[0]) == (a > c / (1 + c))
+        assert all((t < 1) == (c < (independent(a, k) - 1) / (k + 1)) for k, t in enumerate(times))
+
+    def best(a: float, c: float) -> tuple[int, float]:
+        return min(((k, time(a, c, k)) for k in range(40)), key=lambda item: item[1])
+
+    def limit(a: float) -> tuple[int, float]:
+        return max(((k, (independent(a, k) - 1) / (k + 1)) for k in range(40)), key=lambda item: item[1])
+
+    assert (best(0.9, 0.1)[0], best(0.7, 0.1)[0], limit(0.9)[0], limit(0.7)[0]) == (10, 4, 4, 2)
+    says("is 10 at $a=0.9$, with $T=0.306$", best(0.9, 0.1)[1])
+    says("and 4 at $a=0.7$, with $T=0.541$", best(0.7, 0.1)[1])
+    says("up to $c=0.619$, with $k=4$", limit(0.9)[1])
+    says("up to $c=0.397$, with $k=2$", limit(0.7)[1])
 
 
 def test_figures_are_committed_and_drawn_by_the_script(tmp_path: Path) -> None:

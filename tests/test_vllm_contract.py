@@ -36,7 +36,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -47,6 +47,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.sample.ops import topk_topp_sampler
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -86,6 +87,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "emitted": (EngineCoreOutput,),
     "engine": (LLMEngine,),
     "engine_client": (EngineClient,),
+    "further": (SchedulerOutput,),
     "grammar": (GrammarOutput,),
     "group": (KVCacheGroupSpec,),
     "groups": (KVCacheGroupSpec,),
@@ -103,6 +105,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "model_runner_output": (ModelRunnerOutput,),
     "module": (TorchCompileWithNoGuardsWrapper,),
     "new": (NewRequestData,),
+    "of_side": (SchedulerOutput,),
     "output": (SchedulerOutput, ModelRunnerOutput),
     "params": (SamplingParams,),
     "partner": (Request,),
@@ -121,6 +124,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "spec": (FullAttentionSpec,),
     "state": (ExecuteModelState,),
     "states": (RequestState,),
+    "stats": (SpecDecodingStats,),
     "stock": (Sampler,),
     "student": (Scheduler, Request),
     "student_config": (VllmConfig,),
@@ -152,9 +156,13 @@ FIELDS: dict[str, type] = {
     "LLMEngine.engine_core": SyncMPClient,
     "LLMEngine.vllm_config": VllmConfig,
     "Scheduler.waiting": RequestQueue,
+    "RequestState.prompt_len": UvaBackedTensor,
+    "RequestState.num_computed_tokens": StagedWriteTensor,
     "RequestState.prefill_len": UvaBackedTensor,
+    "SchedulerOutput.scheduled_cached_reqs": CachedRequestData,
     "Request.sampling_params": SamplingParams,
     "Sampler.penalties_state": PenaltiesState,
+    "Sampler.req_states": RequestState,
     "Sampler.sampling_states": SamplingStates,
     "Sampler.thinking_budget_state": ThinkingBudgetState,
     "Scheduler.kv_cache_manager": KVCacheManager,
@@ -171,6 +179,8 @@ FIELDS: dict[str, type] = {
 BASES: dict[str, type] = {
     "PairWorker": Worker,
     "PairScheduler": AsyncScheduler,
+    "SpeculativeScheduler": AsyncScheduler,
+    "SpeculativeWorker": Worker,
     "_gather_block_tables": BlockTables,
     "_compute_slot_mappings": BlockTables,
     "_apply_write": StagedWriteTensor,
@@ -212,7 +222,7 @@ def test_the_names_are_few(names, record_property):
     every = {attr for _, attr in names.used} | {name for _, name in imports()}
     record_property("names_of_vllm", len(attrs | imported))
     print(f"{len(attrs | imported)} names of vllm.v1 ({len(attrs)} attributes), {len(every)} of vLLM")
-    assert len(attrs | imported) <= 190
+    assert len(attrs | imported) <= 206
 
 
 def test_an_attribute_that_vllm_does_not_have_is_seen(names, monkeypatch):
@@ -247,6 +257,7 @@ KERNEL_PARAMETERS = {
     "_combine_sampled_and_draft_tokens_kernel": """input_ids idx_mapping last_sampled_tokens query_start_loc seq_lens
         prefill_len draft_tokens draft_tokens_stride cu_num_logits logits_indices BLOCK_SIZE NUM_NEW_SAMPLED_TOKENS""",
     "_get_num_sampled_and_rejected_kernel": """num_sampled num_rejected seq_lens cu_num_logits idx_mapping prefill_len""",
+    "_expand_idx_mapping_kernel": """idx_mapping expanded_idx_mapping expanded_local_pos cu_num_logits BLOCK_SIZE""",
     "_post_update_kernel": """idx_mapping num_computed_tokens last_sampled_tokens output_bin_counts output_bin_counts_stride
         sampled_tokens sampled_tokens_stride num_sampled num_rejected query_start_loc all_token_ids all_token_ids_stride
         total_len""",

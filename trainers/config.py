@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
-from osd.core import MixingConfig, mixing_option
+from osd.core import SPECULATION_HELP, MixingConfig, mixing_option, speculative_tokens
 from trainers.alpha_schedule import AlphaSchedule
 from trainers.divergence import Divergence
 from trainers.validation import check
@@ -175,6 +175,7 @@ class OSDConfig(DistillationConfig):
     student_engine_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "vLLM engine arguments of the student only."}
     )
+    num_speculative_tokens: str = field(default="0", metadata={"help": SPECULATION_HELP})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,8 +218,12 @@ class OSDConfig(DistillationConfig):
         """Return the divergence that the loss minimises at each token."""
         return Divergence(kind=self.divergence, beta=self.beta, skew=self.skew, temperature=self.temperature, clip=self.kl_clip)
 
-    def pair_kwargs(self) -> dict[str, dict[str, Any]]:
-        """Return `engine_kwargs`, `teacher_kwargs` and `student_kwargs` of `PairConfig`."""
+    def pair_kwargs(self) -> dict[str, Any]:
+        """Return the arguments of `PairConfig` other than the models and the mixing.
+
+        Raises:
+            ValueError: a ``num_speculative_tokens`` that is no number of drafts.
+        """
         engine = {
             "gpu_memory_utilization": self.vllm_gpu_memory_utilization,
             "max_num_seqs": self._largest_batch(),
@@ -234,6 +239,7 @@ class OSDConfig(DistillationConfig):
             "engine_kwargs": engine | self._mapping("engine_kwargs"),
             "teacher_kwargs": teacher | self._mapping("teacher_engine_kwargs"),
             "student_kwargs": student | self._mapping("student_engine_kwargs"),
+            "num_speculative_tokens": speculative_tokens(self.num_speculative_tokens),
         }
 
     def sampling_kwargs(self) -> dict[str, Any]:

@@ -58,6 +58,7 @@ OF_THE_ENGINE = (
     "engine_kwargs",
     "teacher_engine_kwargs",
     "student_engine_kwargs",
+    "num_speculative_tokens",
 )
 
 # TRL's fields that OSD reads itself.

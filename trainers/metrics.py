@@ -3,7 +3,8 @@
 `alpha/...`  the teacher's weight: mean, std, min and max over tokens
 `q/...`      of the mixture, means over tokens: KL(q*‖π_θ) and KL(q*‖π_t) in nats, entropy in nats, and
              ess_ratio = ESS(π_θ)/ESS(π_t), which is 1 where both policies are equally well covered by q*
-`engine/...` seconds of sync and sampling, cached share of each side's prompt tokens, version of the student's weights
+`engine/...` seconds of sync and sampling, cached share of each side's prompt tokens, version of the student's weights; with
+             num_speculative_tokens: draft_acceptance, the share of verified drafts that were accepted, and tokens_per_cycle
 `loss/clipped`    share of tokens whose divergence was above kl_clip
 `importance/...`  of the weights as used: mean_weight; ess, the effective sample size (Σw)² / Σw² as a share of the tokens;
              truncated, the share of tokens at importance_clip. The means over the passes of a step.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from osd.core import TOKEN_ORIGINS
 from osd.generation import GeneratedBatch, OSDGeneration
 
 if TYPE_CHECKING:
@@ -52,6 +54,17 @@ def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, floa
         "engine/student_cache_hit": _ratio(*(of[f"student_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
         "engine/weights_version": of["weights_version"].min().item(),
         "completions/failed": of["failed"].sum().item(),
+        **_draft_metrics(*(of[name].sum().item() for name in TOKEN_ORIGINS)),
+    }
+
+
+def _draft_metrics(drawn: float, accepted: float, corrected: float, bonus: float) -> dict[str, float]:
+    """Return metrics of speculation from how the tokens came to be; none if no draft was verified."""
+    if not accepted + corrected:
+        return {}
+    return {
+        "engine/draft_acceptance": accepted / (accepted + corrected),
+        "engine/tokens_per_cycle": (drawn + accepted + corrected + bonus) / (drawn + corrected + bonus),
     }
 
 
@@ -99,6 +112,8 @@ def _totals(batch: GeneratedBatch) -> dict[str, float]:
     }
     token_N["ess_ratio"] = token_N["ess_theta"] / token_N["ess_teacher"]
     alpha_N = token_N["alpha"]
+    origins = [record.origin_T for record in good if record.origin_T is not None]
+    counts = torch.cat(origins).bincount(minlength=len(TOKEN_ORIGINS)) if origins else torch.zeros(len(TOKEN_ORIGINS))
     return {
         "tokens": float(len(alpha_N)),
         "alpha": alpha_N.sum().item(),
@@ -111,6 +126,7 @@ def _totals(batch: GeneratedBatch) -> dict[str, float]:
         "sync_seconds": batch.sync_seconds,
         "seconds": batch.seconds,
         "weights_version": float(batch.weights_version),
+        **dict(zip(TOKEN_ORIGINS, counts.double().tolist(), strict=True)),
     }
 
 

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from osd.core import MixingConfig, mixing_option
+from osd.core import SPECULATION_HELP, MixingConfig, mixing_option, speculative_tokens
 from osd.data import grading
 from osd.data.hints import check_types
 from osd.prompt_checks import check_template_kwargs
@@ -165,6 +165,7 @@ class Engine:
     engine_kwargs: dict[str, Any] | str | None = _of(None, "Any vLLM engine arguments, for both sides (JSON as a flag).")
     teacher_engine_kwargs: dict[str, Any] | str | None = _of(None, "vLLM engine arguments of the teacher only.")
     student_engine_kwargs: dict[str, Any] | str | None = _of(None, "vLLM engine arguments of the student only.")
+    num_speculative_tokens: str = _of("0", SPECULATION_HELP)
     batch_size: int = _of(1024, "Completions handed to the engine at once; changes the speed, not the data.")
 
 
@@ -302,8 +303,8 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine, Terminal):
             if not name.isidentifier():
                 raise ValueError(f"columns: {name!r} cannot be a template field; use letters, digits and underscores")
 
-    def pair_kwargs(self) -> dict[str, dict[str, Any]]:
-        """Return `engine_kwargs`, `teacher_kwargs` and `student_kwargs` of the paired engine."""
+    def pair_kwargs(self) -> dict[str, Any]:
+        """Return the arguments of `PairConfig` other than the models and the mixing."""
         engine: dict[str, Any] = {"gpu_memory_utilization": self.vllm_gpu_memory_utilization}
         engine |= {"trust_remote_code": self.trust_remote_code, "seed": self.seed}
         if self.vllm_max_model_length is not None:
@@ -312,6 +313,7 @@ class _Run(Models, Data, Prompts, Mixing, Sampling, Engine, Terminal):
             "engine_kwargs": engine | as_mapping(self.engine_kwargs),
             "teacher_kwargs": _revision(self.teacher_model_revision) | as_mapping(self.teacher_engine_kwargs),
             "student_kwargs": _revision(self.model_revision) | as_mapping(self.student_engine_kwargs),
+            "num_speculative_tokens": speculative_tokens(self.num_speculative_tokens),
         }
 
     def tensor_parallel_size(self) -> int:

@@ -6,6 +6,7 @@ B rows of the teacher's batch, S rows of the student's, P rows where both are re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ class Alignment:
     rejected_B: torch.Tensor | None
     rejected_S: torch.Tensor | None
     source_S: torch.Tensor | None
-    recorded_ids: list[str]
+    recorded_ids: list[Any]
     recorded_rows: torch.Tensor | None
     hidden: bool
 
@@ -81,11 +82,11 @@ class Aligner:
 
     def _build(
         self,
-        teacher_ids: list[str],
-        student_ids: list[str],
-        ready: set[str],
-        unmixed: set[str],
-        requests: dict[str, SampledRequest],
+        teacher_ids: list[Any],
+        student_ids: list[Any],
+        ready: set[Any],
+        unmixed: set[Any],
+        requests: dict[Any, SampledRequest],
     ) -> Alignment:
         of_row = [requests[i] for i in teacher_ids]
         student_row = {request_id: row for row, request_id in enumerate(student_ids)}
@@ -114,7 +115,7 @@ class Aligner:
             hidden=any(of_row[row].options.hidden for row in recorded),
         )
 
-    def _rejected(self, ids: list[str], ready: set[str]) -> torch.Tensor | None:
+    def _rejected(self, ids: list[Any], ready: set[Any]) -> torch.Tensor | None:
         return torch.zeros(len(ids), dtype=torch.int32, device=self.device) if ready.issuperset(ids) else None
 
     def _index(self, rows: list[int], size: int) -> torch.Tensor | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from osd.core import MixingConfig, suggest
+from osd.core import MixingConfig, speculative_tokens, suggest
 
 ADDITIONAL_CONFIG_KEY = "osd"
 WORKER_CLS = "osd.engine.backend.worker.PairWorker"
 SCHEDULER_CLS = "osd.engine.backend.scheduler.PairScheduler"
+SPECULATIVE_WORKER_CLS = "osd.engine.backend.speculative_worker.SpeculativeWorker"
+SPECULATIVE_SCHEDULER_CLS = "osd.engine.backend.speculative_scheduler.SpeculativeScheduler"
+MOST_CHOSEN = 8  # drafts with num_speculative_tokens="auto"
 
 # The pair sets these itself.
 RESERVED_KWARGS = ("worker_cls", "scheduler_cls", "model")
@@ -27,7 +30,7 @@ SHARED_KWARGS = (
 )
 # Refused: a clear error is better than a wrong distribution.
 UNSUPPORTED_KWARGS = {
-    "speculative_config": "the paired engine has no speculative decoding",
+    "speculative_config": "in a pair the student drafts; set num_speculative_tokens instead",
     "kv_transfer_config": "the paired engine has no KV transfer",
     "kv_events_config": "events of the student's cache would be taken for the teacher's",
     "enable_lora": "the engine has no LoRA layers; OSDTrainer merges the student's adapter at every sync",
@@ -49,9 +52,14 @@ class PairConfig:
             memory of both together, ...).
         teacher_kwargs, student_kwargs: overrides for one side (``quantization``, ``max_model_len``, ...).
         overlap: on a GPU, run the student's forward pass beside the teacher's where possible (one device, dense models).
+        num_speculative_tokens: how many tokens the student drafts, which the teacher then verifies in one pass: 0 (none) to 16,
+            or "auto", which measures acceptance and times while it runs and chooses up to 8 for each batch size. Completions
+            follow the same distribution for every value. A seed gives the same completion for all numbers from 1 on, another
+            one for 0, and with "auto" one that depends on what was measured.
 
     Raises:
-        ValueError: an engine argument that the pair sets itself, does not support, or that cannot differ between the sides.
+        ValueError: an engine argument that the pair sets itself, does not support, or that cannot differ between the sides; a
+            number of drafts out of range.
     """
 
     teacher: str
@@ -61,8 +69,10 @@ class PairConfig:
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     student_kwargs: dict[str, Any] = field(default_factory=dict)
     overlap: bool = True
+    num_speculative_tokens: int | str = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "num_speculative_tokens", speculative_tokens(self.num_speculative_tokens))
         for name in ("engine_kwargs", "teacher_kwargs", "student_kwargs"):
             self._check_kwargs(name, getattr(self, name))
         for name in ("teacher_kwargs", "student_kwargs"):
@@ -95,11 +105,13 @@ class PairConfig:
             "student": {**self.side_kwargs("student"), "model": self.student},
             "mixing": self.mixing.to_dict(),
             "overlap": self.overlap,
+            "num_speculative_tokens": self.num_speculative_tokens,
         }
+        speculative = self.num_speculative_tokens != 0
         return {
             **kwargs,
             "model": self.teacher,
-            "worker_cls": WORKER_CLS,
-            "scheduler_cls": SCHEDULER_CLS,
+            "worker_cls": SPECULATIVE_WORKER_CLS if speculative else WORKER_CLS,
+            "scheduler_cls": SPECULATIVE_SCHEDULER_CLS if speculative else SCHEDULER_CLS,
             "additional_config": {**kwargs.pop("additional_config", {}), ADDITIONAL_CONFIG_KEY: section},
         }

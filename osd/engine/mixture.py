@@ -137,11 +137,18 @@ def draw(logq_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, 
     """
     peak = logq_BV.amax(dim=-1, keepdim=True)
     cdf = (logq_BV - peak).exp_().cumsum(dim=-1, dtype=torch.float64)
-    total = cdf[:, -1:]
-    # The first id whose cumulative weight exceeds the target: an id of weight zero is never drawn.
-    token = torch.searchsorted(cdf, uniform_B.unsqueeze(-1) * total, right=True).clamp_(max=cdf.shape[-1] - 1)
-    logp = logq_BV.gather(-1, token) - peak - total.log().to(logq_BV.dtype)
+    token = inverse_cdf(cdf, uniform_B)[:, None]
+    logp = logq_BV.gather(-1, token) - peak - cdf[:, -1:].log().to(logq_BV.dtype)
     return token[:, 0], logp[:, 0]
+
+
+def inverse_cdf(cdf_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """Return the first id of each row whose cumulative weight, float64, exceeds that share of the total, int64 [B].
+
+    An id of weight zero is never drawn.
+    """
+    token = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
+    return token[:, 0].clamp_(max=cdf_BV.shape[-1] - 1)
 
 
 def uniform(seed_B: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from osd.core import RECORD_FIELDS, TokenRecord
 # B rows of a step, R record fields (osd.core.RECORD_FIELDS), H teacher hidden size, T tokens of a completion, N rows of all
 # steps, X either R or H.
 
-_TENSORS = ("values_TR", "hidden_TH")
+_TENSORS = ("values_TR", "hidden_TH", "origin_T1")
 _SCALARS = ("weights_version", "teacher_cached_tokens", "student_cached_tokens")
 _MOST_PINNED = 1 << 30  # bytes a call; pinned memory is nobody else's, and torch keeps it
 
@@ -29,6 +30,7 @@ class RequestRecord:
         hidden_TH: the teacher's final hidden state before each sampled token, [T, H] in the engine's dtype, or None.
         weights_version: the student weights that sampled it.
         teacher_cached_tokens, student_cached_tokens: prompt tokens found in each side's prefix cache.
+        origin_T1: how each token came to be, uint8 [T, 1] (`osd.core.TOKEN_ORIGINS`), or None without speculation.
     """
 
     values_TR: torch.Tensor
@@ -36,6 +38,7 @@ class RequestRecord:
     weights_version: int
     teacher_cached_tokens: int = 0
     student_cached_tokens: int = 0
+    origin_T1: torch.Tensor | None = None
 
     def of_tokens(self, length: int) -> TokenRecord:
         """The record of a completion of that many tokens."""
@@ -45,16 +48,22 @@ class RequestRecord:
         if hidden is not None and len(hidden) > length:
             hidden = hidden[:length].clone()
         values = self.values_TR[:length].clone() if self.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
-        return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=self.weights_version)
+        origin = None if self.origin_T1 is None else self.origin_T1[:length, 0].clone()
+        return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=self.weights_version, origin_T=origin)
 
 
 @dataclass
 class _Step:
-    """The rows of one step that somebody asked to record, in the order of ``request_ids``."""
+    """The rows of one step that somebody asked to record, in the order of ``request_ids``.
+
+    Under speculation ``kept_B`` says which of them are tokens, bool, and ``origin_B1`` how they came to be.
+    """
 
     request_ids: list[str]
     values_BR: torch.Tensor
     hidden_BH: torch.Tensor | None
+    kept_B: torch.Tensor | None = None
+    origin_B1: torch.Tensor | None = None
 
 
 @dataclass
@@ -70,8 +79,11 @@ class RecordLog:
         # A request that was preempted is admitted again.
         self._cached.setdefault(request_id, {}).setdefault(f"{side}_cached_tokens", cached_tokens)
 
-    def append(self, request_ids: Sequence[str], values_BR: torch.Tensor, hidden_BH: torch.Tensor | None) -> None:
-        self._steps.append(_Step(list(request_ids), values_BR, hidden_BH))
+    def append(
+        self, request_ids: Sequence[str], values_BR: torch.Tensor, hidden_BH: torch.Tensor | None, **drafts: Any
+    ) -> None:
+        """Add the rows of a step; ``drafts`` are the last two fields of :class:`_Step`."""
+        self._steps.append(_Step(list(request_ids), values_BR, hidden_BH, **drafts))
 
     def clear(self) -> None:
         self._steps, self._cached = [], {}
@@ -79,23 +91,27 @@ class RecordLog:
     def take(self) -> dict[str, RequestRecord]:
         """Every record since the last call, by request id, on the host; the log is empty afterwards."""
         cached, self._cached = self._cached, {}
-        values_of = [(step.request_ids, step.values_BR) for step in self._steps]
-        hidden_of = [(step.request_ids, step.hidden_BH) for step in self._steps if step.hidden_BH is not None]
-        self._steps = []
-        values, hidden = _by_request(values_of), _by_request(hidden_of, apart=True)
+        steps, self._steps = self._steps, []
+        values = _by_request([(step, step.values_BR) for step in steps])
+        origins = _by_request([(step, _origin(step)) for step in steps]) if any(s.kept_B is not None for s in steps) else {}
+        hidden_of = [(step, step.hidden_BH) for step in steps if step.hidden_BH is not None]
+        for step in steps:  # only `hidden_of` holds them now, which gives them up
+            step.hidden_BH = None
+        hidden = _by_request(hidden_of, apart=True)
         empty = torch.empty(0)
         return {
             request_id: RequestRecord(
                 values_TR=values.get(request_id, empty),
                 hidden_TH=hidden.get(request_id),
                 weights_version=self.weights_version,
+                origin_T1=origins.get(request_id),
                 **cached.get(request_id, {}),
             )
             for request_id in {**cached, **values}
         }
 
 
-def _by_request(steps: list[tuple[list[str], torch.Tensor]], *, apart: bool = False) -> dict[str, torch.Tensor]:
+def _by_request(steps: list[tuple[_Step, torch.Tensor]], *, apart: bool = False) -> dict[str, torch.Tensor]:
     """The steps' rows by request, on the host: views of one copy, or ``apart``, each request's in memory of its own.
 
     They are sorted on the device: hidden states of a batch are hundreds of megabytes, which a host moves slowly. Empties
@@ -103,19 +119,38 @@ def _by_request(steps: list[tuple[list[str], torch.Tensor]], *, apart: bool = Fa
     """
     places: dict[str, list[np.ndarray]] = {}
     start = 0
-    for request_ids, run in itertools.groupby(ids for ids, _ in steps):  # most steps have the rows of the step before
+    for request_ids, run in itertools.groupby(step.request_ids for step, _ in steps):  # most have the rows of the step before
         first = start + len(request_ids) * np.arange(sum(1 for _ in run))
         for row, request_id in enumerate(request_ids):
             places.setdefault(request_id, []).append(first + row)
         start += len(request_ids) * len(first)
     if not places:
         return {}
+    kept_N = _kept([step for step, _ in steps])
     rows_NX = torch.cat([rows for _, rows in steps])
     steps.clear()
-    order = torch.from_numpy(np.concatenate([rows for found in places.values() for rows in found])).to(rows_NX.device)
-    lengths = [sum(map(len, found)) for found in places.values()]
+    orders = [np.concatenate(found) for found in places.values()]
+    if kept_N is not None:  # a request has several rows of a step
+        orders = [order[kept_N[order]] for order in map(np.sort, orders)]
+    order = torch.from_numpy(np.concatenate(orders)).to(rows_NX.device)
+    lengths = [len(order) for order in orders]
     host = _apart(rows_NX, order.split(lengths)) if apart else rows_NX[order].cpu().split(lengths)
     return dict(zip(places, host, strict=True))
+
+
+def _origin(step: _Step) -> torch.Tensor:
+    """Return how the rows of a step came to be; 0, drawn, in a step without drafts."""
+    if step.origin_B1 is not None:
+        return step.origin_B1
+    return torch.zeros(len(step.request_ids), 1, dtype=torch.uint8, device=step.values_BR.device)
+
+
+def _kept(steps: list[_Step]) -> np.ndarray | None:
+    """Return which rows of the steps are tokens, or None if all are."""
+    if all(step.kept_B is None for step in steps):
+        return None
+    ones = (step.kept_B if step.kept_B is not None else torch.ones(len(step.request_ids), dtype=torch.bool) for step in steps)
+    return torch.cat([kept.to(steps[0].values_BR.device) for kept in ones]).cpu().numpy()
 
 
 def _apart(rows_NX: torch.Tensor, orders: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from osd.core import MixingConfig
-from osd.engine.config import ADDITIONAL_CONFIG_KEY, SCHEDULER_CLS, WORKER_CLS, PairConfig
+from osd.engine.config import ADDITIONAL_CONFIG_KEY, MOST_CHOSEN, SCHEDULER_CLS, WORKER_CLS, PairConfig
 
 _PLENTY = 1 << 50  # bytes
 
@@ -50,6 +50,16 @@ def mixing_config(teacher_config: VllmConfig) -> MixingConfig:
 def wants_overlap(teacher_config: VllmConfig) -> bool:
     """Return whether the engine was asked to run the two forward passes side by side."""
     return _pair_section(teacher_config)["overlap"]
+
+
+def chooses_drafts(teacher_config: VllmConfig) -> bool:
+    """Return whether the engine chooses the number of drafts itself."""
+    return _pair_section(teacher_config)["num_speculative_tokens"] == "auto"
+
+
+def most_drafts(teacher_config: VllmConfig) -> int:
+    """Return how many tokens the student drafts at most in a cycle."""
+    return MOST_CHOSEN if chooses_drafts(teacher_config) else _pair_section(teacher_config)["num_speculative_tokens"]
 
 
 def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:

@@ -84,14 +84,26 @@ def _positions_and_lengths(
 
 
 def _combine_tokens(
-    input_ids: Any, slots: Any, last: Any, starts: Any, seq_lens: Any, prefill_len: Any, _drafts: Any, _s: int, cu_logits: Any,
-    logits_indices: Any, **_: Any,
+    input_ids: Any, slots: Any, last: Any, starts: Any, seq_lens: Any, prefill_len: Any, drafts: Any, _s: int, cu_logits: Any,
+    logits_indices: Any, NUM_NEW_SAMPLED_TOKENS: int, **_: Any,
 ) -> None:  # fmt: skip
     rows, slot = len(slots), slots.numpy()
-    end = starts.numpy()[1 : rows + 1].astype(np.int64) - 1
-    logits_indices.numpy()[:] = end  # no drafts: one logit per row
-    decoding = seq_lens.numpy()[:rows] > prefill_len.numpy()[slot]
-    input_ids.numpy()[end[decoding]] = last.numpy()[slot[decoding], 0]
+    end, logits = starts.numpy()[1 : rows + 1].astype(np.int64), np.diff(cu_logits.numpy()[: rows + 1])
+    place = np.arange(logits.sum()) - np.repeat(np.cumsum(logits) - logits, logits)
+    logits_indices.numpy()[:] = np.repeat(end - logits, logits) + place
+    length, prefill = seq_lens.numpy()[:rows], prefill_len.numpy()[slot]
+    decoding = (length > prefill) & (length - logits >= prefill)
+    ids = input_ids.numpy()
+    ids[(end - logits)[decoding]] = last.numpy()[slot[decoding], 0]
+    for row in np.flatnonzero((length > prefill) & (logits > 1)):
+        ids[end[row] - logits[row] + 1 : end[row]] = drafts.numpy()[slot[row], : logits[row] - 1]
+
+
+def _expand_mapping(slots: Any, expanded: Any, places: Any, cu_logits: Any, **_: Any) -> None:
+    first = cu_logits.numpy()[: len(slots) + 1]
+    logits = np.diff(first)
+    expanded.numpy()[: first[-1]] = np.repeat(slots.numpy(), logits)
+    places.numpy()[: first[-1]] = np.arange(first[-1]) - np.repeat(first[:-1], logits)
 
 
 def _sampled_and_rejected(
@@ -109,18 +121,20 @@ def _post_update(
     starts: Any, all_ids: Any, _u: int, total_len: Any, *_drafts: Any, **_: Any,
 ) -> None:  # fmt: skip
     rows, slot = len(slots), slots.numpy()
-    real, sampled = slot >= 0, num_sampled.numpy()[:rows] > 0
+    real = slot >= 0
     delta = (
         -num_rejected.numpy()[:rows] if starts is None else np.diff(starts.numpy()[: rows + 1]) - num_rejected.numpy()[:rows]
     )
     computed.numpy()[slot[real]] += delta[real]
-    drawn = slot[real & sampled]
-    new, at = tokens.numpy()[real & sampled, 0], total_len.numpy()
-    last.numpy()[drawn, 0] = new
-    all_ids.numpy()[drawn, at[drawn]] = new
-    at[drawn] += 1
-    if bins is not None:
-        bins.numpy()[drawn, new] += 1
+    kept, at = num_sampled.numpy()[:rows], total_len.numpy()
+    for place in range(int(kept.max(initial=0))):
+        has = real & (kept > place)
+        drawn, new = slot[has], tokens.numpy()[has, place]
+        last.numpy()[drawn, 0] = new
+        all_ids.numpy()[drawn, at[drawn]] = new
+        at[drawn] += 1
+        if bins is not None:
+            bins.numpy()[drawn, new] += 1
 
 
 def _grammar_mask(
@@ -173,6 +187,7 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
         "_prepare_prefill_inputs_kernel": _prefill_inputs,
         "_prepare_pos_seq_lens_kernel": _positions_and_lengths,
         "_combine_sampled_and_draft_tokens_kernel": _combine_tokens,
+        "_expand_idx_mapping_kernel": _expand_mapping,
         "_get_num_sampled_and_rejected_kernel": _sampled_and_rejected,
         "_post_update_kernel": _post_update,
     },

@@ -136,7 +136,7 @@ class PairSampler:
             rows = as_index(part.rows)
             out.token_B[rows] = token_P.to(out.token_B.dtype)
             out.bad_side_B[rows] = bad_side_P
-            out.values_BR[rows] = _without_student(values_PR) if part.solo else values_PR
+            out.values_BR[rows] = without_student(values_PR) if part.solo else values_PR
         return out
 
     def warm_up(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
@@ -175,7 +175,7 @@ class PairSampler:
         for part in parts:
             index = as_index(part.rows)
             recorded = part.record(take(token_B, part.rows), take(logp_draw_B, part.rows))
-            out.values_BR[index] = _without_student(recorded) if part.solo else recorded
+            out.values_BR[index] = without_student(recorded) if part.solo else recorded
             bad_side_P = part.bad_side_P.int()
             out.bad_side_B[index] = bad_side_P.masked_fill(take(dead_B, part.rows) & (bad_side_P == 0), NO_TOKEN)
         logprobs = self._logprobs(logq_BV, processed_BV, token_B, inputs.batch)
@@ -214,7 +214,7 @@ class PairSampler:
             processed_BV if stock.logprobs_mode in PROCESSED_LOGPROBS_MODES else logq_BV,
             dims[0],
             token_B,
-            None,
+            batch.cu_num_logits_np.tolist() if batch.num_draft_tokens else None,
             logprob_token_ids_state=stock.logprob_token_ids_state,
             expanded_idx_mapping=batch.expanded_idx_mapping,
             max_per_req_token_ids=dims[1],
@@ -242,7 +242,7 @@ class PairSampler:
         )
 
 
-def _without_student(values_PR: torch.Tensor) -> torch.Tensor:
+def without_student(values_PR: torch.Tensor) -> torch.Tensor:
     """Blank the student's columns in the record of rows that the student has no part in."""
     return values_PR.index_fill(1, torch.tensor(_STUDENT_COLUMNS, device=values_PR.device), float("nan"))
 
@@ -267,7 +267,7 @@ def counts(
 def sampler_output(outputs: StepOutputs, num_sampled: torch.Tensor, num_rejected: torch.Tensor) -> SamplerOutput:
     """Return a step's tokens as vLLM's runner takes them; failed rows travel as ``num_nans``, by request."""
     return SamplerOutput(
-        sampled_token_ids=outputs.token_B.view(-1, 1),
+        sampled_token_ids=outputs.token_B.view(len(outputs.token_B), -1),
         logprobs_tensors=outputs.logprobs,
         num_nans=outputs.bad_side_B,
         num_sampled=num_sampled,

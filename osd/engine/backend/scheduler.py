@@ -136,7 +136,7 @@ class PairScheduler(SideScheduler):
             left = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
             if left == 1 and room > 0:
                 reach.add(request.request_id)
-            room -= min(left, longest)
+            room -= min(left + len(request.spec_token_ids), longest)
         return reach
 
     def _teacher_may_finish(self, finishing: set[str], request_id: str) -> bool:
@@ -221,9 +221,11 @@ class PairScheduler(SideScheduler):
                 continue
             request.append_output_token_ids(new_tokens)
             if not stale:
-                request.num_output_placeholders -= len(new_tokens)
+                rejected = len(output.scheduled_spec_decode_tokens.get(request_id, ())) + 1 - len(new_tokens)
+                request.num_computed_tokens -= rejected
+                request.num_output_placeholders -= len(new_tokens) + rejected
                 computed = request.num_computed_tokens - request.num_in_flight_tokens
-                if computed % student.hash_block_size == 0:
+                if computed % student.hash_block_size < len(new_tokens):  # a block became full
                     student.kv_cache_manager.cache_blocks(request, computed)
 
     # -- failed rows ------------------------------------------------------------------------------------------------
@@ -426,13 +428,13 @@ def _preempt(side: Scheduler, request: Request) -> None:
 
 
 def _take_failed_rows(output: ModelRunnerOutput) -> dict[str, str]:
-    """Drop the tokens of rows that failed; return the reasons by request id."""
+    """Drop the last token of rows that failed, at which they failed; return the reasons by request id."""
     sides, output.num_nans_in_logits = output.num_nans_in_logits or {}, None
     failed = {}
     for i, (request_id, tokens) in enumerate(zip(output.req_ids, output.sampled_token_ids, strict=True)):
         if tokens and sides.get(request_id):
             failed[request_id] = FAILURES[int(sides[request_id])]
-            output.sampled_token_ids[i] = []
+            output.sampled_token_ids[i] = tokens[:-1]
     return failed
 
 

@@ -70,6 +70,8 @@ workers: weakref.WeakSet[PairWorker] = weakref.WeakSet()  # of this process, and
 class PairWorker(Worker):
     """vLLM's worker of this platform, for two models."""
 
+    sampler_class: type[PairSampler] = PairSampler
+    aligner_class: type[Aligner] = Aligner
     vllm_config: VllmConfig
     model_runner: Any
     student_runner: Any
@@ -122,12 +124,12 @@ class PairWorker(Worker):
             _release_transformers_classes(runner.get_model())
         self.student_runner.sampler = NoSampler(self.student_runner.req_states)
         vocab_size = min(runner.model_config.get_vocab_size() for runner in (self.model_runner, self.student_runner))
-        self.sampler = PairSampler(mixing_config(self.vllm_config), vocab_size, self.model_runner.sampler)
+        self.sampler = self.sampler_class(mixing_config(self.vllm_config), vocab_size, self.model_runner.sampler)
         # A user's logits processors act on every request.
         self.custom_processors = not all(
             type(processor).__module__.startswith("vllm.") for processor in self.model_runner.sampler.logits_processors
         )
-        self.aligner = Aligner(self.device)
+        self.aligner = self.aligner_class(self.device)
         self.model_runner.sample = self._sample
         self.overlap_forwards(wants_overlap(self.vllm_config))
 
@@ -228,12 +230,13 @@ class PairWorker(Worker):
         self.model_runner.execute_model_state = self.student_runner.execute_model_state = None
         if scheduler_output.num_scheduled_tokens or step.student_output.num_scheduled_tokens:
             self._check_weights(step)  # a step without tokens says which requests ended, also after a sync
+        self._admit(scheduler_output, step)
         if self.student_stream is not None:
             self.student_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.student_stream) if self.student_stream is not None else nullcontext():
             self._student_forward(step)
         output = super().execute_model(scheduler_output)
-        self._admit(scheduler_output, step)
+        self._count_students_prompts(scheduler_output)
         if output is not None:
             # The teacher had nothing to compute, so vLLM will not ask for samples: the student's step ends here.
             self._join_student()
@@ -260,9 +263,14 @@ class PairWorker(Worker):
             for new in scheduled.scheduled_new_reqs:
                 if PairOptions.of(new.sampling_params).record:
                     self.records.admitted(side, new.req_id, new.num_computed_tokens)
+        for new in output.scheduled_new_reqs:
+            self.requests[new.req_id] = SampledRequest.of(new.sampling_params, plain=not self.custom_processors)
+
+    def _count_students_prompts(self, output: SchedulerOutput) -> None:
+        """Make the penalties of new requests count the student's prompt; the runner knows them by now."""
         states = self.model_runner.req_states
         for new in output.scheduled_new_reqs:
-            self.requests[new.req_id] = request = SampledRequest.of(new.sampling_params, plain=not self.custom_processors)
+            request = self.requests[new.req_id]
             prompt = request.options.student_prompt_token_ids
             if request.penalised and prompt and not request.options.teacher_only:
                 set_prompt_mask(self.sampler.stock, states.req_id_to_index[new.req_id], prompt)
