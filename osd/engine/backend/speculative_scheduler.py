@@ -7,7 +7,7 @@ that they stay in step whatever is rejected.
 
 from __future__ import annotations
 
-import time
+from time import monotonic
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
@@ -71,15 +71,15 @@ class SpeculativeScheduler(PairScheduler):
             self._step_ended = None  # what comes until the next request is no step's time
         return outputs
 
-    def _observe(self, chooser: DraftChooser, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
+    def _observe(self, chooser: DraftChooser, output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:
         """Let the chooser know of a step in which every request decoded, with the same number of drafts."""
-        began, self._step_ended = self._step_ended, time.monotonic()
+        began, self._step_ended = self._step_ended, monotonic()
         scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
         kinds = {(count, len(drafts.get(i, ()))) for i, count in scheduled.items()}
         if began is None or len(kinds) != 1:
             return
         [(count, drafted)] = kinds
-        tokens = sum(map(len, results.sampled_token_ids)) / len(scheduled)
+        tokens = sum(map(len, model_runner_output.sampled_token_ids)) / len(scheduled)
         if count == drafted + 1 and tokens:
             chooser.observe(len(scheduled), drafted, self._step_ended - began, tokens)
 
