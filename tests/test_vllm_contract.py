@@ -171,6 +171,7 @@ FIELDS: dict[str, type] = {
     "VllmConfig.parallel_config": ParallelConfig,
     "VllmConfig.scheduler_config": SchedulerConfig,
     "WorkerBase.model_config": ModelConfig,
+    "WorkerBase.scheduler_config": SchedulerConfig,
     "WorkerBase.parallel_config": ParallelConfig,
     "WorkerBase.vllm_config": VllmConfig,
     "Worker.model_runner": GPUModelRunner,

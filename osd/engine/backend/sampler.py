@@ -141,22 +141,23 @@ class PairSampler:
 
     def warm_up(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Compile the kernels for logits like these, [B, V] with any values, before the first step needs them."""
-        device = teacher.device
-        if not use_kernels(self.mixing, device):
+        if not use_kernels(self.mixing, teacher.device):
             return
-        count = torch.arange(len(teacher), device=device)
+        count = torch.arange(len(teacher), device=teacher.device)
         for rows in (None, count):
-            part = MixtureInputs(
-                student=student,
-                teacher=teacher,
-                student_rows=rows,
-                rows=rows,
-                temperature_B=torch.ones(len(teacher), device=device),
-                alpha=None,
-                vocab_size=self.vocab_size,
-                solo=False,
-            )
-            KernelDraw()(part, self.mixing, count, count.int())
+            KernelDraw()(self._all_rows(teacher, student, rows), self.mixing, count, count.int())
+
+    def _all_rows(self, teacher: torch.Tensor, student: torch.Tensor, rows: torch.Tensor | None) -> MixtureInputs:
+        return MixtureInputs(
+            student=student,
+            teacher=teacher,
+            student_rows=rows,
+            rows=rows,
+            temperature_B=torch.ones(len(teacher), device=teacher.device),
+            alpha=None,
+            vocab_size=self.vocab_size,
+            solo=False,
+        )
 
     # -- tokens drawn from what other sampling parameters make of q* ------------------------------------------------
 

@@ -58,6 +58,15 @@ class SpeculativeSampler(PairSampler):
         super().__init__(*args)
         self._draft_draws: dict[int, KernelDraw] = {}  # one per pass: each pass has logits at addresses of its own
 
+    def warm_up(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
+        super().warm_up(teacher, student)
+        if not use_kernels(self.mixing, teacher.device):
+            return
+        count = torch.arange(len(teacher), device=teacher.device)
+        for rows in (None, count):
+            KernelMixture(self._all_rows(teacher, student, rows), self.mixing).record(count, count.float())
+        self.draft(student, torch.ones(len(student), device=student.device), count, count.int(), place=0)
+
     def draft(
         self, logits_SV: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, length_S: torch.Tensor, place: int
     ) -> torch.Tensor:
@@ -99,7 +108,7 @@ class SpeculativeSampler(PairSampler):
             return target_NV.gather(-1, token_N[:, None])[:, 0] - lse_N
 
         logp_draft_N = logp_target(draft_N)
-        logp_theta_N = self._record(inputs.teacher, parts, draft_N, logp_draft_N)[:, _LOGP_THETA].clone()
+        logp_theta_N = self._record(inputs.teacher, parts, draft_N, logp_draft_N)[:, _LOGP_THETA]
         accepted_N = speculation.accept(logp_draft_N, logp_theta_N, uniform(stream(rows.seed_B, ACCEPT), length_N))
         if alignment.greedy:
             likely_N = target_NV.argmax(dim=-1)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # B rows of the teacher's batch, S rows of a pass of the student, N positions that the teacher scores, H hidden.
 
+_BYTES_PER_LOGIT = 20  # of a position: of both models, log q*, what acts on it
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassRows:
@@ -91,6 +93,14 @@ class SpeculativeWorker(PairWorker):
         runner.num_speculative_steps = runner.req_states.num_speculative_steps = drafts
         slots = len(runner.req_states.draft_tokens)
         runner.req_states.draft_tokens = torch.zeros(slots, drafts, dtype=torch.int64, device=self.device)
+
+    def determine_available_memory(self) -> int:
+        """Return bytes for the teacher's KV cache, less the logits of all positions, which vLLM's profile does not know of."""
+        available = super().determine_available_memory()
+        if self.device.type != "cuda" or self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        positions = self.scheduler_config.max_num_seqs * (1 + most_drafts(self.vllm_config))
+        return available - positions * self.model_config.get_vocab_size() * _BYTES_PER_LOGIT
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
