@@ -168,7 +168,8 @@ def test_alpha_0_is_the_student_and_alpha_1_the_teacher_exactly(tiny_pair):
 
 @pytest.mark.parametrize("penalties", [{}, {"presence_penalty": 0.3, "repetition_penalty": 1.1}], ids=["plain", "penalties"])
 @pytest.mark.parametrize("broken", ["teacher", "student"])
-def test_nan_ends_one_request_naming_the_side_and_the_others_go_on(tmp_path, tiny_pair, broken, penalties):
+@pytest.mark.parametrize("drafts", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_nan_ends_one_request_naming_the_side_and_the_others_go_on(tmp_path, tiny_pair, broken, penalties, drafts):
     """One token's embedding is NaN on one side: the request that reads it fails, and leaves no NaN in a KV cache."""
     paths = dict(zip(("teacher", "student"), tiny_pair, strict=True))
     model = AutoModelForCausalLM.from_pretrained(paths[broken], dtype=torch.float32)
@@ -180,7 +181,7 @@ def test_nan_ends_one_request_naming_the_side_and_the_others_go_on(tmp_path, tin
     poisoned = PairPrompt(teacher_token_ids=[7, 63, 9], student_token_ids=[7, 63, 9])
     sampling = dict(max_tokens=30, temperature=0.0, ignore_eos=True, logit_bias={63: -100.0})
     sampling |= penalties
-    with pair(**paths, engine_kwargs=dict(num_gpu_blocks_override=12)) as engine:
+    with pair(**paths, engine_kwargs=dict(num_gpu_blocks_override=12), num_speculative_tokens=drafts) as engine:
         alone = engine.generate(PROMPTS, sampling=sampling)
         mixed = engine.generate([*PROMPTS[:3], poisoned, *PROMPTS[3:]], sampling=sampling)
         after = engine.generate(PROMPTS, sampling=sampling)

@@ -189,6 +189,8 @@ class PairScheduler(SideScheduler):
         # The stock update trims and owns these lists.
         tokens = {i: list(t) for i, t in zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True)}
         record = take_record(model_runner_output) if step.returned else None
+        for request_id in failed:
+            self._scrub(request_id)  # vLLM frees its blocks if a draft accepted before the failure ends it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if record is not None:
             return_record(outputs, step.returned, model_runner_output.req_id_to_index, record, step.weights_version)
