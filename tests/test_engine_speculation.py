@@ -107,7 +107,7 @@ def worst_chi_square(models, completions: Sequence[PairCompletion]) -> float:
     return float(max(found))
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("k", [1, 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_draws_follow_q_star(engine, models, drafts, record_property, k):
     drafts(k)
     completions = sample(engine)
@@ -208,7 +208,7 @@ def test_acceptance_is_one_minus_the_total_variation(engine, models, drafts):
     assert (accepted - expected).sum().abs() < 5 * (expected * (1 - expected)).sum().sqrt()
 
 
-@pytest.mark.parametrize("method", ["kl_symmetry", "entropy"])
+@pytest.mark.parametrize("method", ["kl_symmetry", pytest.param("entropy", marks=pytest.mark.slow)])
 def test_the_record_is_what_the_definitions_say(engine, models, drafts, monkeypatch, method):
     """Every column at every kept token, whichever way it came to be, against float64."""
     monkeypatch.setattr(engine._frontend.worker.sampler, "mixing", MixingConfig(alpha_method=method))
