@@ -43,3 +43,25 @@ def test_hidden_states_may_be_missing_for_some_steps():
     assert records["a"].values_TR[:, 0].tolist() == [0, 1]
     assert records["a"].hidden_TH.shape == (1, H)
     assert records["b"].hidden_TH is None
+
+
+def test_positions_of_rejected_drafts_are_left_out():
+    """Cycles with several rows of a request, some of them void, beside a step without drafts."""
+    log, number = RecordLog(), 0
+    expected: dict[str, list[tuple[int, int]]] = {"a": [], "b": []}
+    rng = torch.Generator().manual_seed(0)
+    for ids in [["a", "a", "a", "b", "b"]] * 4 + [["b", "a"]] + [["b", "a", "a"]] * 3:
+        values = torch.arange(number, number + len(ids)).float()[:, None].expand(-1, R)
+        kept = torch.rand(len(ids), generator=rng) < 0.6
+        origin = torch.randint(1, 4, (len(ids), 1), generator=rng).to(torch.uint8)
+        drafts = {} if ids == ["b", "a"] else dict(kept_B=kept, origin_B1=origin)
+        log.append(ids, values, values[:, :1].repeat(1, H), **drafts)
+        for row, request_id in enumerate(ids):
+            if not drafts or kept[row]:
+                expected[request_id].append((number + row, int(origin[row]) if drafts else 0))
+        number += len(ids)
+    records = load_records(dump_records(log.take()))
+    for request_id, rows in expected.items():
+        record = records[request_id]
+        assert list(zip(record.values_TR[:, 0].tolist(), record.origin_T1[:, 0].tolist(), strict=True)) == rows
+        assert record.hidden_TH[:, 0].tolist() == [value for value, _ in rows]
