@@ -31,24 +31,34 @@ def append_record(logprobs: LogprobsTensors | None, values_BR: torch.Tensor) -> 
     return LogprobsTensors(torch.cat([ids, ids.new_zeros(values_BR.shape)], 1), torch.cat([values, values_BR], 1), *rest)
 
 
-def take_record(output: Any) -> np.ndarray | None:
-    """Take the record out of vLLM's ``ModelRunnerOutput``: float32 [B, R]; None for a step that sampled nothing."""
+def take_record(output: Any) -> tuple[np.ndarray, Any] | None:
+    """Take the record out of vLLM's ``ModelRunnerOutput``; None for a step that sampled nothing.
+
+    Returns:
+        The rows, float32 [B, R], and the first row of each request where a request can have several, or None.
+    """
     logprobs = output.logprobs
     if logprobs is None:
         return None
     ids, values, *rest = logprobs
     output.logprobs = type(logprobs)(ids[:, :-_R], values[:, :-_R], *rest) if values.shape[1] > _R else None
-    return values[:, -_R:]
+    return values[:, -_R:], rest[-1]
 
 
-def return_record(outputs: Any, requests: Collection[str], rows: dict[str, int], values_BR: np.ndarray, version: int) -> None:
-    """Add the record to a step's tokens of these requests, as float32 [1, R + 1]: RECORD_FIELDS, then the weights' version.
+def return_record(
+    outputs: Any, requests: Collection[str], places: dict[str, int], record: tuple[np.ndarray, Any], version: int
+) -> None:
+    """Add the record to a step's tokens of these requests, as float32 [T, R + 1]: RECORD_FIELDS, then the weights' version.
 
     Args:
         outputs: vLLM's ``EngineCoreOutputs``.
-        rows: the row of each request in ``values_BR``.
+        places: the place of each request in the batch.
+        record: the return value of `take_record`.
     """
+    values_BR, first = record
     for emitted in (emitted for of_client in outputs.values() for emitted in of_client.outputs):
         if emitted.request_id in requests and emitted.new_token_ids:
-            row = values_BR[rows[emitted.request_id]]
-            emitted.routed_experts = np.append(row, np.float32(version))[None]
+            place = places[emitted.request_id]
+            start = place if first is None else first[place]
+            rows = values_BR[start : start + len(emitted.new_token_ids)]
+            emitted.routed_experts = np.pad(rows, ((0, 0), (0, 1)), constant_values=version)
