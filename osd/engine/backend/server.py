@@ -32,7 +32,7 @@ from vllm.logger import configure_logging_from_args
 from vllm.renderers import renderer_from_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from osd.core import MIXING_OPTIONS, MixingConfig, mixing_option
+from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_option
 from osd.engine.asgi import HttpRequest, Sender, reading
 from osd.engine.backend.configuration import mixing_config, student_vllm_config
 from osd.engine.config import PairConfig
@@ -109,6 +109,7 @@ def pair_config(args: Namespace, given: Mapping[str, Any]) -> PairConfig:
         engine_kwargs=engine,
         teacher_kwargs={"override_generation_config": NEUTRAL, **teacher},
         student_kwargs=args.student_engine_kwargs,
+        num_speculative_tokens=args.num_speculative_tokens,
     )
 
 
@@ -128,6 +129,7 @@ def _parser() -> FlexibleArgumentParser:
         option = mixing_option(name)
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=type(option.default), default=option.default, help=option.metadata["help"])
+    group.add_argument("--num-speculative-tokens", default="0", help=SPECULATION_HELP)
     group.add_argument(
         "--student-engine-kwargs", type=_mapping, default={}, help="vLLM engine arguments of the student only, as JSON."
     )
