@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Llama4TextConfig
 from vllm import LLM, ModelRegistry, SamplingParams, envs, triton_utils
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.protocol import EngineClient
@@ -28,6 +30,7 @@ from vllm.entrypoints.launchers.api_server import app_state as app_states
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.granitemoehybrid import GraniteMoeHybridForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.outputs import CompletionOutput
 from vllm.platforms.interface import Platform
@@ -74,6 +77,7 @@ AppState = type("AppState", (), dict.fromkeys(re.findall(r"state\.(\w+) = ", ins
 OWNERS: dict[str, tuple[Any, ...]] = {
     "app_state": (AppState,),
     "args": (Arguments,),
+    "arch": (ModelArchitectureConfig,),
     "batch": (InputBatch,),
     "block": (KVCacheBlock,),
     "cache_config": (CacheConfig,),
@@ -101,6 +105,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "manager": (CoreEngineProcManager, KVCacheManager),
     "mask": (torch.Tensor,),
     "model": (ModelConfig, LlamaForCausalLM),
+    "model_class": (GraniteMoeHybridForCausalLM,),
     "model_runner": (GPUModelRunner,),
     "model_runner_output": (ModelRunnerOutput,),
     "module": (TorchCompileWithNoGuardsWrapper,),
@@ -133,6 +138,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "table": (StagedWriteTensor,),
     "teacher": (KVCacheConfig, VllmConfig, SchedulerConfig),
     "teacher_config": (VllmConfig,),
+    "text": (Llama4TextConfig,),
     "utils": (layer_utils, triton_utils),
     "vllm_config": (VllmConfig,),
     "_keys": (AuthenticationMiddleware,),
@@ -143,6 +149,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
 FIELDS: dict[str, type] = {
     "AsyncScheduler.scheduler_config": SchedulerConfig,
     "ExecuteModelState.input_batch": InputBatch,
+    "ModelConfig.model_arch_config": ModelArchitectureConfig,
     "GPUModelRunner.get_model": LlamaForCausalLM,
     "GPUModelRunner.model": LlamaForCausalLM,
     "GPUModelRunner.model_config": ModelConfig,

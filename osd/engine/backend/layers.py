@@ -112,7 +112,7 @@ def _refused_here(quantization: str | None) -> str:
 
 
 def _layers(model: ModelConfig, gpus: int) -> Iterator[LayerCache]:
-    text, arch = model.hf_text_config, model.model_arch_config
+    text = model.hf_text_config
     kinds = _kinds(model)
     owners = len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)
     # In Falcon-H1 every layer has attention and a state.
@@ -122,8 +122,9 @@ def _layers(model: ModelConfig, gpus: int) -> Iterator[LayerCache]:
             yield LayerCache(kind="recurrent state", size=_state_bytes(model, gpus))
         if kind in _STATES or kind in _NONE:
             continue
-        heads = 1 if model.use_mla else max(1, arch[index].total_num_kv_heads // gpus)
-        size = (1 if model.use_mla else 2) * heads * arch[index].head_size * model.dtype.itemsize
+        arch = model.model_arch_config[index]
+        heads = 1 if model.use_mla else max(1, arch.total_num_kv_heads // gpus)
+        size = (1 if model.use_mla else 2) * heads * arch.head_size * model.dtype.itemsize
         if kind == "sliding_attention":
             yield LayerCache(kind="sliding window", size=size, tokens=model.get_sliding_window())
         elif kind == "chunked_attention":
