@@ -208,6 +208,8 @@ REFUSED = [
     ({"osd": {"student_prompt_token_ids": "w7"}}, "is not a list of token ids"),
     ({"osd": {"student_prompt_token_ids": LONG[: LONGEST_OF_STUDENT - 3]}}, f"is over its max_model_len={LONGEST_OF_STUDENT}"),
     ({"osd": {"student_prompt": ["w7"]}}, "is not text"),
+    ({"osd": []}, "is not an object of options"),
+    ({"osd": False}, "is not an object of options"),
     ({"osd": {"student_prompt": "w7 " * LONGEST}}, "the student's prompt cannot be rendered"),
     ({"osd": {"student_prompt": "w7", "student_prompt_token_ids": [7]}}, "give the student's prompt once"),
     ({"osd": {"student_messages": []}}, "/v1/completions takes the student's prompt as osd.student_prompt"),

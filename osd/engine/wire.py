@@ -39,7 +39,8 @@ def take_options(body: dict[str, Any]) -> dict[str, Any]:
         if name.startswith(f"{FIELD}_"):
             option = name.removeprefix(f"{FIELD}_")
             raise ValueError(f'{name!r} is not a field of a request; write it into the object "{FIELD}": {{"{option}": ...}}')
-    options = body.pop(FIELD, None) or {}
+    options = body.pop(FIELD, None)
+    options = {} if options is None else options
     if not isinstance(options, dict):
         raise ValueError(f"{FIELD}={options!r:.200} is not an object of options")
     check_names(options, REQUEST_OPTIONS, FIELD)

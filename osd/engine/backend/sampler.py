@@ -256,7 +256,7 @@ def counts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (num_sampled, num_rejected) of each row, int32: by vLLM's own kernel.
 
-    (1, 0) where a row is ready, (0, 1) where its side is ahead, (0, 0) inside a prefill. ``rejected_B``: every row is ready.
+    (1, 0) where a row is ready, (0, 0) inside a prefill. ``rejected_B``: every row is ready.
     """
     if rejected_B is not None:
         return ready_B, rejected_B

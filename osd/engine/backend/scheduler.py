@@ -76,7 +76,7 @@ class SideScheduler(AsyncScheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Return how many tokens of a request to schedule.
 
-        vLLM calls it for every request, after all other limits, to leave room for its own drafts, which a pair has none of.
+        vLLM calls it for every request, after all other limits, to leave room for a draft model, which a pair has not.
         """
         known = request.num_tokens + request.num_output_placeholders
         if num_computed_tokens + num_new_tokens < known or self.may_finish(request.request_id):
@@ -91,6 +91,7 @@ class PairScheduler(SideScheduler):
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+        # num_spec_tokens counts the drafts of vLLM's own draft models.
         assert not any((self.connector, self.num_spec_tokens, self.use_pp, self.lora_config)), "PairConfig refuses these"
         student_config = student_vllm_config(vllm_config)
         cache = StudentCache.of(kv_cache_config)
