@@ -23,6 +23,8 @@ ON_GPUS = ["short convolution", "latent attention", "gated delta net and attenti
 # OSD refuses to train experts and latent attention; vLLM 0.32's Gemma 3n is wrong where `correct_output_scale` is not 0.
 NOT_SYNCED = ["attention sinks", "experts", "latent attention", "gated delta net and attention", "shared KV caches"]
 RECURRENT = ["Mamba-2 and attention", "Mamba-2 everywhere", "short convolution", "gated delta net and attention"]
+# One block a request, or blocks of 512 tokens: their caches do not fill up.
+ROOMY = ["Mamba-2 everywhere", "head sizes that differ by layer"]
 ONE_GROUP = ["sliding window everywhere", "experts", "latent attention"]
 pytestmark = pytest.mark.gpu
 
@@ -83,7 +85,7 @@ def test_records_are_exact_under_a_hard_schedule(kind, engine, models, monkeypat
     seen = watch(engine, monkeypatch)
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
     assert max(errors(models, results).values()) < 2e-3
-    assert preempted(seen) or kind == "Mamba-2 everywhere", seen  # one block a request: the cache never fills up
+    assert preempted(seen) or kind in ROOMY, seen
     assert min(seen["teacher ahead in prefill"], seen["student ahead in prefill"]) > 0, seen
 
 
