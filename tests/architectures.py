@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from tests import exact
 from tests.tiny import save_tokenizer
 
 WINDOW = 16  # tokens; far fewer than the prompts of the tests
@@ -129,5 +130,4 @@ def save_model(path: Path, kind: str, seed: int = 3, **changes: Any) -> Path:
 
 def reference(path: Path) -> torch.nn.Module:
     """Load a transformers model in float32, with the attention that computes everything that its configuration names."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    return exact.reference(path, attn_implementation="eager")

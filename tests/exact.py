@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,50 @@ def completion_logits(model: torch.nn.Module, prompt: Sequence[int], completion:
     return logits.double()
 
 
-def reference(path: Path) -> torch.nn.Module:
-    """Load a transformers model in float32, independent of the checkpoint's dtype."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+def reference(path: Path, **options: Any) -> torch.nn.Module:
+    """Load a transformers model in float32, independent of the checkpoint's dtype; ``options`` of ``from_pretrained``."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+
+
+def log_probabilities(
+    models: Sequence[torch.nn.Module], prompts: Sequence[Any], completions: Sequence[Any], temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log π_θ and log π_t at every sampled position, float64 [N, V]; models are (teacher, student)."""
+    teacher, student = models
+    rows = [
+        (
+            completion_logits(student, p.student_token_ids, c.token_ids),
+            completion_logits(teacher, p.teacher_token_ids, c.token_ids),
+        )
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    theta, teacher = (torch.cat(side).div(temperature).log_softmax(-1) for side in zip(*rows, strict=True))
+    return theta, teacher
+
+
+def record_columns(
+    ls: torch.Tensor, lt: torch.Tensor, alpha: torch.Tensor, logq: torch.Tensor, tokens: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Return every column of the record by its definition, float64 [N].
+
+    Args:
+        ls, lt, logq: log π_θ, log π_t and log q* [N, V].
+        alpha: [N, 1].
+        tokens: what was drawn, from q* itself.
+    """
+    token = torch.tensor(tokens)[:, None]
+    return {
+        "alpha": alpha[:, 0],
+        "logq": logq.gather(-1, token)[:, 0],
+        "logp_theta": ls.gather(-1, token)[:, 0],
+        "logp_teacher": lt.gather(-1, token)[:, 0],
+        "kl_theta": (logq.exp() * (logq - ls)).sum(-1),
+        "kl_teacher": (logq.exp() * (logq - lt)).sum(-1),
+        "entropy_q": -(logq.exp() * logq).sum(-1),
+        "ess_theta": 1 / (2 * ls - logq).exp().sum(-1),
+        "ess_teacher": 1 / (2 * lt - logq).exp().sum(-1),
+        "logp_draw": logq.gather(-1, token)[:, 0],
+    }
 
 
 def mixture(logp_theta: torch.Tensor, logp_teacher: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:

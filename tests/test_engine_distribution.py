@@ -18,7 +18,7 @@ from osd.engine import mixture as engine_mixture
 from osd.engine.alignment import Aligner
 from osd.engine.backend import sampler
 from osd.engine.engine import PairCompletion, PairEngine, PairPrompt
-from tests.exact import completion_logits, mixture, pit_chi_square, solve
+from tests.exact import log_probabilities, mixture, pit_chi_square, record_columns, solve
 
 pytestmark = pytest.mark.gpu
 
@@ -46,19 +46,6 @@ def prompt_pairs(count: int) -> list[PairPrompt]:
 def sample(engine: PairEngine, prompts: Sequence[PairPrompt], **sampling) -> list[PairCompletion]:
     settings = dict(max_tokens=TOKENS, temperature=1.0, ignore_eos=True) | sampling
     return engine.generate(prompts, sampling=settings)
-
-
-def log_probabilities(models, prompts, completions) -> tuple[torch.Tensor, torch.Tensor]:
-    """log π_θ and log π_t at every sampled position, float64 [N, V]."""
-    teacher, student = models
-    rows = [
-        (
-            completion_logits(student, p.student_token_ids, c.token_ids),
-            completion_logits(teacher, p.teacher_token_ids, c.token_ids),
-        )
-        for p, c in zip(prompts, completions, strict=True)
-    ]
-    return tuple(torch.cat(side).log_softmax(-1) for side in zip(*rows, strict=True))
 
 
 def worst_chi_square(ls: torch.Tensor, lt: torch.Tensor, completions: Sequence[PairCompletion]) -> float:
@@ -180,20 +167,8 @@ def test_the_record_is_what_the_definitions_say(engine, models, monkeypatch, rec
     logq = mixture(ls, lt, alpha)
     if config.mixture == "linear":
         logq = torch.logaddexp(ls + (1 - alpha).log(), lt + alpha.log())
-    token = torch.tensor([t for c in completions for t in c.token_ids])[:, None]
-    expected = {
-        "alpha": alpha[:, 0],
-        "logq": logq.gather(-1, token)[:, 0],
-        "logp_theta": ls.gather(-1, token)[:, 0],
-        "logp_teacher": lt.gather(-1, token)[:, 0],
-        "kl_theta": (logq.exp() * (logq - ls)).sum(-1),
-        "kl_teacher": (logq.exp() * (logq - lt)).sum(-1),
-        "entropy_q": -(logq.exp() * logq).sum(-1),
-        "ess_theta": 1 / (2 * ls - logq).exp().sum(-1),
-        "ess_teacher": 1 / (2 * lt - logq).exp().sum(-1),
-        "logp_draw": logq.gather(-1, token)[:, 0],
-    }
-    for name, values in expected.items():
+    tokens = [t for c in completions for t in c.token_ids]
+    for name, values in record_columns(ls, lt, alpha, logq, tokens).items():
         recorded = torch.cat([getattr(c.record, name) for c in completions]).double()
         record_property(f"{name}_error", f"{(recorded - values).abs().max():.1e}")
         torch.testing.assert_close(recorded, values, atol=2e-4, rtol=1e-3, msg=f"{name} differs")

@@ -28,7 +28,16 @@ from osd.engine.engine import PairCompletion, PairEngine, PairPrompt
 from osd.engine.positions import CycleAligner
 from osd.engine.request import PairOptions
 from osd.engine.speculation import ACCEPTED, BONUS, CORRECTED, DRAWN
-from tests.exact import completion_logits, integral_transform, mixture, not_greedy, q_star, solve
+from tests.exact import (
+    completion_logits,
+    integral_transform,
+    log_probabilities,
+    mixture,
+    not_greedy,
+    q_star,
+    record_columns,
+    solve,
+)
 from tests.pairs import run, start, submit
 from tests.training import build_trainer, logged
 
@@ -76,25 +85,12 @@ def sample(engine: PairEngine, prompts: Sequence[PairPrompt] = PROMPTS, **sampli
     return engine.generate(prompts, sampling=settings)
 
 
-def log_probabilities(models, prompts, completions, temperature=TEMPERATURE) -> tuple[torch.Tensor, torch.Tensor]:
-    """log π_θ and log π_t at every sampled position, float64 [N, V]."""
-    teacher, student = models
-    rows = [
-        (
-            completion_logits(student, p.student_token_ids, c.token_ids),
-            completion_logits(teacher, p.teacher_token_ids, c.token_ids),
-        )
-        for p, c in zip(prompts, completions, strict=True)
-    ]
-    return tuple(torch.cat(side).div(temperature).log_softmax(-1) for side in zip(*rows, strict=True))
-
-
 def origins(completions: Sequence[PairCompletion]) -> torch.Tensor:
     return torch.cat([c.record.origin_T for c in completions])
 
 
 def worst_chi_square(models, completions: Sequence[PairCompletion]) -> float:
-    ls, lt = log_probabilities(models, PROMPTS, completions)
+    ls, lt = log_probabilities(models, PROMPTS, completions, TEMPERATURE)
     logq = mixture(ls, lt, solve("kl_symmetry", ls, lt))
     tokens = [token for c in completions for token in c.token_ids]
     assert len(tokens) == COMPLETIONS * TOKENS
@@ -127,7 +123,7 @@ def test_draws_follow_q_star_when_the_number_of_drafts_changes(engine, models, m
     completions = sample(engine)
     assert worst_chi_square(models, completions) < THRESHOLD
     assert min(seen[k] for k in range(4)) > 5, seen
-    ls, lt = log_probabilities(models, PROMPTS, completions)
+    ls, lt = log_probabilities(models, PROMPTS, completions, TEMPERATURE)
     token = torch.tensor([t for c in completions for t in c.token_ids])[:, None]
     for name, expected in (("logp_theta", ls), ("logp_teacher", lt)):
         recorded = torch.cat([getattr(c.record, name) for c in completions]).double()
@@ -198,7 +194,7 @@ def test_acceptance_is_one_minus_the_total_variation(engine, models, drafts):
     """Given the tokens before it a draft is accepted with that probability: the sum of deviations, in standard errors."""
     drafts(3)
     completions = sample(engine)
-    ls, lt = log_probabilities(models, PROMPTS, completions)
+    ls, lt = log_probabilities(models, PROMPTS, completions, TEMPERATURE)
     logq = mixture(ls, lt, solve("kl_symmetry", ls, lt))
     how = origins(completions)
     verified = (how == ACCEPTED) | (how == CORRECTED)
@@ -215,23 +211,11 @@ def test_the_record_is_what_the_definitions_say(engine, models, drafts, monkeypa
     drafts(3)
     prompts = PROMPTS[:12]
     completions = engine.generate(prompts, sampling=dict(max_tokens=60, temperature=TEMPERATURE, ignore_eos=True), hidden=True)
-    ls, lt = log_probabilities(models, prompts, completions)
+    ls, lt = log_probabilities(models, prompts, completions, TEMPERATURE)
     alpha = solve(method, ls, lt)
     logq = mixture(ls, lt, alpha)
-    token = torch.tensor([t for c in completions for t in c.token_ids])[:, None]
-    expected = {
-        "alpha": alpha[:, 0],
-        "logq": logq.gather(-1, token)[:, 0],
-        "logp_theta": ls.gather(-1, token)[:, 0],
-        "logp_teacher": lt.gather(-1, token)[:, 0],
-        "kl_theta": (logq.exp() * (logq - ls)).sum(-1),
-        "kl_teacher": (logq.exp() * (logq - lt)).sum(-1),
-        "entropy_q": -(logq.exp() * logq).sum(-1),
-        "ess_theta": 1 / (2 * ls - logq).exp().sum(-1),
-        "ess_teacher": 1 / (2 * lt - logq).exp().sum(-1),
-        "logp_draw": logq.gather(-1, token)[:, 0],
-    }
-    for name, values in expected.items():
+    tokens = [t for c in completions for t in c.token_ids]
+    for name, values in record_columns(ls, lt, alpha, logq, tokens).items():
         recorded = torch.cat([getattr(c.record, name) for c in completions]).double()
         torch.testing.assert_close(recorded, values, atol=2e-4, rtol=1e-3, msg=f"{name} differs")
     weight, bias = engine.teacher_lm_head()
