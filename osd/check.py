@@ -44,7 +44,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a pair is to be used for.
+    """The use that a pair is checked for.
 
     Attributes:
         max_model_len: longest prompt and completion together, in tokens; None: 4096, or the models' own limit if it is lower.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Completion(Protocol):
-    """What runs read of a completion; attributes as in `osd.engine.request.PairCompletion`."""
+    """A completion, as runs read it; attributes as in `osd.engine.request.PairCompletion`."""
 
     @property
     def token_ids(self) -> list[int]: ...

@@ -17,7 +17,7 @@ from osd.engine.wire import EventStream, add_records
 
 @dataclass
 class HttpRequest:
-    """What the middleware knows of the HTTP request being served.
+    """The HTTP request being served, as the middleware sees it.
 
     Attributes:
         path: its route.

@@ -1,4 +1,4 @@
-"""How many tokens the student drafts: measured while the engine runs, per batch size (`num_speculative_tokens="auto"`).
+"""Choice of the number of drafts, measured while the engine runs, per batch size (`num_speculative_tokens="auto"`).
 
 A step with k drafts takes c(k) seconds and gives each request t(k) tokens. The time of a token, c(k) / t(k), has one minimum
 over k where c is linear and drafts are accepted alike (theory, Theorem 21). So the search moves to a neighbour whenever that is
@@ -39,7 +39,7 @@ class _Mean:
 
 @dataclass
 class _Bucket:
-    """What is known of batches of about one size.
+    """Measurements of batches of about one size.
 
     Attributes:
         means: by number of drafts.

@@ -21,7 +21,7 @@ _NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True, kw_only=True)
 class CycleAlignment:
-    """What :class:`osd.engine.alignment.Alignment` is to a step with one position per request.
+    """The positions that a cycle samples, and how; :class:`osd.engine.alignment.Alignment` is that of one position per request.
 
     Attributes:
         requests: the alignment of the requests; of its rows, B are the teacher's and S the student's.

@@ -23,7 +23,7 @@ _MOST_PINNED = 1 << 30  # bytes a call; pinned memory is nobody else's, and torc
 
 @dataclass
 class RequestRecord:
-    """What a worker knows of one request.
+    """The record of one request, as its worker has it.
 
     Attributes:
         values_TR: float32 [T, R], one row per sampled token, columns as in ``osd.core.RECORD_FIELDS``.

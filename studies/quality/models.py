@@ -31,7 +31,7 @@ MARKER = "made.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model of the capacity study is made.
+    """Recipe of a model of the capacity study.
 
     Attributes:
         layers: layers that are kept, at equal distances, the first and the last among them; None: all.

@@ -1,4 +1,4 @@
-"""What vLLM makes of a model before it loads weights: dtype, context, and the cache of each layer on one GPU."""
+"""Facts of a model before it loads, by vLLM: dtype, context, and the cache of each layer on one GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class LayerCache:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What vLLM makes of one side's configuration.
+    """Facts of one side, by vLLM's reading of its configuration.
 
     Attributes:
         dtype: the name of its weights' type, such as "bfloat16".

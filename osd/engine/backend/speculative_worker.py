@@ -35,7 +35,7 @@ _BYTES_PER_LOGIT = 20  # of a position: of both models, log q*, what acts on it
 
 @dataclass(frozen=True, kw_only=True)
 class PassRows:
-    """What is known of the rows of one pass of the student before it runs. Tensors are on the device.
+    """The rows of one pass of the student, before it runs. Tensors are on the device.
 
     Attributes:
         temperature_S, seed_S: float32 and int64.
