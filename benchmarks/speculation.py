@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds o
 from benchmarks.process import GPU, MULTIPROCESSING, ROOT, environment, header, result_path, run_worker
 from benchmarks.shapes import parse_pair, write_model
 from benchmarks.summary import Result, markdown
+from osd.engine.speculation import expected_tokens
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -97,8 +98,7 @@ def table(result: Result) -> str:
             teacher, student = (alone[side].get(batch) for side in ("teacher", "student"))
             theory = None
             if teacher and student and name.isdecimal() and (rate is not None or name == "0"):
-                tokens = sum((rate or 0.0) ** n for n in range(int(name) + 1))
-                theory = (1 + (int(name) + 1) * student / teacher) / tokens
+                theory = (1 + (int(name) + 1) * student / teacher) / expected_tokens(rate or 0.0, int(name))
             ratio = ms / teacher if ms and teacher else None
             cells = [ms, ratio, theory, row["observed"].get("tokens_per_cycle")]
             body.append([str(batch), name, str(rate or "–"), *("–" if cell is None else f"{cell:.2f}" for cell in cells)])

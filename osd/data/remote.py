@@ -94,9 +94,9 @@ class ServerPair:
         limits = {side: SideLimits(**given) for side, given in self._info["limits"].items()}
         prompt = PairPrompt(teacher_token_ids=request.teacher.token_ids, student_token_ids=request.student.token_ids)
         try:
-            check_request(0, prompt, self._checked_params(sampling), limits, False)
+            check_request(prompt, self._checked_params(sampling), limits)
         except ValueError as error:
-            return str(error).removeprefix("prompt 0: ")
+            return str(error)
         return None
 
     def sample(

@@ -174,7 +174,7 @@ class PairEngine:
             params.append(checked_params({**kwargs, "extra_args": extra_args}))
             if (n := params[-1].n) != 1:
                 raise ValueError(f"sampling n={n}: give each prompt {n} times instead")
-            check_request(index, prompt, params[-1], self.limits, option.teacher_only)
+            check_request(prompt, params[-1], self.limits, teacher_only=option.teacher_only, name=f"prompt {index}: ")
         return params
 
     def _run(self, total: int, progress: bool, on_finished: Callable[[int], None] | None) -> dict[str, Any]:

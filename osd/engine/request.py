@@ -190,36 +190,38 @@ class SideLimits:
     max_model_len: int
 
 
-def check_request(index: int, prompt: PairPrompt, params: Any, limits: Mapping[str, SideLimits], teacher_only: bool) -> None:
+def check_request(
+    prompt: PairPrompt, params: Any, limits: Mapping[str, SideLimits], *, teacher_only: bool = False, name: str = ""
+) -> None:
     """Raise unless both models can take a request; ``n`` is the caller's to check.
 
     Args:
-        index: the prompt's place, for messages.
         params: vLLM's ``SamplingParams``.
         limits: of "teacher" and "student".
         teacher_only: the student does not run.
+        name: of the prompt, which messages about it begin with.
 
     Raises:
         ValueError: naming the prompt or the parameter, its value and the fix.
     """
     if params.max_tokens is None:
         raise ValueError("sampling max_tokens is None; give the longest completion you want, in tokens")
-    for name in ("prompt_logprobs", "trace_decode_token_ids"):
-        if getattr(params, name) is not None:
-            raise ValueError(f"sampling {name} is not supported by the paired engine; remove it")
+    for parameter in ("prompt_logprobs", "trace_decode_token_ids"):
+        if getattr(params, parameter) is not None:
+            raise ValueError(f"sampling {parameter} is not supported by the paired engine; remove it")
     prompts = {"teacher": prompt.teacher_token_ids, "student": prompt.student_token_ids}
     for side, ids in prompts.items():
         if teacher_only and side == "student":
             continue
         vocab_size, longest = limits[side].vocab_size, limits[side].max_model_len
         if not ids:
-            raise ValueError(f"prompt {index}: the {side}'s prompt is empty; give it at least one token")
+            raise ValueError(f"{name}the {side}'s prompt is empty; give it at least one token")
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             wrong = next(i for i in ids if not 0 <= i < vocab_size)
-            raise ValueError(f"prompt {index}: token id {wrong} is not one of the {side}'s {vocab_size} ids")
+            raise ValueError(f"{name}token id {wrong} is not one of the {side}'s {vocab_size} ids")
         if len(ids) + params.max_tokens > longest:
             raise ValueError(
-                f"prompt {index}: the {side}'s prompt has {len(ids)} tokens, and with max_tokens={params.max_tokens} that "
+                f"{name}the {side}'s prompt has {len(ids)} tokens, and with max_tokens={params.max_tokens} that "
                 f"is over its max_model_len={longest}; shorten one of them or raise max_model_len"
             )
 

@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from osd.core import MixingConfig
 from osd.engine.config import ADDITIONAL_CONFIG_KEY, MOST_CHOSEN, SCHEDULER_CLS, WORKER_CLS, PairConfig
+from osd.engine.request import SideLimits
 
 _PLENTY = 1 << 50  # bytes
 
@@ -89,7 +90,7 @@ def _step_limits(teacher: SchedulerConfig, own: dict[str, Any]) -> dict[str, int
 
 @dataclass(frozen=True)
 class StudentCache:
-    """What the student's worker knows of its KV cache and its scheduler, perhaps in another process, needs.
+    """The student's KV cache as its worker knows it, for its scheduler, which may be in another process.
 
     Attributes:
         specs: vLLM's ``KVCacheSpec`` of each layer.
@@ -145,6 +146,14 @@ class _Carrier(str):
         carrier = cls(name)
         carrier.student = student
         return carrier
+
+
+def side_limits(teacher_config: VllmConfig, student_config: VllmConfig) -> dict[str, SideLimits]:
+    """Return the vocabulary and the context of "teacher" and "student"."""
+    models = {"teacher": teacher_config.model_config, "student": student_config.model_config}
+    return {
+        side: SideLimits(vocab_size=model.get_vocab_size(), max_model_len=model.max_model_len) for side, model in models.items()
+    }
 
 
 def shared_length(*configs: VllmConfig) -> int:

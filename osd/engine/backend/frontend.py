@@ -22,10 +22,9 @@ from vllm.v1.engine import core
 from vllm.v1.engine import utils as engine_utils
 
 from osd.engine.backend import cpu
-from osd.engine.backend.configuration import student_vllm_config
+from osd.engine.backend.configuration import side_limits, student_vllm_config
 from osd.engine.backend.worker import workers
 from osd.engine.config import PairConfig
-from osd.engine.request import SideLimits
 
 _DIED = "the engine's process has ended; close this engine and start another"
 _POLL_SECONDS = 0.5  # how often a wait for another process looks whether it is alive
@@ -54,7 +53,7 @@ class Frontend:
                 self.llm = LLM(**config.teacher_engine_args())
             self._watch_outputs()
             self._check_active()
-            self.limits = self._limits()
+            self.limits = side_limits(self.engine.vllm_config, student_vllm_config(self.engine.vllm_config))
         except BaseException:
             self._give_up()
             raise
@@ -72,14 +71,6 @@ class Frontend:
         """Raise if vLLM does not use the pair's worker; it starts without a plug-in that it does not use."""
         if self.call("pair_active") != [True] * self.engine.vllm_config.parallel_config.world_size:
             raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
-
-    def _limits(self) -> dict[str, SideLimits]:
-        teacher = self.engine.vllm_config
-        sides = {"teacher": teacher.model_config, "student": student_vllm_config(teacher).model_config}
-        return {
-            side: SideLimits(vocab_size=model.get_vocab_size(), max_model_len=model.max_model_len)
-            for side, model in sides.items()
-        }
 
     @property
     def engine(self) -> Any:

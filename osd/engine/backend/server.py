@@ -34,9 +34,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_option
 from osd.engine.asgi import HttpRequest, Sender, reading
-from osd.engine.backend.configuration import mixing_config, student_vllm_config
+from osd.engine.backend.configuration import mixing_config, side_limits, student_vllm_config
 from osd.engine.config import PairConfig
-from osd.engine.request import EXTRA_ARGS_KEY, PairOptions, PairPrompt, SideLimits, check_request
+from osd.engine.request import EXTRA_ARGS_KEY, PairOptions, PairPrompt, check_request
 from osd.engine.wire import (
     FIELD,
     INFO_ROUTE,
@@ -206,13 +206,10 @@ class _Server:
     def __init__(self, app_state: Any) -> None:
         teacher_config = app_state.vllm_config
         student_config = student_vllm_config(teacher_config)
-        models = {"teacher": teacher_config.model_config, "student": student_config.model_config}
-        self.limits = {
-            side: SideLimits(vocab_size=model.get_vocab_size(), max_model_len=model.max_model_len)
-            for side, model in models.items()
-        }
+        self.limits = side_limits(teacher_config, student_config)
         self.info = {
-            **{side: model.model for side, model in models.items()},
+            "teacher": teacher_config.model_config.model,
+            "student": student_config.model_config.model,
             "mixing": mixing_config(teacher_config).to_dict(),
             "limits": {side: vars(limits) for side, limits in self.limits.items()},
             "fields": sorted(CompletionRequest.model_fields),
@@ -314,10 +311,7 @@ class _Server:
         params.extra_args = {**(params.extra_args or {}), **options.to_extra_args()}
         if not options.teacher_only:
             self._fit_student(pair, params)
-        try:
-            check_request(0, pair, params, self.limits, options.teacher_only)
-        except ValueError as error:
-            raise ValueError(str(error).removeprefix("prompt 0: ")) from error
+        check_request(pair, params, self.limits, teacher_only=options.teacher_only)
         first, request.calls = request.calls * params.n, request.calls + 1
         return self._watch(self._generate(prompt, params, request_id, **kwargs), request, first)
 
