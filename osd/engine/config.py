@@ -98,9 +98,28 @@ class PairConfig:
         """Return the engine arguments of one side, "teacher" or "student"."""
         return {**self.engine_kwargs, **(self.teacher_kwargs if side == "teacher" else self.student_kwargs)}
 
+    @property
+    def most_drafts(self) -> int:
+        """How many tokens the student drafts at most in a cycle."""
+        return MOST_CHOSEN if isinstance(self.num_speculative_tokens, str) else self.num_speculative_tokens
+
+    def _graph_kwargs(self) -> dict[str, Any]:
+        """Return arguments that make the teacher's CUDA graphs wide enough for drafts.
+
+        vLLM captures twice ``max_num_seqs`` tokens, at most 512, because it takes a request for one token. A user's own sizes
+        stay.
+        """
+        kwargs = self.side_kwargs("teacher")
+        compilation, requests = kwargs.get("compilation_config", {}), kwargs.get("max_num_seqs")
+        if not self.most_drafts or requests is None or not isinstance(compilation, dict):
+            return {}
+        size = {"max_cudagraph_capture_size": min(2 * requests * (1 + self.most_drafts), 512)}
+        own = {"max_cudagraph_capture_size", "cudagraph_capture_sizes"} & compilation.keys()
+        return {} if own else {"compilation_config": compilation | size}
+
     def teacher_engine_args(self) -> dict[str, Any]:
         """Return the arguments of the vLLM engine: the teacher's, with the pair plugged in."""
-        kwargs = self.side_kwargs("teacher")
+        kwargs = {**self.side_kwargs("teacher"), **self._graph_kwargs()}
         section = {
             "student": {**self.side_kwargs("student"), "model": self.student},
             "mixing": self.mixing.to_dict(),

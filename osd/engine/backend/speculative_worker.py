@@ -8,10 +8,13 @@ whose draft the teacher does not read, runs beside the teacher's. Nothing of thi
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -102,6 +105,11 @@ class SpeculativeWorker(PairWorker):
             return available
         positions = self.scheduler_config.max_num_seqs * (1 + most_drafts(self.vllm_config))
         return available - positions * self.model_config.get_vocab_size() * _BYTES_PER_LOGIT
+
+    def compile_or_warm_up_model(self) -> Any:
+        if chooses_drafts(self.vllm_config):
+            _graphs_for_all(self.model_runner.cudagraph_manager, most_drafts(self.vllm_config))
+        return super().compile_or_warm_up_model()
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
@@ -273,6 +281,25 @@ class SpeculativeWorker(PairWorker):
         else:
             tokens = torch.zeros(len(cycle.slots), 1, dtype=torch.int64, device=self.device)
         runner.postprocess_sampled(cycle.slots, tokens, num_sampled, num_rejected)
+
+
+def _graphs_for_all(graphs: Any, most: int) -> None:
+    """Make a CUDA graph manager capture batches with 0, 1, ... ``most`` drafts each; by itself it captures ``most`` alone.
+
+    vLLM does so for a draft model whose number of drafts depends on the batch size, which a pair does not have.
+    """
+    varying = SimpleNamespace(
+        uses_dynamic_speculative_decoding=lambda: True,
+        num_speculative_tokens=most,
+        num_speculative_tokens_per_batch_size=None,
+    )
+    graphs._candidates.clear()
+    graphs._capture_descs.clear()
+    with (
+        mock.patch.object(graphs.vllm_config, "speculative_config", varying),
+        mock.patch.object(cudagraph_utils, "build_dynamic_sd_schedule_lookup", return_value=range(-1, most + 1)),
+    ):
+        graphs._init_candidates()
 
 
 def passes(output: SchedulerOutput) -> list[SchedulerOutput]:
