@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         jobs = {name: spec(name, args, (teacher, student)) for name in ("teacher", "student")}
         jobs |= {drafts: spec("paired", args, (teacher, student), drafts) for drafts in args.drafts}
         for name, job in jobs.items():
-            env = environment(folder / f"caches-{name}") | {"HF_HUB_OFFLINE": "1"}
+            env = environment(folder / "caches") | {"HF_HUB_OFFLINE": "1"}
             env.pop(MULTIPROCESSING, None)
             if args.in_process:
                 env[MULTIPROCESSING] = "0"
