@@ -23,8 +23,9 @@ ON_GPUS = ["short convolution", "latent attention", "gated delta net and attenti
 # OSD refuses to train experts and latent attention; vLLM 0.32's Gemma 3n is wrong where `correct_output_scale` is not 0.
 NOT_SYNCED = ["attention sinks", "experts", "latent attention", "gated delta net and attention", "shared KV caches"]
 RECURRENT = ["Mamba-2 and attention", "Mamba-2 everywhere", "short convolution", "gated delta net and attention"]
+EXPERTS = ["experts", "attention sinks", "gated delta net and attention"]
 # One block a request, or blocks of 512 tokens: their caches do not fill up.
-ROOMY = ["Mamba-2 everywhere", "head sizes that differ by layer"]
+ROOMY = ["Mamba-2 everywhere", "head sizes that differ by layer", "short convolution"]
 ONE_GROUP = ["sliding window everywhere", "experts", "latent attention"]
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +62,10 @@ def drafts(kind, request) -> int:
 
 @pytest.fixture(scope="module")
 def engine(kind, model_paths, drafts):
+    if torch.cuda.is_available() and kind == "latent attention":
+        pytest.skip("vLLM 0.33 has no float32 of it on a GPU")
+    if torch.cuda.is_available() and kind in EXPERTS and not hasattr(torch.ops._moe_C, "topk_softmax"):
+        pytest.skip("this build of vLLM has no kernels of experts")
     blocks = 12 if kind in ONE_GROUP else 24
     # vLLM 0.32 on a CPU: a prefill that ends inside a block of cached Mamba-2 states ends the engine.
     caching = torch.cuda.is_available() or "Mamba" not in kind

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,7 +19,9 @@ import pytest
 import torch
 from scipy import stats
 from vllm import SamplingParams
+from vllm.config import CUDAGraphMode
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.worker.gpu import cudagraph_utils
 
 from osd.core import TOKEN_ORIGINS, MixingConfig
 from osd.engine import speculation
@@ -38,7 +41,7 @@ from tests.exact import (
     record_columns,
     solve,
 )
-from tests.pairs import run, start, submit
+from tests.pairs import run, runners, start, submit
 from tests.training import build_trainer, logged
 
 pytestmark = pytest.mark.gpu
@@ -147,6 +150,12 @@ def the_teacher_decides_acceptance(monkeypatch):
 
 
 def drafts_are_not_tempered(monkeypatch):
+    draft = SpeculativeSampler.draft
+    monkeypatch.setattr(  # the kernels, which temper themselves
+        SpeculativeSampler,
+        "draft",
+        lambda self, logits, t, *args, **kwargs: draft(self, logits, torch.ones_like(t), *args, **kwargs),
+    )
     monkeypatch.setattr(
         SpeculativeSampler, "_tempered", lambda self, logits, rows, t: (logits if rows is None else logits[rows]).float()
     )
@@ -343,3 +352,22 @@ def test_training_samples_with_drafts_and_logs_their_acceptance(engine, tiny_pai
         assert 1.2 < tokens < 4
         losses.append(loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_every_number_of_drafts_has_a_cuda_graph(engine, monkeypatch):
+    """With "auto"; vLLM's own plan, the planted error, has graphs for the largest number alone. Nothing is captured here."""
+    monkeypatch.setattr(cudagraph_utils.current_platform, "get_global_graph_pool", lambda: None, raising=False)
+    config, most, requests = deepcopy(runners(engine)["teacher"].vllm_config), 5, 4
+    config.compilation_config.cudagraph_capture_sizes = list(range(1, requests * (1 + most) + 1))
+    config.compilation_config.max_cudagraph_capture_size = requests * (1 + most)
+    graphs = cudagraph_utils.CudaGraphManager(config, torch.device("cpu"), CUDAGraphMode.FULL_DECODE_ONLY, 1 + most)
+    graphs._graphs_captured = True
+
+    def replayed() -> list[bool]:
+        found = [graphs.dispatch(requests, requests * (1 + k), 1 + k, 0) for k in range(1 + most)]
+        return [graph.cg_mode == CUDAGraphMode.FULL for graph in found]
+
+    assert replayed() == [False] * most + [True]
+    speculative_worker._graphs_for_all(graphs, most)
+    assert all(replayed())
+    assert config.speculative_config is None

@@ -467,3 +467,23 @@ def test_a_students_update_that_miscounts_is_seen(pair, monkeypatch, name):
     monkeypatch.setattr(PairScheduler, "_update_student", miscounting)
     with pytest.raises(AssertionError):
         check_students_update(pair, 0)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "compilation", "expected"),
+    [
+        (4, {}, 160),  # 16 requests of 5 tokens, twice
+        ("auto", {"mode": 0}, 288),
+        (16, {}, 512),  # vLLM's most
+        (0, {}, None),
+        (4, {"max_cudagraph_capture_size": 8}, 8),
+        (4, {"cudagraph_capture_sizes": [8]}, None),
+    ],
+)
+def test_cuda_graphs_hold_the_drafts_of_a_full_batch(drafts, compilation, expected):
+    kwargs = {"max_num_seqs": 16, "compilation_config": compilation}
+    config = PairConfig(teacher="t", student="s", engine_kwargs=kwargs, num_speculative_tokens=drafts)
+    args = config.teacher_engine_args()
+    assert args["compilation_config"] == compilation | args["compilation_config"]  # the user's own stay
+    assert args["compilation_config"].get("max_cudagraph_capture_size") == expected
+    assert args["additional_config"]["osd"]["student"]["compilation_config"] == compilation

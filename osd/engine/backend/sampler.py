@@ -7,7 +7,8 @@ their state and applies them. Where none is active, on a GPU, the kernels mix an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,20 +145,23 @@ class PairSampler:
         if not use_kernels(self.mixing, teacher.device):
             return
         count = torch.arange(len(teacher), device=teacher.device)
-        for rows in (None, count):
-            KernelDraw()(self._all_rows(teacher, student, rows), self.mixing, count, count.int())
+        for inputs in self._warm_up_inputs(teacher, student):
+            KernelDraw()(inputs, self.mixing, count, count.int())
 
-    def _all_rows(self, teacher: torch.Tensor, student: torch.Tensor, rows: torch.Tensor | None) -> MixtureInputs:
-        return MixtureInputs(
-            student=student,
-            teacher=teacher,
-            student_rows=rows,
-            rows=rows,
-            temperature_B=torch.ones(len(teacher), device=teacher.device),
-            alpha=None,
-            vocab_size=self.vocab_size,
-            solo=False,
-        )
+    def _warm_up_inputs(self, teacher: torch.Tensor, student: torch.Tensor) -> Iterator[MixtureInputs]:
+        """Yield inputs of all rows of each side, and of chosen rows: a kernel is compiled for each of the four."""
+        count = torch.arange(len(teacher), device=teacher.device)
+        for student_rows, rows in itertools.product((None, count), repeat=2):
+            yield MixtureInputs(
+                student=student,
+                teacher=teacher,
+                student_rows=student_rows,
+                rows=rows,
+                temperature_B=torch.ones(len(teacher), device=teacher.device),
+                alpha=None,
+                vocab_size=self.vocab_size,
+                solo=False,
+            )
 
     # -- tokens drawn from what other sampling parameters make of q* ------------------------------------------------
 

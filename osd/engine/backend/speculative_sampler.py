@@ -63,8 +63,8 @@ class SpeculativeSampler(PairSampler):
         if not use_kernels(self.mixing, teacher.device):
             return
         count = torch.arange(len(teacher), device=teacher.device)
-        for rows in (None, count):
-            KernelMixture(self._all_rows(teacher, student, rows), self.mixing).record(count, count.float())
+        for inputs in self._warm_up_inputs(teacher, student):
+            KernelMixture(inputs, self.mixing).record(count, count.float())
         self.draft(student, torch.ones(len(student), device=student.device), count, count.int(), place=0)
 
     def draft(

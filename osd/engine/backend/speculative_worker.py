@@ -98,6 +98,10 @@ class SpeculativeWorker(PairWorker):
         slots = len(runner.req_states.draft_tokens)
         runner.req_states.draft_tokens = torch.zeros(slots, drafts, dtype=torch.int64, device=self.device)
 
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        self.model_runner.structured_outputs_worker.mask_stride = 1  # a request with a grammar has no drafts
+
     def determine_available_memory(self) -> int:
         """Return bytes for the teacher's KV cache, less the logits of all positions, which vLLM's profile does not know of."""
         available = super().determine_available_memory()
