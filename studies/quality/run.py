@@ -55,7 +55,7 @@ from studies.quality.runs import Run
 from studies.quality.tasks import SPLITS, TASKS
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES = {"privileged": ("bookings", "sums", "shifts"), "capacity": ("long_sums",)}
+STUDIES = {"privileged": ("bookings", "shifts", "contacts"), "capacity": ("long_sums",)}
 # A worse teacher has nothing to teach.
 TEACHER_AT_LEAST = {"privileged": 0.5, "capacity": 0.85}
 PHASES = ("check", "compare", "tune", "main", "sweep")

@@ -130,7 +130,7 @@ def booking_rows(split: str) -> Iterator[Row]:
         yield {"message": message, "answer": json.dumps({**values, "date": date}, ensure_ascii=False)}
 
 
-# -- sums: a running total with its working --------------------------------------------------------------------------------
+# -- long_sums: a running total with its working ---------------------------------------------------------------------------
 
 
 def sum_rows(terms: int) -> Callable[[str], Iterator[Row]]:
@@ -153,7 +153,7 @@ def sum_rows(terms: int) -> Callable[[str], Iterator[Row]]:
     return make
 
 
-# -- shifts: sentences to a sorted table, times to 24 hours ----------------------------------------------------------------
+# -- shifts: sentences to a table with 24-hour times -----------------------------------------------------------------------
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 NAMES = {
@@ -171,18 +171,52 @@ def clock(hour: int) -> str:
     return "noon" if hour == 12 else f"{hour % 12 or 12} {'am' if hour < 12 else 'pm'}"
 
 
+def names_of(split: str) -> list[str]:
+    return NAMES["train" if split == "train" else "measured"]
+
+
 def shift_rows(split: str) -> Iterator[Row]:
     draw = random.Random(f"shifts {split}")
-    names = NAMES["train" if split == "train" else "measured"]
     while True:
-        days = draw.sample(range(len(DAYS)), 3)
-        asked, lines = [], {}
-        for day, name in zip(days, draw.sample(names, 3), strict=True):
+        asked, lines = [], []
+        for day, name in zip(draw.sample(DAYS, 2), draw.sample(names_of(split), 2), strict=True):
             start = draw.randint(6, 15)
             end = start + draw.randint(2, 8)
-            asked.append(draw.choice(FORMS).format(name=name, day=DAYS[day], start=clock(start), end=clock(end)))
-            lines[day] = f"{DAYS[day][:3]} {start:02}:00-{end:02}:00 {name}"
-        yield {"message": " ".join(asked), "answer": "\n".join(lines[day] for day in sorted(lines))}
+            asked.append(draw.choice(FORMS).format(name=name, day=day, start=clock(start), end=clock(end)))
+            lines.append(f"{day[:3]} {start:02}:00-{end:02}:00 {name}")
+        yield {"message": " ".join(asked), "answer": "\n".join(lines)}
+
+
+# -- contacts: an address that is spelled out, to one line -----------------------------------------------------------------
+
+SURNAMES = "Abbott Baker Castle Dawson Ellis Fisher Grant Harper Irving Jarvis Knight Lawson Mercer Norton Oakley".split()  # noqa: SIM905
+HOSTS = ("acorn", "brook", "cedar", "delta", "ember", "fjord", "grove", "harbor")
+ENDINGS = ("com", "org", "net", "io")
+CONTACTS = (
+    "Write to {user} at {host} dot {ending} if you need {name}; the phone is {phone}.",
+    "{name} can be reached on {phone} or by mail, {user} at {host} dot {ending}.",
+    "My name is {name}, my number is {phone} and my mail is {user} at {host} dot {ending}.",
+)
+
+
+def contact_rows(split: str) -> Iterator[Row]:
+    draw = random.Random(f"contacts {split}")
+    while True:
+        first, last = draw.choice(names_of(split)), draw.choice(SURNAMES)
+        host, ending, digits = draw.choice(HOSTS), draw.choice(ENDINGS), f"{draw.randrange(10**6):06}"
+        user = draw.choice((first, last, f"{first} dot {last}")).lower()
+        values = {
+            "name": f"{first} {last}",
+            "user": user,
+            "host": host,
+            "ending": ending,
+            "phone": f"{digits[:3]} {digits[3:]}",
+        }
+        mail = f"{user.replace(' dot ', '.')}@{host}.{ending}"
+        yield {
+            "message": draw.choice(CONTACTS).format(**values),
+            "answer": f"{last}, {first} <{mail}> {digits[:3]}-{digits[3:]}",
+        }
 
 
 WORKED = "Keep a running total. Write one calculation per line, and in the last line 'Result: ' and the total."
@@ -190,13 +224,19 @@ TASKS = {
     task.name: task
     for task in (
         Task(name="bookings", system=bookings.SYSTEM, make=booking_rows, right=bookings.score, max_new_tokens=40, shown=1),
-        Task(name="sums", system=WORKED, make=sum_rows(4), right=last_line_is_right, max_new_tokens=72),
         Task(
             name="shifts",
-            system="List the shifts from Monday to Sunday, one per line, like this: Mon 09:00-17:00 Name",
+            system="List the shifts, one per line, like this: Mon 09:00-17:00 Name",
             make=shift_rows,
             right=all_is_right,
-            max_new_tokens=72,
+            max_new_tokens=48,
+        ),
+        Task(
+            name="contacts",
+            system="Write the contact in one line, like this: Surname, Name <mail@host.com> 123-456",
+            make=contact_rows,
+            right=all_is_right,
+            max_new_tokens=40,
         ),
         Task(
             name="long_sums",
