@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from osd.engine.multimodal import is_multimodal, text_name
 
 if TYPE_CHECKING:
     from osd.engine.config import PairConfig
@@ -21,7 +24,8 @@ class StudentLayout:
 
     Attributes:
         shapes: of every parameter, by its name in transformers (a shared one under its first name).
-        on_disk: the name in a checkpoint, which vLLM reads, by the name in transformers.
+        on_disk: the name in a checkpoint, which vLLM reads, by the name in transformers; without the encoders' weights of a
+            multimodal model, which its engine does not have.
     """
 
     shapes: dict[str, torch.Size]
@@ -114,10 +118,12 @@ def model_without_weights(config: PairConfig, side: str) -> Any | None:
     kwargs = config.side_kwargs(side)
     if kwargs.get("hf_overrides"):
         return None
-    trust = kwargs.get("trust_remote_code", False)
+    trust, found = kwargs.get("trust_remote_code", False), _config(config, side)
     try:
         with torch.device("meta"), set_zero3_state():  # under DeepSpeed's ZeRO-3 too: whole, and nothing initialized
-            return AutoModelForCausalLM.from_config(_config(config, side), trust_remote_code=trust)
+            if is_multimodal(found) and (whole := getattr(transformers, (found.architectures or [""])[0], None)):
+                return whole(found)  # as TRL loads it; the mapping of causal language models may name its language model
+            return AutoModelForCausalLM.from_config(found, trust_remote_code=trust)
     except ValueError:  # no causal language model of this configuration; vLLM may know one
         return None
 
@@ -133,7 +139,10 @@ def _names_on_disk(model: Any, student: str) -> dict[str, str]:
             f"loads them ({rearranged[0]}, ...), and vLLM reads them as they are in the checkpoint. OSD cannot sync this "
             "architecture; train another student"
         )
-    return {name: saved[id(parameter)] for name, parameter in parameters.items()}
+    on_disk = {name: saved[id(parameter)] for name, parameter in parameters.items()}
+    if not is_multimodal(model.config):
+        return on_disk
+    return {name: stored for name, stored in on_disk.items() if text_name(stored) is not None}
 
 
 def shared_vocabulary(config: PairConfig) -> int:

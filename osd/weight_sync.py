@@ -186,7 +186,7 @@ class LiveStudent(VLLMGeneration):
             return iter(named_tensors)
         on_disk = self._layout.on_disk
         known = checked(named_tensors, self._layout.shapes, self.engine.config.student)
-        return ((on_disk[name], tensor) for name, tensor in known)
+        return ((on_disk[name], tensor) for name, tensor in known if name in on_disk)
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         if self._walks_adapter:

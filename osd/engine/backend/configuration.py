@@ -13,6 +13,7 @@ from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from osd.core import MixingConfig
+from osd.engine.backend.language_model import as_text
 from osd.engine.config import ADDITIONAL_CONFIG_KEY, MOST_CHOSEN, SCHEDULER_CLS, WORKER_CLS, PairConfig
 from osd.engine.request import SideLimits
 
@@ -38,7 +39,7 @@ def context_lengths(config: PairConfig) -> dict[str, int]:
     models = {"teacher": config.teacher, "student": config.student}
     with mock.patch.object(envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, create=True):  # no engine: no warning about its seed
         return {
-            side: EngineArgs(**{**config.side_kwargs(side), "model": model}).create_model_config().max_model_len
+            side: EngineArgs(**as_text({**config.side_kwargs(side), "model": model})).create_model_config().max_model_len
             for side, model in models.items()
         }
 
@@ -69,7 +70,7 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     Weights, model, KV cache, compilation and CUDA graphs are the student's. Process group and scheduling mode are the
     teacher's, and so are the limits of a step where the student sets none.
     """
-    own = {name: value for name, value in _pair_section(teacher_config)["student"].items() if value is not None}
+    own = as_text({name: value for name, value in _pair_section(teacher_config)["student"].items() if value is not None})
     config = EngineArgs(**_step_limits(teacher_config.scheduler_config, own) | own).create_engine_config()
     config.parallel_config = teacher_config.parallel_config
     config.device_config = teacher_config.device_config

@@ -23,6 +23,7 @@ from vllm.v1.engine import utils as engine_utils
 
 from osd.engine.backend import cpu
 from osd.engine.backend.configuration import side_limits, student_vllm_config
+from osd.engine.backend.language_model import as_text
 from osd.engine.backend.worker import workers
 from osd.engine.config import PairConfig
 
@@ -50,7 +51,7 @@ class Frontend:
         self.llm: LLM | None = None
         try:
             with mock.patch.object(engine_utils, "zmq_socket_ctx", _handshake):
-                self.llm = LLM(**config.teacher_engine_args())
+                self.llm = LLM(**as_text(config.teacher_engine_args()))
             self._watch_outputs()
             self._check_active()
             self.limits = side_limits(self.engine.vllm_config, student_vllm_config(self.engine.vllm_config))

@@ -14,6 +14,7 @@ from vllm.config import CacheConfig, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from osd.engine.backend.language_model import as_text
 from osd.engine.config import PairConfig
 
 # Names of layer types in configurations of transformers.
@@ -78,7 +79,7 @@ def model_facts(config: PairConfig, side: str, gpus: int) -> ModelFacts:
     Raises:
         ValueError: a configuration that vLLM refuses.
     """
-    arguments = {**config.side_kwargs(side), "model": getattr(config, side), "max_model_len": None}
+    arguments = as_text({**config.side_kwargs(side), "model": getattr(config, side), "max_model_len": None})
     with (
         mock.patch.object(envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, create=True),  # no engine: no warning about its seed
         mock.patch.object(type(current_platform), "verify_quantization"),

@@ -35,6 +35,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_option
 from osd.engine.asgi import HttpRequest, Sender, reading
 from osd.engine.backend.configuration import mixing_config, side_limits, student_vllm_config
+from osd.engine.backend.language_model import as_text
 from osd.engine.config import PairConfig
 from osd.engine.request import EXTRA_ARGS_KEY, PairOptions, PairPrompt, check_request
 from osd.engine.wire import (
@@ -75,7 +76,7 @@ def serve(argv: Sequence[str]) -> None:
         raise ValueError("--grpc and vLLM's Rust front end take no middleware, which the pair needs; leave them out")
     args.student_chat_template = _template(args.student_chat_template)
     check_models(config)
-    for name, value in config.teacher_engine_args().items():
+    for name, value in as_text(config.teacher_engine_args()).items():
         setattr(args, name, value)
     args.osd = _Imported()
     args.middleware = [*args.middleware, f"{PairMiddleware.__module__}.{PairMiddleware.__name__}"]

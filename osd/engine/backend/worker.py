@@ -35,6 +35,7 @@ from osd.engine.backend.configuration import (
     student_vllm_config,
     wants_overlap,
 )
+from osd.engine.backend.language_model import reads_text_names
 from osd.engine.backend.output_layer import output_layer
 from osd.engine.backend.returned import append_record
 from osd.engine.backend.sampler import (
@@ -48,6 +49,7 @@ from osd.engine.backend.sampler import (
 )
 from osd.engine.backend.scheduler import PairStep
 from osd.engine.mixture import as_index, take
+from osd.engine.multimodal import text_weights
 from osd.engine.record import RecordLog, RequestRecord, dump_records
 from osd.engine.request import PairOptions, SampledRequest
 from osd.engine.weights import load_all_weights, load_weights
@@ -383,6 +385,8 @@ class PairWorker(Worker):
         self.weights_version += 1  # on every rank, also one that fails: their versions must stay equal
         if isinstance(named_tensors, bytes):
             named_tensors = load_weights(named_tensors)
+        if reads_text_names(self.student_config):
+            named_tensors = text_weights(named_tensors)
         model = self.student_runner.get_model()
         with self._as_student(), torch.no_grad():
             if partial:

@@ -1,0 +1,55 @@
+"""The language model inside a multimodal checkpoint: its configuration, and the names of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+# Prefixes in multimodal checkpoints, and those of the same weights in a checkpoint of the language model alone.
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "model.text_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "lm_head.": "lm_head.",
+}
+# Shared by the whole checkpoint, and written beside the language model's own configuration.
+_SHARED = ("tie_word_embeddings", "quantization_config")
+
+
+def is_multimodal(config: Any) -> bool:
+    """Return whether a (transformers) configuration holds a language model's beside others."""
+    return config.get_text_config() is not config
+
+
+def text_architecture(config: Any) -> str | None:
+    """Return the class of the language model in a multimodal checkpoint; None if transformers has no such class."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get_text_config().model_type)
+
+
+def text_config(config: Any) -> Any:
+    """Return the configuration of the language model in a multimodal checkpoint; any other configuration as it is."""
+    if not is_multimodal(config):
+        return config
+    text = config.get_text_config()
+    text.architectures = [text_architecture(config)]
+    for name in _SHARED:
+        if hasattr(config, name):
+            setattr(text, name, getattr(config, name))
+    return text
+
+
+def text_name(name: str) -> str | None:
+    """Return the name that a weight of a multimodal checkpoint has in the language model; None if it has no such weight."""
+    for prefix, own in _PREFIXES.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return None
+
+
+def text_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the language model in a multimodal checkpoint, under the language model's names."""
+    return ((own, tensor) for name, tensor in named_tensors if (own := text_name(name)) is not None)
