@@ -261,7 +261,7 @@ class OSDGeneration(LiveStudent):
 
         Args:
             prompts: the student's prompts as token ids, repeated by the caller for several completions of one prompt.
-            images: must be None.
+            images: None, or no image for any prompt.
             num_generations: ignored, as in TRL's colocate mode, whose prompts are repeated already.
             profiler: context manager around the sampling.
 
@@ -273,8 +273,9 @@ class OSDGeneration(LiveStudent):
             RuntimeError: no sync succeeded yet, or the last one failed; a completion in error with `on_error="raise"`.
             ValueError: images; another number of teacher prompts; a prompt too long for either side.
         """
-        if images is not None:
-            raise ValueError("OSD distils text models; remove the dataset's image columns")
+        for index, given in enumerate(images or ()):
+            if given:
+                raise ValueError(f"prompts[{index}] has images, and OSD distils text; remove such rows, or the image columns")
         if not self._synced:
             raise RuntimeError("the student's engine does not have the trainer's weights; call sync_weights() first")
         check_special_tokens(self.processing_class, prompts)

@@ -15,6 +15,8 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 
 ASSISTANT_ROLES = ("assistant", "model")
+# Columns that multimodal data keeps its images, videos and sounds in.
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 # Arguments of `apply_chat_template` that are the same for every prompt.
 FIXED_TEMPLATE_KWARGS = (
     *("conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"),
@@ -80,7 +82,25 @@ def _check_message(message: Message) -> None:
     if content is None and not message.get("tool_calls"):
         raise ValueError(f"the message {dict(message)!r:.200} has no content; write its text, or remove the message")
     if content is not None and not isinstance(content, str):
-        raise ValueError(f"only text messages are supported; this one has content {content!r:.200}")
+        raise ValueError(
+            f"only text messages are supported; this one has content {content!r:.200}. Write a text as one string; OSD distils "
+            "text, so remove rows with images, videos or sounds"
+        )
+
+
+def check_text_only(row: Mapping[str, Any]) -> None:
+    """Refuse a row with an image, a video or a sound, which neither model would see.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    for column in MEDIA_COLUMNS:
+        value = row.get(column)
+        if value is not None and not (isinstance(value, Sequence) and not len(value)):
+            raise ValueError(
+                f"it has {column!r} ({value!r:.80}), and OSD distils text, so neither model would see it. Remove such rows, or "
+                "the column if prompts do not need it"
+            )
 
 
 def conversation(prompt: Sequence[Message]) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ def model_without_weights(config: PairConfig, side: str) -> Any | None:
     try:
         with torch.device("meta"), set_zero3_state():  # under DeepSpeed's ZeRO-3 too: whole, and nothing initialized
             if is_multimodal(found) and (whole := getattr(transformers, (found.architectures or [""])[0], None)):
-                return whole(found)  # as TRL loads it; the mapping of causal language models may name its language model
+                return whole(found)  # TRL trains this class; AutoModelForCausalLM may be the language model alone
             return AutoModelForCausalLM.from_config(found, trust_remote_code=trust)
     except ValueError:  # no causal language model of this configuration; vLLM may know one
         return None

@@ -116,9 +116,41 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+# Multimodal checkpoints: the name of the classes in transformers, the language model's configuration, the encoder's, the rest.
+MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "Gemma 3": (
+        "Gemma3",
+        ARCHITECTURES["sliding window and full"][1],
+        _VISION,
+        dict(mm_tokens_per_image=4, image_token_index=60, boi_token_index=58, eoi_token_index=59),
+    ),
+    "Qwen 3.5": (
+        "Qwen3_5",
+        dict(_DELTA, layer_types=["linear_attention", "full_attention"] * 2),
+        dict(_VISION, depth=1, num_heads=2, out_hidden_size=64, num_position_embeddings=16),
+        dict(image_token_id=60, video_token_id=61, vision_start_token_id=58, vision_end_token_id=59),
+    ),
+    "Mistral 3": ("Mistral3", dict(model_type="mistral"), dict(_VISION, model_type="pixtral"), dict(image_token_index=60)),
+    "SmolVLM": ("SmolVLM", dict(model_type="llama"), _VISION, dict(image_token_id=60, scale_factor=2)),
+}
+
+
+def save_multimodal(path: Path, kind: str, seed: int = 3) -> Path:
+    """Save a random model of a kind of ``MULTIMODAL`` and its tokenizer at ``path``, and return ``path``."""
+    name, text, vision, rest = MULTIMODAL[kind]
+    save_tokenizer(path, _SIZES["vocab_size"])
+    torch.manual_seed(seed)
+    ends = {key: value for key, value in _SIZES.items() if key.endswith("_token_id")}
+    config = getattr(transformers, f"{name}Config")(text_config={**_SIZES, **text}, vision_config=vision, **ends, **rest)
+    getattr(transformers, f"{name}ForConditionalGeneration")(config).float().save_pretrained(path)
+    return path
+
 
 def save_model(path: Path, kind: str, seed: int = 3, **changes: Any) -> Path:
     """Save a random model of a kind of ``ARCHITECTURES`` and its tokenizer at ``path``, and return ``path``."""
+    if kind in MULTIMODAL:
+        return save_multimodal(path, kind, seed)
     name, differs = ARCHITECTURES[kind]
     text = "Text" if hasattr(transformers, f"{name}TextConfig") else ""
     save_tokenizer(path, _SIZES["vocab_size"])

@@ -86,6 +86,15 @@ def test_bad_rows_are_rejected_with_a_reason_and_the_run_continues(tmp_path):
     assert len(read_output(settings.output)) == 3
 
 
+def test_rows_with_images_are_rejected(tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", [ROWS[0], {**ROWS[1], "images": ["a.png"]}, {**ROWS[2], "images": []}])
+    settings = config(tmp_path, input=str(path), num_samples=1)
+    assert generate(settings, FakePair).kept == 2
+    [entry] = rejected(settings.output)
+    assert entry["row"] == 1
+    assert "it has 'images' (['a.png']), and OSD distils text" in entry["reason"]
+
+
 def test_text_that_no_file_or_template_can_hold_is_rejected(tmp_path):
     """Each of these once ended the run in a traceback, and every resumed run at the same row."""
     chat = tmp_path / "chat.jinja"

@@ -117,8 +117,8 @@ def test_sampling_arguments_reach_the_engine(make):
 def test_images_are_refused(make):
     generation = make()
     generation.sync_weights()
-    with pytest.raises(ValueError, match="text models"):
-        generation.generate(STUDENT_PROMPTS, [["an image"]] * 3, 1)
+    with pytest.raises(ValueError, match=r"prompts\[1\] has images, and OSD distils text"):
+        generation.generate(STUDENT_PROMPTS, [None, ["an image"], None], 1)
 
 
 def test_an_unknown_error_policy_is_refused(make):

@@ -463,9 +463,8 @@ def test_evaluation_data_are_checked_too(tmp_path):
     )
 
 
-def test_datasets_without_prompts_or_with_images_are_refused(tmp_path):
+def test_datasets_without_prompts_are_refused(tmp_path):
     refused(tmp_path, "no 'prompt' column", [{"question": "w7"}])
-    refused(tmp_path, r"remove the dataset's columns \['image'\]", [{"prompt": "w7", "image": "x"}])
 
 
 def test_an_unknown_engine_argument_is_refused(tmp_path, tiny_pair):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 from osd.prompt_checks import forget_warnings
@@ -77,8 +77,10 @@ def plan(
     config: Any = getattr(pair, "config", pair)  # a running engine has one
     teacher = getattr(pair, "tokenizer", None) or load_tokenizer(config, "teacher")  # of the running engine
     student = processing_class if processing_class is not None else _student_tokenizer(model, args)
+    if isinstance(student, ProcessorMixin):
+        student = student.tokenizer  # OSD distils text
     if not isinstance(student, PreTrainedTokenizerBase):
-        raise ValueError(f"OSD distils text models; the student has a {type(student).__name__} instead of a tokenizer")
+        raise ValueError(f"processing_class is a {type(student).__name__}; give the student's tokenizer")
     check_same_ids(teacher.get_vocab(), student.get_vocab())
     checkpoint = resolve(args.resume_from_checkpoint, args.output_dir)
     started = start_of(checkpoint)
@@ -109,9 +111,9 @@ def _context(lengths: dict[str, int], args: OSDConfig) -> dict[str, int]:
 
 
 def _student_tokenizer(model: Any, args: OSDConfig) -> Any:
-    """Load the processing class that TRL would load."""
+    """Load the tokenizer that TRL would load, also of a multimodal student."""
     revision = args.student_init_kwargs().get("revision") if isinstance(model, str) else None
-    return AutoProcessor.from_pretrained(
+    return AutoTokenizer.from_pretrained(
         model if isinstance(model, str) else get_config_model_id(model.config),
         revision=revision,
         truncation_side="left",

@@ -12,7 +12,7 @@ from datasets import IterableDataset
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from osd.prompt_checks import Prompt, compare_templates, is_conversation
+from osd.prompt_checks import Prompt, check_text_only, compare_templates, is_conversation
 from osd.prompts import (
     PRIVILEGED_COLUMN,
     PROMPT_COLUMN,
@@ -144,6 +144,7 @@ class Renderer:
 
     def _reasons(self, rows: Sequence[Row]) -> list[str | None]:
         for row in rows:
+            check_text_only(row)
             wants_mixing(row)
         prompts = [self.student_prompt(row) for row in rows]
         student, teacher = self.student_ids(prompts), self.teacher_ids(rows)

@@ -1,8 +1,9 @@
-"""Check at the start of a run that its results can be saved at the end."""
+"""Everything that is saved at the end of a run: checked at its start, and complete for a multimodal student."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +12,16 @@ from unittest.mock import patch
 
 from huggingface_hub import get_token
 from transformers import GenerationConfig
+from transformers.utils import cached_file
+from trl.trainer.utils import get_config_model_id
+
+from osd.engine.multimodal import is_multimodal
 
 if TYPE_CHECKING:
     from trainers.config import OSDConfig
     from trainers.trainer import OSDTrainer
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def check_outputs(args: OSDConfig) -> None:
@@ -81,6 +88,32 @@ def _refusal(config: GenerationConfig) -> str | None:
     except (TypeError, ValueError) as error:
         return " ".join(str(error).split())[:300]
     return None
+
+
+def copy_processor(model: Any, revision: str | None, folder: str | None) -> None:
+    """Copy the files that describe a multimodal student's inputs into its checkpoint; training does not change them."""
+    if not is_multimodal(model.config):
+        return
+    for name in _PROCESSOR_FILES:
+        found = cached_file(
+            get_config_model_id(model.config),
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None:
+            shutil.copy(found, str(folder))
+
+
+def freeze_encoders(model: Any) -> None:
+    """Freeze what a multimodal student does not compute for text: it gets no gradient, and its engine does not have it."""
+    if not is_multimodal(model.config):
+        return
+    used = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in used:
+            parameter.requires_grad_(False)
 
 
 def _base(model: Any) -> Any:

@@ -43,7 +43,7 @@ from trainers.metrics import batch_metrics, end_metrics, loss_metrics
 from trainers.passes import Pass, weigh
 from trainers.preparation import Plan, plan
 from trainers.privilege_gap import privilege_gap
-from trainers.saving import check_saving, repair_generation_config
+from trainers.saving import check_saving, copy_processor, freeze_encoders, repair_generation_config
 from trainers.teacher import start_teacher
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ class OSDTrainer(DistillationTrainer):
             )
         # TRL renders the student's prompts.
         self.chat_template_kwargs = self._renderer.template_kwargs(self._renderer.student_tokenizer)
+        freeze_encoders(self.model)
         check_saving(self)
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
         self._pass = Pass(counted=False)
@@ -208,7 +209,7 @@ class OSDTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         teacher_ids = self._renderer.teacher_ids(inputs)
         self.vllm_generation.model = self.model  # FSDP1 wraps it anew when training begins
-        student_rows = [{**row, PROMPT_COLUMN: self._renderer.student_prompt(row)} for row in inputs]
+        student_rows = [{PROMPT_COLUMN: self._renderer.student_prompt(row)} for row in inputs]  # TRL would look for images
         with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(inputs, mode)):
             output = super()._generate_and_score_completions(student_rows)
         batch = self.vllm_generation.last_batch
@@ -353,9 +354,10 @@ class OSDTrainer(DistillationTrainer):
             self._earlier_syncs = check_same_run(checkpoint, self._run) - self.vllm_generation.engine.weights_version
         return super().train(checkpoint, *args, **kwargs)
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         repair_generation_config(self.model)  # it may have been changed since the start
-        super()._save(*args, **kwargs)
+        super()._save(output_dir, *args, **kwargs)
+        copy_processor(self.model, self.args.student_init_kwargs().get("revision"), output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -207,7 +207,7 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, template: str | None) 
     """Check the columns of every dataset against the privileged template.
 
     Raises:
-        ValueError: as :func:`osd.prompts.privileged_template_for`; or image columns.
+        ValueError: as :func:`osd.prompts.privileged_template_for`.
     """
     evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
     for dataset in (train_dataset, *evaluated):
@@ -215,9 +215,6 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, template: str | None) 
         if columns is None:
             continue
         privileged_template_for(columns, template)
-        images = sorted({"image", "images"} & set(columns))
-        if images:
-            raise ValueError(f"OSD distils text models; remove the dataset's columns {images}")
 
 
 def _columns(dataset: Any) -> list[str] | None:

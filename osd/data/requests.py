@@ -13,7 +13,7 @@ from typing import Any
 from osd.data import grading
 from osd.data.reader import Row
 from osd.data.settings import CompareConfig, GenerateConfig, as_mapping
-from osd.prompt_checks import compare_templates, forget_warnings
+from osd.prompt_checks import check_text_only, compare_templates, forget_warnings
 from osd.prompts import (
     PROMPT_COLUMN,
     Prompt,
@@ -131,6 +131,7 @@ class RequestBuilder:
 
     def _request(self, row: Row, sample: int) -> Request:
         assert self.tokenizers is not None
+        check_text_only(row.values)
         settings, answer = self.settings, self._answer(row)
         fields = self._fields(row.values)
         index = (_number(row.id) + sample) % len(self.templates)
