@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion  # not public
 
 from osd.engine.multimodal import is_multimodal, text_name
 
@@ -24,12 +25,21 @@ class StudentLayout:
 
     Attributes:
         shapes: of every parameter, by its name in transformers (a shared one under its first name).
-        on_disk: the name in a checkpoint, which vLLM reads, by the name in transformers; without the encoders' weights of a
-            multimodal model, which its engine does not have.
+        on_disk: the names in a checkpoint, which vLLM reads, by the name in transformers: several for a parameter that joins
+            them (all experts of a layer); without the encoders' weights of a multimodal model, which its engine does not have.
+        model: the student without weights.
     """
 
     shapes: dict[str, torch.Size]
-    on_disk: dict[str, str]
+    on_disk: dict[str, tuple[str, ...]]
+    model: Any
+
+    def as_on_disk(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return a parameter as it is in a checkpoint, by name; empty if the engine does not have it."""
+        names = self.on_disk.get(name, ())
+        if len(names) < 2:
+            return dict.fromkeys(names, tensor)
+        return revert_weight_conversion(self.model, {name: tensor})
 
 
 def check_models(config: PairConfig) -> None:
@@ -72,15 +82,14 @@ def check_student_can_train(config: PairConfig) -> StudentLayout | None:
         None if they cannot be known: the engine arguments change the architecture, or transformers cannot build it.
 
     Raises:
-        ValueError: a student with experts or latent attention, a quantized one, or one whose weights transformers rearranges
-            when it loads them.
+        ValueError: a gpt-oss, a student with latent attention, a quantized one, or one whose weights transformers rearranges
+            when it loads them, other than joining several into one (experts, convolutions).
     """
     student, kwargs = _config(config, "student"), config.side_kwargs("student")
-    if experts(student):
+    if student.model_type == "gpt_oss":
         raise ValueError(
-            f"student={config.student!r} is a mixture of experts ({experts(student)} of them): transformers and vLLM store "
-            "experts differently, and a synced student did not agree with the trained one. Train a dense student (the teacher "
-            "may have experts)"
+            f"student={config.student!r} is a gpt-oss: vLLM loads its experts only once, so a sync would leave them as they "
+            "were. Train another student (the teacher may be a gpt-oss)"
         )
     if getattr(student.get_text_config(), "kv_lora_rank", None):
         raise ValueError(
@@ -93,7 +102,13 @@ def check_student_can_train(config: PairConfig) -> StudentLayout | None:
             f"student={config.student!r} is quantized ({quantization or kwargs['load_format']}): every sync replaces its "
             "weights by the trained ones, which are not. Start from the unquantized checkpoint and quantize the trained student"
         )
-    return student_layout(config)
+    layout = student_layout(config)
+    if layout is None and experts(student):
+        raise ValueError(
+            f"student={config.student!r} is a mixture of experts, whose names in a checkpoint are not known with hf_overrides "
+            "or without a class in transformers; save the changed model and train that"
+        )
+    return layout
 
 
 def student_layout(config: PairConfig) -> StudentLayout | None:
@@ -104,6 +119,7 @@ def student_layout(config: PairConfig) -> StudentLayout | None:
     return StudentLayout(
         shapes={name: parameter.shape for name, parameter in model.named_parameters()},
         on_disk=_names_on_disk(model, config.student),
+        model=model,
     )
 
 
@@ -128,21 +144,25 @@ def model_without_weights(config: PairConfig, side: str) -> Any | None:
         return None
 
 
-def _names_on_disk(model: Any, student: str) -> dict[str, str]:
-    from transformers.core_model_loading import revert_weight_conversion  # not public
-
+def _names_on_disk(model: Any, student: str) -> dict[str, tuple[str, ...]]:
     parameters = dict(model.named_parameters())
-    saved = {id(tensor): name for name, tensor in revert_weight_conversion(model, parameters).items()}
-    if rearranged := [name for name, parameter in parameters.items() if id(parameter) not in saved]:
+    saved = revert_weight_conversion(model, parameters)
+    names = {id(tensor): name for name, tensor in saved.items()}
+    on_disk: dict[str, tuple[str, ...]] = {name: (names[id(p)],) for name, p in parameters.items() if id(p) in names}
+    rearranged = parameters.keys() - on_disk.keys()
+    for name in rearranged:
+        alone = revert_weight_conversion(model, {name: parameters[name]})
+        if len(alone) > 1 and all(part in saved and saved[part].shape == tensor.shape for part, tensor in alone.items()):
+            on_disk[name] = tuple(alone)
+    if unknown := sorted(rearranged - on_disk.keys()):
         raise ValueError(
-            f"student={student!r} ({type(model).__name__}): transformers rearranges {len(rearranged)} of its weights when it "
-            f"loads them ({rearranged[0]}, ...), and vLLM reads them as they are in the checkpoint. OSD cannot sync this "
+            f"student={student!r} ({type(model).__name__}): transformers rearranges {len(unknown)} of its weights when it "
+            f"loads them ({unknown[0]}, ...), and vLLM reads them as they are in the checkpoint. OSD cannot sync this "
             "architecture; train another student"
         )
-    on_disk = {name: saved[id(parameter)] for name, parameter in parameters.items()}
     if not is_multimodal(model.config):
         return on_disk
-    return {name: stored for name, stored in on_disk.items() if text_name(stored) is not None}
+    return {name: stored for name, stored in on_disk.items() if text_name(stored[0]) is not None}
 
 
 def shared_vocabulary(config: PairConfig) -> int:

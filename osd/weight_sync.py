@@ -181,12 +181,12 @@ class LiveStudent(VLLMGeneration):
         return config
 
     def _as_on_disk(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Check each tensor and give it the name that vLLM reads in a checkpoint."""
+        """Check each tensor and give it the form and the name that vLLM reads in a checkpoint."""
         if self._layout is None:
             return iter(named_tensors)
-        on_disk = self._layout.on_disk
-        known = checked(named_tensors, self._layout.shapes, self.engine.config.student)
-        return ((on_disk[name], tensor) for name, tensor in known if name in on_disk)
+        layout = self._layout
+        known = checked(named_tensors, layout.shapes, self.engine.config.student)
+        return (stored for name, tensor in known for stored in layout.as_on_disk(name, tensor).items())
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         if self._walks_adapter:

@@ -1,14 +1,17 @@
 """Teachers and students of other architectures: output layers by any name, renamed weights, remote code."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from osd.engine.engine import PairConfig, PairEngine
+from osd.validate_models import StudentLayout
 from tests.architectures import save_model
 from tests.test_generation import NOISE, disagreement, gaps_over_training
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
@@ -118,6 +121,33 @@ def test_a_student_with_windows_or_states_is_trained(tiny_pair, tmp_path, kind):
     kwargs = tiny_engine_kwargs(enable_prefix_caching=torch.cuda.is_available())  # for vLLM's Mamba-2 on a CPU
     with PairEngine(PairConfig(teacher=str(tiny_pair[0]), student=student, engine_kwargs=kwargs)) as engine:
         assert max(gaps_over_training(build_trainer(engine, student, tmp_path))) < NOISE
+
+
+def test_a_student_with_experts_is_trained_and_wrong_experts_are_seen(tmp_path, monkeypatch):
+    teacher, student = (str(save_model(tmp_path / name, "experts", seed)) for name, seed in (("teacher", 3), ("student", 4)))
+    with PairEngine(PairConfig(teacher=teacher, student=student, engine_kwargs=tiny_engine_kwargs())) as engine:
+        assert max(gaps_over_training(build_trainer(engine, student, tmp_path))) < NOISE
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")  # experts are pushed once
+        assert max(gaps_over_training(build_trainer(engine, student, tmp_path, peft_config=lora))) < NOISE
+        stored = safetensors.torch.load_file(f"{student}/model.safetensors")
+        with pytest.raises(ValueError, match=r"the weight sync has \d+ of the \d+ weights of model\.layers\.1\.mlp\.experts"):
+            engine.load_student_weights((n, t) for n, t in stored.items() if "layers.1.mlp.experts.2.up_proj" not in n)
+        engine.load_student_weights(stored.items())
+        # Planted: experts in another order.
+        right = StudentLayout.as_on_disk
+        monkeypatch.setattr(StudentLayout, "as_on_disk", lambda layout, name, tensor: right(layout, name, turned(tensor)))
+        with pytest.raises(RuntimeError, match="the engine's student is not the student in training"):
+            build_trainer(engine, student, tmp_path).train()
+        monkeypatch.undo()
+        # Planted: experts loaded over those that vLLM has rearranged.
+        monkeypatch.setattr("osd.engine.backend.worker.loading_experts", lambda *args, **kwargs: nullcontext())
+        if not torch.cuda.is_available():
+            with pytest.raises(RuntimeError, match="the engine's student is not the student in training"):
+                build_trainer(engine, student, tmp_path).train()
+
+
+def turned(tensor):
+    return tensor.roll(1, 0) if tensor.dim() == 3 else tensor
 
 
 def test_a_gpt_neox_student_is_trained_from_another_teacher_and_a_wrong_head_is_seen(tmp_path, monkeypatch):

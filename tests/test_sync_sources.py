@@ -324,25 +324,48 @@ def saved_config(folder, kind, **settings):
 
 def test_weights_that_transformers_renames_are_pushed_under_their_names_on_disk(tmp_path):
     layout = student_layout(pair_of(saved_config(tmp_path, "gpt_neox", num_hidden_layers=1, intermediate_size=64)))
-    assert {name: saved for name, saved in layout.on_disk.items() if name != saved} == {"lm_head.weight": "embed_out.weight"}
+    assert {name: saved for name, saved in layout.on_disk.items() if (name,) != saved} == {
+        "lm_head.weight": ("embed_out.weight",)
+    }
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "kwargs", "message"),
     [
-        ("qwen3_moe", {}, {}, r"student='.*' is a mixture of experts \(128 of them\).*Train a dense student"),
-        ("mixtral", {"num_local_experts": 4}, {}, r"mixture of experts \(4 of them\)"),
+        ("gpt_oss", {}, {}, r"student='.*' is a gpt-oss: vLLM loads its experts only once.*the teacher may"),
+        ("qwen3_moe", {}, {"hf_overrides": {"num_experts": 4}}, r"student='.*' is a mixture of experts.*hf_overrides"),
         ("deepseek_v2", {"n_routed_experts": 1}, {}, r"has latent attention \(MLA\).*the teacher may"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, r"is quantized \(.*gptq.*unquantized"),
         ("llama", {}, {"quantization": "fp8"}, r"is quantized \(fp8\)"),
         ("llama", {}, {"load_format": "bitsandbytes"}, r"is quantized \(bitsandbytes\)"),
-        ("olmo_hybrid", {"pad_token_id": 0}, {}, r"OlmoHybridForCausalLM\): transformers rearranges \d+ of its weights"),
     ],
-    ids=["experts", "experts by another name", "latent attention", "quantized", "by the engine", "while loading", "rearranged"],
+    ids=["gpt-oss", "overrides", "latent attention", "quantized", "by the engine", "while loading"],
 )
 def test_students_that_cannot_be_synced_are_refused_by_their_configuration(tmp_path, kind, settings, kwargs, message):
     with pytest.raises(ValueError, match=message):
         check_student_can_train(pair_of(saved_config(tmp_path, kind, **settings), **kwargs))
+
+
+def test_weights_that_transformers_joins_are_split_again(tmp_path):
+    path = saved_config(tmp_path, "qwen3_moe", num_hidden_layers=1, num_experts=2, moe_intermediate_size=32)
+    layout = student_layout(pair_of(path))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    joined = torch.randn(layout.shapes[name])
+    split = layout.as_on_disk(name, joined)
+    for expert in range(2):
+        for part, half in (("gate", slice(32)), ("up", slice(32, 64))):
+            weight = split.pop(f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight")
+            assert torch.equal(weight, joined[expert, half])
+    assert not split
+
+
+def test_weights_that_transformers_rearranges_otherwise_are_refused(tiny_pair, monkeypatch):
+    def turned(model, given):
+        return {name: weight.t() if weight.dim() == 2 else weight for name, weight in given.items()}
+
+    monkeypatch.setattr("osd.validate_models.revert_weight_conversion", turned)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\): transformers rearranges 16 of its weights"):
+        check_student_can_train(pair_of(tiny_pair[1]))
 
 
 def test_experts_under_a_dense_teacher_are_refused_for_sampling_too(tiny_pair, tmp_path):

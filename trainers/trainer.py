@@ -209,7 +209,8 @@ class OSDTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         teacher_ids = self._renderer.teacher_ids(inputs)
         self.vllm_generation.model = self.model  # FSDP1 wraps it anew when training begins
-        student_rows = [{PROMPT_COLUMN: self._renderer.student_prompt(row)} for row in inputs]  # TRL would look for images
+        # Without other columns, in which TRL would look for images.
+        student_rows: list[dict[str, Any]] = [{PROMPT_COLUMN: self._renderer.student_prompt(row)} for row in inputs]
         with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(inputs, mode)):
             output = super()._generate_and_score_completions(student_rows)
         batch = self.vllm_generation.last_batch

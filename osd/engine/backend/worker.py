@@ -35,6 +35,7 @@ from osd.engine.backend.configuration import (
     student_vllm_config,
     wants_overlap,
 )
+from osd.engine.backend.experts import loading_experts
 from osd.engine.backend.language_model import reads_text_names
 from osd.engine.backend.output_layer import output_layer
 from osd.engine.backend.returned import append_record
@@ -388,7 +389,7 @@ class PairWorker(Worker):
         if reads_text_names(self.student_config):
             named_tensors = text_weights(named_tensors)
         model = self.student_runner.get_model()
-        with self._as_student(), torch.no_grad():
+        with self._as_student(), torch.no_grad(), loading_experts(model, self.model_config, partial=partial):
             if partial:
                 model.load_weights(named_tensors)
             else:
