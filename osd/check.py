@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from osd.core import speculative_tokens
 from osd.engine.config import PairConfig
+from osd.engine.multimodal import text_parameters
 from osd.validate_models import (
     check_models,
     check_student_can_train,
@@ -52,10 +54,11 @@ class Wanted:
         gpus: GPUs of one engine, under tensor parallelism.
         gpu_memory: of each GPU, in bytes.
         dtype: of the engine's weights, as vLLM names it.
+        num_speculative_tokens: how many tokens the student drafts, or "auto"; see :class:`osd.PairConfig`.
         trust_remote_code: run code that comes with a model.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1; a number of drafts out of range.
     """
 
     max_model_len: int | None = None
@@ -63,9 +66,11 @@ class Wanted:
     gpus: int = 1
     gpu_memory: float = 80 * 2**30
     dtype: str = "auto"
+    num_speculative_tokens: int | str = 0
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "num_speculative_tokens", speculative_tokens(self.num_speculative_tokens))
         for name in ("max_model_len", "max_num_seqs", "gpus"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
@@ -86,7 +91,7 @@ class Side:
 
     Attributes:
         facts: what vLLM makes of its configuration.
-        parameters: number of parameters, or None if transformers cannot build it.
+        parameters: number of parameters, of a multimodal model those of its language model; None: transformers cannot build it.
         weights: bytes of all weights in the engine, over all GPUs; None: unknown.
         ends: token ids that end a completion by its files.
         template: its chat template, or None.
@@ -155,6 +160,7 @@ class Report:
         training = self.training or (self.sampling and "the pair cannot be sampled")
         yield f"sampling: {f'no: {self.sampling}' if self.sampling else 'yes'}"
         yield f"training: {f'no: {training}' if training else 'yes'}"
+        yield f"drafts: {'no: ' if (refused := _no_drafts(self.sides)) else 'yes'}{refused}"
         for name, side in self.sides.items():
             yield f"{name}: {_model(getattr(self, name), side)}"
             if side.facts.refused_here:
@@ -215,6 +221,8 @@ class Report:
             settings["enable_chat_template"] = True
         if self.wanted.trust_remote_code:
             settings["trust_remote_code"] = True
+        if self.wanted.num_speculative_tokens:
+            settings["num_speculative_tokens"] = self.wanted.num_speculative_tokens
         settings |= {"vllm_max_model_length": self.length, "engine_kwargs": self.wanted.engine_kwargs()}
         lines = [
             f"# {key}: {value}  # the {name}'s own default, which OSD ignores"
@@ -232,11 +240,12 @@ def check(teacher: str, student: str, wanted: Wanted) -> Report:
     """
     kwargs = {**wanted.engine_kwargs(), "trust_remote_code": wanted.trust_remote_code}
     config = PairConfig(teacher=teacher, student=student, engine_kwargs=kwargs)
-    sampling, training = _reason(check_models, config), _reason(check_student_can_train, config)
+    (_, sampling), (layout, training) = _tried(check_models, config), _tried(check_student_can_train, config)
+    built = {"student": layout.model} if layout else {}
     sides: dict[str, Side] = {}
     for name in SIDES:
         try:
-            sides[name] = _side(config, name, wanted.gpus)
+            sides[name] = _side(config, name, wanted.gpus, built.get(name))
         except (ValueError, OSError) as error:
             why = f"{name}={getattr(config, name)!r}: vLLM does not take it on this machine ({_first_line(error)})"
             sampling = sampling or why
@@ -246,7 +255,7 @@ def check(teacher: str, student: str, wanted: Wanted) -> Report:
         wanted=wanted,
         sides=sides,
         ends=[] if sampling else end_ids(config),
-        sampling=sampling or _too_large(sides, wanted),
+        sampling=sampling or _too_large(sides, wanted) or (_no_drafts(sides) if wanted.num_speculative_tokens else ""),
         training=training,
     )
 
@@ -275,12 +284,13 @@ def stored_bytes(model: str, revision: str | None = None) -> int | None:
     return sum(max(tensor.data_offsets[1] for tensor in file.tensors.values()) for file in found)
 
 
-def _side(config: PairConfig, name: str, gpus: int) -> Side:
+def _side(config: PairConfig, name: str, gpus: int, model: Any | None) -> Side:
     from osd.engine.backend.layers import model_facts
 
-    model = model_without_weights(config, name)  # first: it says best that there is no such model
+    if model is None:
+        model = model_without_weights(config, name)  # first: it says best that there is no such model
     facts = model_facts(config, name, gpus)
-    parameters = None if model is None else sum(parameter.numel() for parameter in model.parameters())
+    parameters = None if model is None else sum(parameter.numel() for parameter in text_parameters(model))
     if facts.quantization or parameters is None:
         weights = stored_bytes(getattr(config, name), config.side_kwargs(name).get("revision"))
     else:
@@ -300,12 +310,11 @@ def _defaults(generation: Any) -> dict[str, Any]:
     return {name: value for name, value in declared.items() if value is not None and value not in NEUTRAL[name]}
 
 
-def _reason(check: Callable[[PairConfig], Any], config: PairConfig) -> str:
+def _tried(check: Callable[[PairConfig], Any], config: PairConfig) -> tuple[Any, str]:
     try:
-        check(config)
+        return check(config), ""
     except ValueError as error:
-        return str(error)
-    return ""
+        return None, str(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -322,6 +331,17 @@ def _too_large(sides: dict[str, Side], wanted: Wanted) -> str:
             )
         if wanted.max_model_len is not None and wanted.max_model_len > side.facts.context:
             return f"max_model_len={wanted.max_model_len} is over the {name}'s context of {side.facts.context} tokens; lower it"
+    return ""
+
+
+def _no_drafts(sides: dict[str, Side]) -> str:
+    """Return why the student cannot draft for the teacher; empty if it can."""
+    for name, side in sides.items():
+        if any(layer.kind == "recurrent state" for layer in side.facts.layers or ()):
+            return (
+                f"the {name} has recurrent layers (Mamba, linear attention), whose state cannot go back by a rejected draft; "
+                "use num_speculative_tokens=0"
+            )
     return ""
 
 

@@ -110,6 +110,7 @@ def _check(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of the engine's weights [auto]"
     )
+    parser.add_argument("--num_speculative_tokens", default="0", metavar="N", help="drafts of the student, 0 to 16 or auto [0]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     flags = parser.parse_args(argv)
     from osd.check import Wanted, check

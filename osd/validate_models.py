@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,10 +230,15 @@ def _config(config: PairConfig, side: str) -> Any:
 def _load(auto_class: Any, config: PairConfig, side: str) -> Any:
     kwargs, model = config.side_kwargs(side), getattr(config, side)
     name = (kwargs.get("tokenizer") if auto_class is AutoTokenizer else None) or model
-    if not name:
+    if not str(name).strip():
         raise ValueError(
-            f"{side}={name!r}: the model was made in memory, and vLLM loads models from files. Call save_pretrained(folder) "
-            "for the model and its tokenizer, and pass the folder (or set model.name_or_path to it)"
+            f"{side}={name!r}: the path is empty. Give a folder or the id of a model; a model made in memory has none, so call "
+            "save_pretrained(folder) for it and its tokenizer, and pass the folder (or set model.name_or_path to it)"
+        )
+    if str(name).startswith(("/", "./", "../", "~")) and not Path(name).exists():
+        raise ValueError(
+            f"{side}={name!r}: the folder does not exist. Give a folder with config.json, weights and tokenizer, or the id of "
+            "a model that can be downloaded"
         )
     options = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     try:

@@ -14,8 +14,9 @@ from osd import cli
 from osd.check import TRAINING_BYTES, Wanted, check, size, stored_bytes
 from osd.data.settings import GenerateConfig
 from osd.engine.config import PairConfig
+from osd.engine.multimodal import text_config
 from osd.validate_models import end_ids
-from tests.architectures import WINDOW, save_model
+from tests.architectures import WINDOW, save_model, save_multimodal
 from tests.tiny import save_tokenizer, tiny_model
 
 FLOAT32 = Wanted(dtype="float32")
@@ -170,8 +171,7 @@ def test_tokenizers_that_differ_are_refused(run, tmp_path, tiny_pair):
 def test_experts(run, saved):
     dense, experts = saved("sliding window and full"), saved("experts")
     both = run(experts, experts)
-    assert (both.status, both.lines["sampling"]) == (3, "yes")
-    assert "is a mixture of experts" in both.lines["training"]
+    assert (both.status, both.lines["sampling"], both.lines["training"]) == (0, "yes", "yes")
     assert "4 experts" in both.lines["student"]
     beside_dense = run(dense, experts)
     assert beside_dense.status == 1
@@ -207,8 +207,39 @@ def test_a_missing_model_is_refused(run, tiny_pair):
 
 
 @pytest.mark.parametrize(
+    ("student", "message"),
+    [("", "student='': the path is empty"), ("/no/such/folder", "student='/no/such/folder': the folder does not exist")],
+)
+def test_paths_that_name_nothing_are_refused(student, message, run, tiny_pair):
+    done = run(tiny_pair[0], student)
+    assert done.status == 1
+    assert message in done.lines["sampling"]
+
+
+def test_a_multimodal_model_is_counted_without_its_encoders(run, tmp_path):
+    path = save_multimodal(tmp_path / "whole", "Gemma 3")
+    text_config(AutoConfig.from_pretrained(path)).save_pretrained(tmp_path / "text")
+    save_tokenizer(tmp_path / "text", 64)
+    done = run(path, tmp_path / "text", "--dtype", "float32")
+    assert (done.status, done.lines["sampling"], done.lines["training"]) == (0, "yes", "yes")
+    assert done.lines["memory, teacher"] == done.lines["memory, student"]
+    assert f"2 x sliding window of {WINDOW} tokens, 2 x full attention" in done.lines["teacher"]
+
+
+def test_drafts_are_refused_for_recurrent_models(run, saved, tiny_pair):
+    stateful, plain = saved("Mamba-2 and attention"), tiny_pair[1]
+    assert run(plain, plain).lines["drafts"] == "yes"
+    assert "num_speculative_tokens: 4" in run(plain, plain, "--num_speculative_tokens", "4").out
+    without, drafting = run(stateful, stateful), run(stateful, stateful, "--num_speculative_tokens", "auto")
+    assert (without.status, drafting.status) == (0, 1)
+    assert without.lines["drafts"] == drafting.lines["drafts"]
+    assert drafting.lines["sampling"].startswith("no: the teacher has recurrent layers")
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--num_speculative_tokens", "17"], "num_speculative_tokens='17' is not a whole number from 0 to 16"),
         (["--max_model_len", "0"], "max_model_len=0 must be at least 1"),
         (["--max_num_seqs", "-4"], "max_num_seqs=-4 must be at least 1"),
         (["--gpus", "0"], "gpus=0 must be at least 1"),

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import cached_file
 from trl.trainer.utils import get_config_model_id
 
-from osd.engine.multimodal import is_multimodal
+from osd.engine.multimodal import is_multimodal, text_parameters
 
 if TYPE_CHECKING:
     from trainers.config import OSDConfig
@@ -108,9 +108,7 @@ def copy_processor(model: Any, revision: str | None, folder: str | None) -> None
 
 def freeze_encoders(model: Any) -> None:
     """Freeze what a multimodal student does not compute for text: it gets no gradient, and its engine does not have it."""
-    if not is_multimodal(model.config):
-        return
-    used = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    used = set(map(id, text_parameters(model)))
     for parameter in model.parameters():
         if id(parameter) not in used:
             parameter.requires_grad_(False)

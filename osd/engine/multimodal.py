@@ -30,6 +30,12 @@ def text_architecture(config: Any) -> str | None:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get_text_config().model_type)
 
 
+def text_parameters(model: Any) -> list[Any]:
+    """Return a (transformers) model's parameters; of a multimodal one those of its language model, which compute text."""
+    parts = [model.get_decoder(), model.get_output_embeddings()] if is_multimodal(model.config) else [model]
+    return list({id(parameter): parameter for part in parts for parameter in part.parameters()}.values())
+
+
 def text_config(config: Any) -> Any:
     """Return the configuration of the language model in a multimodal checkpoint; any other configuration as it is."""
     if not is_multimodal(config):
