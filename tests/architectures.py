@@ -131,7 +131,12 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]
         dict(_VISION, depth=1, num_heads=2, out_hidden_size=64, num_position_embeddings=16),
         dict(image_token_id=60, video_token_id=61, vision_start_token_id=58, vision_end_token_id=59),
     ),
-    "Mistral 3": ("Mistral3", dict(model_type="mistral"), dict(_VISION, model_type="pixtral"), dict(image_token_index=60)),
+    "Mistral 3": (
+        "Mistral3",
+        dict(model_type="mistral"),
+        dict(_VISION, model_type="pixtral"),
+        dict(image_token_index=60, tie_word_embeddings=False),
+    ),
     "SmolVLM": ("SmolVLM", dict(model_type="llama"), _VISION, dict(image_token_id=60, scale_factor=2)),
 }
 

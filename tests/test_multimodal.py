@@ -36,6 +36,7 @@ def test_the_language_model_alone_computes_what_the_checkpoint_does(kind, tmp_pa
     config = text_config(AutoConfig.from_pretrained(path))
     alone = AutoModelForCausalLM.from_config(config).eval()
     assert config.architectures == [type(alone).__name__]
+    assert config.dtype == torch.float32
     weights = dict(text_weights(load_file(path / "model.safetensors").items()))
     missing, unexpected = alone.load_state_dict(weights, strict=False)
     assert not unexpected

@@ -16,8 +16,6 @@ _PREFIXES = {
     "language_model.lm_head.": "lm_head.",
     "lm_head.": "lm_head.",
 }
-# Shared by the whole checkpoint, and written beside the language model's own configuration.
-_SHARED = ("tie_word_embeddings", "quantization_config")
 
 
 def is_multimodal(config: Any) -> bool:
@@ -42,9 +40,9 @@ def text_config(config: Any) -> Any:
         return config
     text = config.get_text_config()
     text.architectures = [text_architecture(config)]
-    for name in _SHARED:
-        if hasattr(config, name):
-            setattr(text, name, getattr(config, name))
+    text.dtype = text.dtype or config.dtype
+    # Where they differ the checkpoint has both matrices: the whole model's default is not the language model's.
+    text.tie_word_embeddings = bool(text.tie_word_embeddings and config.tie_word_embeddings)
     return text
 
 
