@@ -20,7 +20,6 @@ from tests.pairs import runners
 from tests.tiny import tiny_engine_kwargs
 from tests.training import build_trainer, watch
 
-GEMMA = "Gemma 3"
 PROMPT = [7, 8, 9, 10] * 8
 
 
@@ -57,10 +56,13 @@ def test_the_layout_syncs_the_language_model_and_nothing_else(kind, tmp_path, ti
     assert all(name in layout.on_disk for name in live if "layers." in name and "language_model" in name)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM imports torchvision with it, and needs bfloat16")
+
+
+@pytest.fixture(scope="module", params=["Gemma 3", pytest.param("Qwen 3.5", marks=NEEDS_A_GPU)])
+def folders(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("multimodal")
-    paths = save_multimodal(root / "teacher", GEMMA, seed=3), save_multimodal(root / "student", GEMMA, seed=4)
+    paths = save_multimodal(root / "teacher", request.param, 3), save_multimodal(root / "student", request.param, 4)
     (paths[1] / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Gemma3ImageProcessor"}))
     return paths
 
@@ -82,7 +84,7 @@ def test_the_engine_has_no_encoders(engine):
     for runner in runners(engine).values():
         names = [name for name, _ in runner.get_model().named_parameters()]
         assert len(names) > 20
-        assert not any("vision" in name or "projector" in name for name in names)
+        assert not any("vis" in name or "projector" in name for name in names)
 
 
 @pytest.mark.gpu
@@ -109,13 +111,13 @@ def test_a_multimodal_student_is_trained_and_saved_as_what_it_was(engine, folder
     assert max(gaps) < 2e-3
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained
-    assert not any("vision" in name or "projector" in name for name in trained)
+    assert not any("vis" in name or "projector" in name for name in trained)
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "preprocessor_config.json").exists()
     if adapter is not None:
         return
     saved = whole(tmp_path / "saved")
-    assert type(saved).__name__ == "Gemma3ForConditionalGeneration"
+    assert type(saved) is type(whole(folders[1]))
     assert saved.config.vision_config.hidden_size == 32
     for name, parameter in saved.named_parameters():
         moved = not torch.equal(parameter, before[name])

@@ -372,6 +372,17 @@ def test_weights_are_a_part_of_the_memory_profile_that_the_runner_reports():
     assert worker.model_runner.model_memory_usage == 5
 
 
+def test_experts_are_packed_only_with_their_kernel_and_gpt_oss_copies_its_own():
+    """Reasons for `osd.engine.backend.experts._forget_kernel`, and for refusing to train gpt-oss."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.models.gpt_oss import GptOssModel
+
+    again, first = inspect.getsource(UnquantizedFusedMoEMethod._setup_kernel).split("if not is_weight_update:")
+    assert "fused_experts.process_weights_after_loading(layer)" in first
+    assert "fused_experts" not in again
+    assert "param.copy_(narrow_weight)" in inspect.getsource(GptOssModel._load_weights_other)
+
+
 # -- what acts on a request's tokens ------------------------------------------------------------------------------------
 
 # Every field of SamplingParams that does not act on logits, by what it does instead.

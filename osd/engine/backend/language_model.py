@@ -32,14 +32,10 @@ def as_text(arguments: dict[str, Any]) -> dict[str, Any]:
     if not is_multimodal(config):
         return arguments
     own = ("hf_overrides", "load_format", "config_format", "quantization")
-    quantized = getattr(config, "quantization_config", None)
-    if quantized or any(arguments.get(name) for name in own) or not _has(text_architecture(config)):
+    special = any(arguments.get(name) not in (None, "auto", {}) for name in own) or hasattr(config, "quantization_config")
+    if special or text_architecture(config) not in ModelRegistry.get_supported_archs():
         return {"language_model_only": True, **arguments}
     return {**arguments, "hf_overrides": text_config, "load_format": LOAD_FORMAT, "config_format": "hf"}
-
-
-def _has(architecture: str | None) -> bool:
-    return architecture in ModelRegistry.get_supported_archs()
 
 
 def reads_text_names(config: VllmConfig) -> bool:
