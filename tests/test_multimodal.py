@@ -157,7 +157,8 @@ def test_the_trainer_refuses_rows_with_images_and_can_drop_them(tiny_pair, tmp_p
     data = Dataset.from_list(rows)
 
     def planned(**fields):
-        args = OSDConfig(str(tmp_path), use_cpu=True, bf16=False, teacher_model_name_or_path=str(tiny_pair[0]), **fields)
+        fields |= {"teacher_model_name_or_path": str(tiny_pair[0]), "max_completion_length": 8}
+        args = OSDConfig(str(tmp_path), use_cpu=True, bf16=False, **fields)
         return plan(str(tiny_pair[1]), args, train_dataset=data).datasets(data, None)[0]
 
     with pytest.raises(ValueError, match="1 of 3 rows of the training set cannot be used; the first is row 1: it has 'image'"):
