@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Llama4TextConfig
+from transformers import AutoConfig, Llama4TextConfig
 from vllm import LLM, ModelRegistry, SamplingParams, envs, triton_utils
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, LoadConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.engine.arg_utils import EngineArgs
@@ -29,7 +29,10 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.api_server import app_state as app_states
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.model_executor.layers import utils as layer_utils
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.model_executor.models.granitemoehybrid import GraniteMoeHybridForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.outputs import CompletionOutput
@@ -78,6 +81,7 @@ AppState = type("AppState", (), dict.fromkeys(re.findall(r"state\.(\w+) = ", ins
 OWNERS: dict[str, tuple[Any, ...]] = {
     "app_state": (AppState,),
     "args": (Arguments,),
+    "AutoConfig": (AutoConfig,),
     "arch": (ModelArchitectureConfig,),
     "batch": (InputBatch,),
     "block": (KVCacheBlock,),
@@ -98,7 +102,10 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "group": (KVCacheGroupSpec,),
     "groups": (KVCacheGroupSpec,),
     "requests": (Request,),
+    "info": (LayerReloadingInfo,),
     "inspect": (inspect,),
+    "layer": (RoutedExperts,),
+    "method": (UnquantizedFusedMoEMethod,),
     "head": (VocabParallelEmbedding,),
     "kv_cache_config": (KVCacheConfig,),
     "llm": (LLM,),
@@ -175,7 +182,9 @@ FIELDS: dict[str, type] = {
     "Sampler.sampling_states": SamplingStates,
     "Sampler.thinking_budget_state": ThinkingBudgetState,
     "Scheduler.kv_cache_manager": KVCacheManager,
+    "RoutedExperts.quant_method": UnquantizedFusedMoEMethod,
     "VllmConfig.cache_config": CacheConfig,
+    "VllmConfig.load_config": LoadConfig,
     "VllmConfig.model_config": ModelConfig,
     "VllmConfig.parallel_config": ParallelConfig,
     "VllmConfig.scheduler_config": SchedulerConfig,
@@ -374,7 +383,6 @@ def test_weights_are_a_part_of_the_memory_profile_that_the_runner_reports():
 
 def test_experts_are_packed_only_with_their_kernel_and_gpt_oss_copies_its_own():
     """Reasons for `osd.engine.backend.experts._forget_kernel`, and for refusing to train gpt-oss."""
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
     from vllm.model_executor.models.gpt_oss import GptOssModel
 
     again, first = inspect.getsource(UnquantizedFusedMoEMethod._setup_kernel).split("if not is_weight_update:")
