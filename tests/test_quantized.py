@@ -76,6 +76,7 @@ def worst(model, prompts, completions, column):
     return max(gaps)
 
 
+@pytest.mark.slow
 def test_a_quantized_output_layer_is_refused_for_recorded_supervision(tmp_path, tiny_pair):
     """First in this file: it has an engine of its own."""
     teacher = str(quantize(tiny_model(tmp_path / "teacher", seed=1), head=True))
