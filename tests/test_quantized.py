@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from osd.engine.engine import PairConfig, PairEngine, PairPrompt
+from osd.engine.engine import PairPrompt
 from tests.exact import completion_logits, reference
-from tests.tiny import tiny_engine_kwargs, tiny_model
+from tests.tiny import tiny_model
 from tests.training import build_trainer, logged
 from trainers.divergence import token_logprobs
 from trainers.lm_head import head_of
@@ -20,10 +20,10 @@ PROMPTS = [PairPrompt(teacher_token_ids=[7, 8, 9] * n, student_token_ids=[10, 11
 LEVELS = 127
 
 
-def quantize(path, *, head=False):
-    """Replace the matrices of a saved model's layers, and of its output layer, by int8 with a scale per row."""
+def quantize(path):
+    """Replace the matrices of a saved model's layers by int8 with a scale per row."""
     weights = load_file(path / "model.safetensors")
-    for name in [name for name in weights if name.endswith("_proj.weight") or (head and name == "lm_head.weight")]:
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
         scale = weights[name].abs().amax(1, keepdim=True) / LEVELS
         weights[name], weights[f"{name}_scale"] = (weights[name] / scale).round().to(torch.int8), scale
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
@@ -38,7 +38,7 @@ def quantize(path, *, head=False):
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": [] if head else ["lm_head"],
+        "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
     }
     (path / "config.json").write_text(json.dumps(config))
@@ -74,17 +74,6 @@ def worst(model, prompts, completions, column):
         logp_T = completion_logits(model, prompt, completion.token_ids).log_softmax(-1).gather(-1, token_T1)[:, 0]
         gaps.append((logp_T - getattr(completion.record, column)).abs().max().item())
     return max(gaps)
-
-
-@pytest.mark.slow
-def test_a_quantized_output_layer_is_refused_for_recorded_supervision(tmp_path, tiny_pair):
-    """First in this file: it has an engine of its own."""
-    teacher = str(quantize(tiny_model(tmp_path / "teacher", seed=1), head=True))
-    with (
-        PairEngine(PairConfig(teacher=teacher, student=str(tiny_pair[1]), engine_kwargs=tiny_engine_kwargs())) as engine,
-        pytest.raises(ValueError, match=r"or has quantized it; use teacher_signal='recompute'"),
-    ):
-        engine.teacher_lm_head()
 
 
 def test_the_record_of_a_quantized_teacher_is_exact(engine, model_paths):

@@ -41,8 +41,7 @@ def output_layer(model: Any, model_config: Any) -> tuple[Any, Tensor | None]:
     if len(calls) != 1 or not isinstance(getattr(calls[0][0], "weight", None), Tensor):
         raise ValueError(f"the teacher ({name}) has no single output layer; use teacher_signal='recompute'")
     layer, given, bias = calls[0]
-    quantized = not layer.weight.is_floating_point() or layer.weight.element_size() == 1  # int8, packed int4, fp8
-    if quantized or layer.weight.shape[1:] != state.shape[1:] or not torch.equal(given, state):
+    if layer.weight.shape[1:] != state.shape[1:] or not torch.equal(given, state):
         raise ValueError(
             f"the teacher ({name}) changes its hidden state before the output layer, or has quantized it; use "
             "teacher_signal='recompute'"
