@@ -1,64 +1,20 @@
-"""`osd inspect`: the numbers of the page against the data, its bounded size, and the page in a browser."""
+"""`osd inspect`: the numbers of the page against the data and its bounded size."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import shutil
-import subprocess
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from osd import cli
 from osd.core import RECORD_FIELDS
 from osd.data import findings, inspection, statistics
 from osd.data.inspection import inspect
-from osd.data.samples import SCHEMA
-from osd.data.writer import _json_line
 from osd.report import pages
-
-WORDS = [" the", " sum", "\n", " is", ".", " ähm", " 数", ' "quoted"', " </script><script>alert(1)</script>", " &amp;", " 7"]
-
-
-def samples(count, *, seed=0, longest=30):
-    chance = np.random.default_rng(seed)
-    made = []
-    for i in range(count):
-        length = int(chance.integers(1, longest + 1))
-        record = {name: chance.random(length).tolist() for name in RECORD_FIELDS}
-        record["logp_theta"] = (-5 * chance.random(length)).tolist()
-        record["logp_teacher"] = (-3 * chance.random(length)).tolist()
-        tokens = [WORDS[j] for j in chance.integers(len(WORDS), size=length)]
-        made.append(
-            {
-                "id": f"row{i}",
-                "sample": 0,
-                "student_prompt": "<b>student</b>",
-                "teacher_prompt": "teacher",
-                "completion": "".join(tokens),
-                "finish_reason": "stop" if i % 4 else "length",
-                "num_tokens": length,
-                "tokens": tokens,
-                "teacher_model": "big",
-                "student_model": "small",
-                "config_hash": "abc",
-                **record,
-            }
-        )
-    return made
-
-
-def save(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_bytes(b"".join(map(_json_line, rows)))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
-    return path
+from tests.made_data import samples, save
 
 
 def page_data(page):
@@ -270,20 +226,6 @@ def test_the_acceptance_is_that_of_the_students_drafts(tmp_path):
     rows = data_with(logp_theta=-1.0, logq=-2.0)
     result = statistics.tally([save(tmp_path / "x.parquet", rows)], shown=1, extremes=1)
     assert result.sums["accepted"] == result.tokens
-
-
-CHROME = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-
-
-@pytest.mark.skipif(CHROME is None, reason="no browser on this machine")
-def test_a_browser_renders_the_completions_a_few_at_a_time(tmp_path):
-    page = inspect(save(tmp_path / "x.parquet", samples(120)))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,800", "--dump-dom"]
-    done = subprocess.run([CHROME, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
-    cards = re.findall(r'<article class="card sample">', done.stdout)
-    assert 0 < len(cards) < 20
-    assert re.search(r'class="tok"[^>]*style="background: rgb', done.stdout)
-    assert "<script>alert" not in done.stdout
 
 
 def test_the_page_marks_right_answers_by_the_runs_answer_match(tmp_path):

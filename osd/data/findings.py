@@ -142,7 +142,7 @@ def _right(result: Tally) -> list[Statistic]:
             value=f"{result.right / result.scored:.0%}",
             name="right",
             meaning=f"{result.right:,} of {result.scored:,} ({_interval(result.right, result.scored)}), by answer_match.",
-            odd=_if(not result.right, "None: does answer_match fit the answers?"),
+            odd=_if(not result.right, "None: does answer_match fit the answers?") or None,
         )
     ]
 
