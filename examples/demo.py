@@ -63,10 +63,14 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 def main(argv: list[str] | None = None) -> None:
     flags = _parse(argv)
+    if flags.ask is not None:
+        ask(flags.ask, flags.student or flags.output / STUDENT)
+        return
     _clear(flags.output)
     metrics = run(flags)
     report.write(metrics, flags.output)
     report.show(metrics, flags.output, console)
+    console.print("talk to the student: python examples/demo.py --ask 'A booking message'", highlight=False)
 
 
 def run(flags: argparse.Namespace) -> dict[str, Any]:
@@ -117,8 +121,17 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def ask(message: str, student: Path) -> None:
+    """Print the answer of a trained student to a booking message."""
+    if not student.is_dir():
+        raise SystemExit(f"{student} has no trained student; run `make demo` first, or set --output")
+    tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
+    [answer] = complete(load_student(str(student)), tokenizer, [{"message": message}], quiet=True)
+    print(answer)
+
+
 def load_student(path: str) -> Any:
-    """Load the untrained student."""
+    """Load a student, trained or not."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to("cuda" if ON_GPU else "cpu")
 
 
@@ -132,6 +145,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arm", nargs="+", choices=list(ARMS), default=["q*", "student"], help="what to train on, in this order"
     )
+    parser.add_argument("--ask", metavar="MESSAGE", help="print the trained student's answer to a message, and train nothing")
+    parser.add_argument("--student", type=Path, help="folder of the student to ask; default: the one in --output")
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps")
     parser.add_argument("--limit", type=int, default=64, help="held-out messages to measure on")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,11 +167,11 @@ def _clear(output: Path) -> None:
 
 
 @torch.inference_mode()
-def complete(model: Any, tokenizer: Any, rows: list[bookings.Row], batch: int = 16) -> list[str]:
+def complete(model: Any, tokenizer: Any, rows: list[bookings.Row], batch: int = 16, quiet: bool = False) -> list[str]:
     """Complete the student's prompts greedily with transformers."""
     model.eval()
     texts: list[str] = []
-    with tqdm(total=len(rows), desc="measuring", unit="message") as bar:
+    with tqdm(total=len(rows), desc="measuring", unit="message", disable=quiet) as bar:
         for start in range(0, len(rows), batch):
             prompts = [bookings.student_prompt(row) for row in rows[start : start + batch]]
             inputs = tokenizer.apply_chat_template(
