@@ -121,7 +121,8 @@ class OSDTrainer(DistillationTrainer):
         )
         train_dataset, eval_dataset = planned.datasets(train_dataset, eval_dataset)
         self._renderer, self._run = planned.renderer, planned.run
-        self._teacher_name = getattr(planned.pair, "config", planned.pair).teacher
+        config: Any = getattr(planned.pair, "config", planned.pair)  # of a running engine
+        self._teacher_name = config.teacher
         self.dataset_name: str | None = None  # for the model card; the training command sets it
         # With `use_vllm` set, TRL's constructor would build its own generator inline; `_start` sets ours.
         with patch.multiple(args, use_vllm=False):
@@ -371,13 +372,13 @@ class OSDTrainer(DistillationTrainer):
         with marked_when_whole(self, folder, self._run, version):
             super()._save_checkpoint(model, trial)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's signature
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write README.md to the output folder: base model, teacher, α method, data and loss."""
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         card = model_card(
             self.args,
             name=model_name or folder.resolve().name,

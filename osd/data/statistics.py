@@ -63,7 +63,7 @@ class TokenSums:
 
 @dataclass
 class Tally:
-    """Everything that a page shows; made by `tally`."""
+    """Statistics of a data set; made by `tally`."""
 
     completions: int = 0
     tokens: int = 0
