@@ -58,6 +58,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 console = Console()
 transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 

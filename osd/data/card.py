@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from osd.data.writer import REJECTED, RUN, SUMMARY, Counts
+from osd.data.writer import RUN, SUMMARY, Counts
 
 CARD = "README.md"
-UPLOADED = ("data-*", CARD, RUN, SUMMARY, REJECTED)
+UPLOADED = ("data-*", CARD, RUN, SUMMARY)
 COLUMNS = "https://github.com/optimal-sampling-distillation/osd/blob/main/docs/usage.md#generating-data"
 
 
@@ -31,10 +31,10 @@ def card(run: Mapping[str, Any], counts: Counts, name: str) -> str:
     }
     removed = ", ".join(f"{count:,} by {name}" for name, count in counts.removed.items()) or "none"
     rows = {
-        "student": settings["model_name_or_path"],
-        "teacher": settings["teacher_model_name_or_path"],
+        "student": _shown(settings["model_name_or_path"]),
+        "teacher": _shown(settings["teacher_model_name_or_path"]),
         "α": alpha_of(settings),
-        "prompts": f"{run['rows']:,} rows of {Path(str(run['input'])).name}",
+        "prompts": f"{run['rows']:,} rows of {_shown(run['input'])}",
         "completions": f"{counts.kept:,} kept of {counts.drawn:,} drawn, {counts.tokens:,} tokens drawn",
         "removed by filters": removed,
         "rejected before sampling": f"{counts.rejected:,}",
@@ -62,6 +62,11 @@ def alpha_of(settings: Mapping[str, Any]) -> str:
     if settings["alpha_method"] == "fixed":
         return f"{method}, α = {settings['fixed_alpha']:g}"
     return f"{method}, α from {settings['alpha_min']:g} to {settings['alpha_max']:g}"
+
+
+def _shown(name: str) -> str:
+    """Return a model or data set as text: of a path only the last part."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def push(folder: Path, repository: str) -> str:
