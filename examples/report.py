@@ -27,7 +27,7 @@ TOKEN_FIELDS = ("alpha", "logq", "logp_theta", "logp_teacher")
 # Label: key in metrics["counts"].
 COUNTS = {"exact match": "correct", "valid JSON": "valid_json", "right values anywhere in the text": "values_anywhere"}
 
-ARMS = {"q*": "q*, the mixture", "student": "student alone (on-policy)", "teacher": "teacher alone (off-policy)"}
+ARMS = {"q*": "q*, the mixture", "student": "the student alone (on-policy)", "teacher": "the teacher alone (off-policy)"}
 
 STUDENT_RGB, TEACHER_RGB = "59 125 216", "217 118 43"
 
