@@ -311,6 +311,10 @@ class Runner:
             return  # a server, or another project's program
         if program == "cat" and body is not None:
             Path(rest[rest.index(">") + 1]).write_text(body)
+        elif program == "echo":
+            text, arrow, file = rest
+            assert arrow == ">"
+            Path(file).write_text(text + "\n")
         elif program == "make":
             check_make(words)
         elif program in ("pip", "uv"):
