@@ -3,11 +3,14 @@
 The student reads an instruction and the message. The teacher reads the same conversation with two more messages: the
 reference record as an earlier answer, and a request to give it again. Held-out messages share no sentence, guest, city
 or date with the training messages. Dates must be converted ("the 3rd of August 2026" becomes 2026-08-03).
+
+`python examples/bookings.py FOLDER` writes both prompts and the answer of every row for the `osd` commands.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +73,17 @@ def measure(completions: list[str], rows: list[Row]) -> dict[str, int]:
         "values_anywhere": sum(mentions(*pair) for pair in pairs),
         "total": len(pairs),
     }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write train.jsonl and held_out.jsonl, with the columns prompt, teacher_prompt and answer."""
+    [folder] = map(Path, sys.argv[1:] if argv is None else argv)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "held_out"):
+        rows = load(name)
+        lines = ({**prompts, "answer": row["answer"]} for row, prompts in zip(rows, training_rows(rows), strict=True))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main()

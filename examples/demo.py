@@ -1,17 +1,19 @@
 """Demo: a student learns a task that it cannot do before, from a teacher that reads the answers.
 
-    python examples/demo.py [--steps 16] [--limit 64] [--seed 0] [--output outputs/demo]
+    python examples/demo.py [--arm q* student] [--steps 12] [--limit 64] [--seed 0] [--output outputs/demo]
 
 Student and teacher are both SmolLM2-135M-Instruct. Only the teacher's prompt contains the reference record
-(examples/bookings.py). The student is measured on held-out messages before and after training, with greedy decoding by
-`generate` of transformers on the student's prompt, so the measurement does not use the sampler under test. Writes
-metrics.json and index.html to the output folder.
+(examples/bookings.py). The student is trained once per arm, from the same start: on samples from q*, from the student alone
+(on-policy), or from the teacher alone (off-policy). It is measured on held-out messages before and after training, with greedy
+decoding by `generate` of transformers on the student's prompt, so the measurement does not use the sampler under test. Writes
+metrics.json, index.html and the first arm's student to the output folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -44,59 +46,109 @@ from osd.prompts import encode
 
 ROOT = Path(__file__).parent.parent
 ON_GPU = torch.cuda.is_available()
+STUDENT = "student"  # folder of the trained student, in the output folder
 MAX_NEW_TOKENS = 40  # an answer has at most 34
 BATCH = 8
 MODEL = "SmolLM2-135M-Instruct"
+# What completions are drawn from, and the options of OSDConfig that say so.
+ARMS: dict[str, dict[str, Any]] = {
+    "q*": {},
+    "student": {"alpha_method": "fixed", "fixed_alpha": 0.0},
+    "teacher": {"alpha_method": "fixed", "fixed_alpha": 1.0},
+}
 console = Console()
 transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = _parse(argv)
+    if flags.ask is not None:
+        ask(flags.ask, flags.student or flags.output / STUDENT)
+        return
     _clear(flags.output)
     metrics = run(flags)
     report.write(metrics, flags.output)
     report.show(metrics, flags.output, console)
+    console.print("talk to the student: python examples/demo.py --ask 'A booking message'", highlight=False)
 
 
 def run(flags: argparse.Namespace) -> dict[str, Any]:
-    """Measure, train and measure again. Returns the contents of metrics.json."""
+    """Measure, train every arm and measure again. Returns the contents of metrics.json."""
     clock = Clock()
-    set_seed(flags.seed)
     with clock.stage("prepare", f"preparing {MODEL}"):
         path = str(prepare_smollm2(flags.model, dtype="float32"))
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        student = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to("cuda" if ON_GPU else "cpu")
         held_out = bookings.load("held_out")[: flags.limit]
     with clock.stage("measure_before", f"measuring the student on {len(held_out)} held-out messages"):
-        before = complete(student, tokenizer, held_out)
-    with clock.stage("start_engine", "starting the paired engine"):
-        trainer = make_trainer(student, path, flags)
-        watch = Watch(trainer, bookings.load("train")[0])
-    with clock.stage("train", f"training: {flags.steps} steps of {BATCH} fresh completions from q*"):
-        trainer.train()
-    with clock.stage("measure_after", "measuring again"):
-        after = complete(trainer.model, tokenizer, held_out)
-    trainer.close()
+        before = complete(load_student(path), tokenizer, held_out)
+    results: list[dict[str, Any]] = []
+    first: OSDTrainer | None = None
+    for arm in flags.arm:
+        set_seed(flags.seed)
+        with clock.stage(f"start_{arm}", "starting the paired engine" if first is None else "a new student, the same engine"):
+            trainer = make_trainer(load_student(path), path, flags, arm, None if first is None else engine_of(first))
+            watch = Watch(trainer, bookings.load("train")[0])
+            first = first or trainer
+        with clock.stage(f"train_{arm}", f"training: {flags.steps} steps of {BATCH} fresh completions from {arm}"):
+            trainer.train()
+        with clock.stage(f"measure_{arm}", "measuring again"):
+            after = complete(trainer.model, tokenizer, held_out)
+        if trainer is first:
+            trainer.save_model(str(flags.output / STUDENT))
+        results.append(
+            {
+                "arm": arm,
+                **_scores(before, after, held_out),
+                "steps": trainer.state.global_step,
+                "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+                "step_seconds": watch.seconds,
+                "prompts": watch.prompts,
+                "probes": watch.probes,
+                "examples": _examples(before, after, held_out),
+            }
+        )
+    assert first is not None
+    first.close()
     return {
-        **_scores(before, after, held_out),
-        "steps": trainer.state.global_step,
+        **results[0],
+        "others": [{name: result[name] for name in ("arm", "after", "counts", "history")} for result in results[1:]],
         "seconds": round(clock.total(), 1),
         "seed": flags.seed,
         "timing": clock.seconds,
-        "setup": _setup(trainer.args),
+        "setup": _setup(first.args),
         "versions": _versions(),
-        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "step_seconds": watch.seconds,
-        "probes": watch.probes,
-        "examples": _examples(before, after, held_out),
     }
+
+
+def ask(message: str, student: Path) -> None:
+    """Print the answer of a trained student to a booking message."""
+    if not student.is_dir():
+        raise SystemExit(f"{student} has no trained student; run `make demo` first, or set --output")
+    tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
+    [answer] = complete(load_student(str(student)), tokenizer, [{"message": message}], quiet=True)
+    print(answer)
+
+
+def load_student(path: str) -> Any:
+    """Load a student, trained or not."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to("cuda" if ON_GPU else "cpu")
+
+
+def engine_of(trainer: OSDTrainer) -> Any:
+    """Return the pair that a trainer runs."""
+    return trainer.vllm_generation.engine
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps")
+    parser.add_argument(
+        "--arm", nargs="+", choices=list(ARMS), default=["q*", "student"], help="what to train on, in this order"
+    )
+    parser.add_argument("--ask", metavar="MESSAGE", help="print the trained student's answer to a message, and train nothing")
+    parser.add_argument("--student", type=Path, help="folder of the student to ask; default: the one in --output")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps")
     parser.add_argument("--limit", type=int, default=64, help="held-out messages to measure on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / MODEL, help="made here if it is missing")
@@ -112,14 +164,15 @@ def _clear(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for name in (report.METRICS, report.PAGE):
         (output / name).unlink(missing_ok=True)
+    shutil.rmtree(output / STUDENT, ignore_errors=True)
 
 
 @torch.inference_mode()
-def complete(model: Any, tokenizer: Any, rows: list[bookings.Row], batch: int = 16) -> list[str]:
+def complete(model: Any, tokenizer: Any, rows: list[bookings.Row], batch: int = 16, quiet: bool = False) -> list[str]:
     """Complete the student's prompts greedily with transformers."""
     model.eval()
     texts: list[str] = []
-    with tqdm(total=len(rows), desc="measuring", unit="message") as bar:
+    with tqdm(total=len(rows), desc="measuring", unit="message", disable=quiet) as bar:
         for start in range(0, len(rows), batch):
             prompts = [bookings.student_prompt(row) for row in rows[start : start + batch]]
             inputs = tokenizer.apply_chat_template(
@@ -132,9 +185,14 @@ def complete(model: Any, tokenizer: Any, rows: list[bookings.Row], batch: int = 
     return texts
 
 
-def make_trainer(student: Any, path: str, flags: argparse.Namespace) -> OSDTrainer:
-    """Build the trainer: forward KL to the recorded teacher, on new completions from q* at every step."""
-    engine = {"dtype": "bfloat16"} if ON_GPU else {"dtype": "float32", "enforce_eager": True}
+def make_trainer(student: Any, path: str, flags: argparse.Namespace, arm: str, running: Any = None) -> OSDTrainer:
+    """Build the trainer: forward KL to the recorded teacher, on new completions at every step.
+
+    Args:
+        running: engine of an earlier arm, or None to start one. Its student is replaced at the first sync.
+    """
+    device = {"dtype": "bfloat16"} if ON_GPU else {"dtype": "float32", "enforce_eager": True}
+    engine = {"max_model_len": 256, "kv_cache_memory_bytes": 256 << 20, "use_tqdm_on_load": False, **device}
     args = OSDConfig(
         output_dir=str(flags.output),
         teacher_model_name_or_path=path,
@@ -155,10 +213,11 @@ def make_trainer(student: Any, path: str, flags: argparse.Namespace) -> OSDTrain
         disable_tqdm=True,
         use_cpu=not ON_GPU,
         bf16=ON_GPU,
-        engine_kwargs={"max_model_len": 256, "kv_cache_memory_bytes": 256 << 20, "use_tqdm_on_load": False, **engine},
+        engine_kwargs=engine if running is None else {},
+        **ARMS[arm],
     )
     rows = bookings.training_rows(bookings.load("train"))
-    return OSDTrainer(model=student, args=args, train_dataset=Dataset.from_list(rows))
+    return OSDTrainer(model=student, args=args, train_dataset=Dataset.from_list(rows), engine=running)
 
 
 class Watch(TrainerCallback):
@@ -168,6 +227,7 @@ class Watch(TrainerCallback):
         self.trainer, self.row = trainer, probe
         self.seconds: list[float] = []
         self.probes: list[dict[str, Any]] = []
+        self.prompts: dict[str, str] = {}
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self)
 
@@ -193,7 +253,10 @@ class Watch(TrainerCallback):
         self.bar.close()
 
     def sample(self, step: int) -> None:
-        """Sample the probe message with the current student, and keep every token with its α and log-probabilities."""
+        """Sample the probe message with the current student, and keep every token with its α and log-probabilities.
+
+        Before training, the student alone and the teacher alone complete it too.
+        """
         generation = self.trainer.vllm_generation
         generation.sync_weights()
         tokenizer = generation.engine.tokenizer
@@ -201,14 +264,19 @@ class Watch(TrainerCallback):
             teacher_token_ids=encode(tokenizer, bookings.teacher_prompt(self.row)),
             student_token_ids=encode(tokenizer, bookings.student_prompt(self.row)),
         )
-        [completion] = generation.engine.generate([prompt], sampling={"max_tokens": MAX_NEW_TOKENS, "seed": 0})
-        assert completion.record is not None, "records are on by default"
-        columns = [getattr(completion.record, name).tolist() for name in report.TOKEN_FIELDS]
-        tokens = [
-            {"token": tokenizer.decode([token]), **dict(zip(report.TOKEN_FIELDS, values, strict=True))}
-            for token, values in zip(completion.token_ids, zip(*columns, strict=True), strict=True)
-        ]
-        self.probes.append({"step": step, "message": self.row["message"], "tokens": tokens})
+        arms: dict[str, float | None] = {"": None} if step else {"student alone": 0.0, "": None, "teacher alone": 1.0}
+        if not step:
+            sides = {"student": prompt.student_token_ids, "teacher": prompt.teacher_token_ids}
+            self.prompts = {side: tokenizer.decode(ids) for side, ids in sides.items()}
+        for arm, alpha in arms.items():
+            [completion] = generation.engine.generate([prompt], sampling={"max_tokens": MAX_NEW_TOKENS, "seed": 0}, alpha=alpha)
+            assert completion.record is not None, "records are on by default"
+            columns = [getattr(completion.record, name).tolist() for name in report.TOKEN_FIELDS]
+            tokens = [
+                {"token": tokenizer.decode([token]), **dict(zip(report.TOKEN_FIELDS, values, strict=True))}
+                for token, values in zip(completion.token_ids, zip(*columns, strict=True), strict=True)
+            ]
+            self.probes.append({"step": step, "arm": arm, "message": self.row["message"], "tokens": tokens})
 
 
 class Clock:
@@ -220,7 +288,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[None]:
-        console.print(f"[bold]{len(self.seconds) + 1}/5[/] {text}", highlight=False)
+        console.print(f"[bold]{len(self.seconds) + 1}[/] {text}", highlight=False)
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 1)

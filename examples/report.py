@@ -27,6 +27,8 @@ TOKEN_FIELDS = ("alpha", "logq", "logp_theta", "logp_teacher")
 # Label: key in metrics["counts"].
 COUNTS = {"exact match": "correct", "valid JSON": "valid_json", "right values anywhere in the text": "values_anywhere"}
 
+ARMS = {"q*": "q*, the mixture", "student": "the student alone (on-policy)", "teacher": "the teacher alone (off-policy)"}
+
 STUDENT_RGB, TEACHER_RGB = "59 125 216", "217 118 43"
 
 
@@ -49,13 +51,22 @@ def _finite(value: Any) -> Any:
 def render(metrics: dict[str, Any]) -> str:
     """Render the page from the contents of metrics.json."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shade": shade, "percent": lambda share: f"{share:.0%}", "shown": shown, "tip": tip}
+    environment.filters |= {
+        "shade": shade,
+        "percent": lambda share: f"{share:.0%}",
+        "probability": probability,
+        "shown": shown,
+        "tip": tip,
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         m=metrics,
         count_labels=COUNTS,
         plots=plots(metrics["history"]),
         scale=[i / 20 for i in range(21)],
+        runs=[metrics, *metrics["others"]],
+        arms=ARMS,
+        decided=decided(metrics["probes"]),
     )
 
 
@@ -66,6 +77,19 @@ def shade(alpha: float) -> str:
     """Return the background of a token: the student's colour below α = 1/2, the teacher's above, stronger towards 0 and 1."""
     strength = 0.85 * abs(2 * alpha - 1) ** 0.8
     return f"rgb({TEACHER_RGB if alpha > 0.5 else STUDENT_RGB} / {strength:.3f})"
+
+
+def decided(probes: list[dict[str, Any]], count: int = 6) -> list[dict[str, Any]]:
+    """Return the tokens of the first sample from q* on which the two models differ most, in the order of the text."""
+    tokens = next((probe["tokens"] for probe in probes if not probe["arm"]), [])
+    gaps = {i: abs(t["logp_teacher"] - t["logp_theta"]) for i, t in enumerate(tokens) if None not in t.values()}
+    return [tokens[i] for i in sorted(sorted(gaps, key=gaps.__getitem__, reverse=True)[:count])]
+
+
+def probability(logp: float) -> str:
+    """Return exp(logp) as a percentage."""
+    share = 100 * math.exp(logp)
+    return f"{share:.1f} %" if share >= 0.1 else "< 0.1 %"
 
 
 def shown(token: str) -> str:
@@ -155,16 +179,17 @@ def show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
 def table(metrics: dict[str, Any]) -> Table:
     """Build the table of results on the held-out messages before and after, and of the first and last training step."""
     counts, first, last = metrics["counts"], metrics["history"][0], metrics["history"][-1]
+    runs = [metrics, *metrics["others"]]
     result = Table(title=f"{counts['after']['total']} held-out messages, student's prompt alone, greedy")
     result.add_column()
     result.add_column("before", justify="right")
-    result.add_column("after", justify="right")
+    for run in runs:
+        result.add_column(f"after, {run['arm']}", justify="right")
     for label, key in COUNTS.items():
-        result.add_row(
-            label, *(f"{c[key]}/{c['total']} {c[key] / c['total']:5.0%}" for c in (counts["before"], counts["after"]))
-        )
+        columns = (counts["before"], *(run["counts"]["after"] for run in runs))
+        result.add_row(label, *(f"{c[key]}/{c['total']} {c[key] / c['total']:5.0%}" for c in columns))
     result.add_section()
-    result.add_row("training", "first step", "last step")
+    result.add_row(f"training, {metrics['arm']}", "first step", "last step")
     for label, key in (("loss", "loss"), ("α, mean", "alpha/mean"), ("KL(q* ‖ student), nats", "q/kl_theta")):
         result.add_row(label, f"{first[key]:.3f}", f"{last[key]:.3f}")
     return result

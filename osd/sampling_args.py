@@ -205,7 +205,7 @@ def checked_sampling(
 def checked_fields(
     fields: Mapping[str, Any], generation_kwargs: Mapping[str, Any], *, refused: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Check an entry's own sampling fields with its `generation_kwargs`, which win; return the latter as vLLM takes them.
+    """Check an entry's sampling fields and its `generation_kwargs`, which win. Return `generation_kwargs` in vLLM's form.
 
     Args:
         fields: the values of FIELDS.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def checked(
     named_tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, torch.Size], student: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the same tensors, up to the first that does not belong to the engine's student.
+    """Yield the tensors, and stop at the first that the engine's student does not have.
 
     vLLM drops some names that it does not know without a word (an untied `lm_head` of a model that ties it).
 

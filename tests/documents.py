@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"python", "bash", "yaml", "json", "text"}
+LANGUAGES = {"python", "bash", "yaml", "json", "text", "bibtex"}
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 # Linked into the folder in which blocks run, so that relative paths of the repository work.
 LINKED = ("examples", "trainers", "benchmarks", "requirements", "pyproject.toml", "Makefile", "scripts", "studies")

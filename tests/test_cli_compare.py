@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -226,9 +227,28 @@ def test_the_files_and_their_figures(tmp_path):
     for row in written["arms"]:
         assert page.count(row["arm"]) >= 2
     assert sentence(result)[0] in page
+    for text in ("Another verdict would need", "linear mixtures at the distance of q*", "student reads", "teacher reads"):
+        assert text in page, text
+    assert first_teacher_prompt(tmp_path / "out") in page
     assert not re.search(
         r'(?:src|href)="|url\((?!#)|@import|https?://(?!www\.w3\.org)', page.replace("xlink:href", "").replace('href="#', "")
     )
+
+
+def first_teacher_prompt(folder):
+    [first, *_] = pd.read_parquet(folder / "completions-student.parquet")["teacher_prompt"]
+    return html.escape(first)
+
+
+def test_the_linear_row_lies_on_the_line_through_the_other_arms():
+    result = made_up({"student": 0.2, "linear 0.5": 0.5, "q*": 0.6, "teacher": 0.8}, FAR)
+    low, high = (next(row for row in result["arms"] if row["arm"] == name) for name in ("student", "linear 0.5"))
+    expected = low["accuracy"] + (high["accuracy"] - low["accuracy"]) * 0.2 / 0.5  # q* is at 0.2, the two at 0 and 0.5
+    assert verdict.linear_at_same_distance(result) == pytest.approx(expected)
+
+
+def test_every_verdict_says_what_would_change_it():
+    assert set(verdict.CHANGES) == set(verdict.HEADLINES)
 
 
 def test_completions_are_escaped(tmp_path):

@@ -1,64 +1,20 @@
-"""`osd inspect`: the numbers of the page against the data, its bounded size, and the page in a browser."""
+"""`osd inspect`: the numbers of the page against the data and its bounded size."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import shutil
-import subprocess
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from osd import cli
 from osd.core import RECORD_FIELDS
-from osd.data import inspection, statistics
+from osd.data import findings, inspection, statistics
 from osd.data.inspection import inspect
-from osd.data.samples import SCHEMA
-from osd.data.writer import _json_line
 from osd.report import pages
-
-WORDS = [" the", " sum", "\n", " is", ".", " ähm", " 数", ' "quoted"', " </script><script>alert(1)</script>", " &amp;", " 7"]
-
-
-def samples(count, *, seed=0, longest=30):
-    chance = np.random.default_rng(seed)
-    made = []
-    for i in range(count):
-        length = int(chance.integers(1, longest + 1))
-        record = {name: chance.random(length).tolist() for name in RECORD_FIELDS}
-        record["logp_theta"] = (-5 * chance.random(length)).tolist()
-        record["logp_teacher"] = (-3 * chance.random(length)).tolist()
-        tokens = [WORDS[j] for j in chance.integers(len(WORDS), size=length)]
-        made.append(
-            {
-                "id": f"row{i}",
-                "sample": 0,
-                "student_prompt": "<b>student</b>",
-                "teacher_prompt": "teacher",
-                "completion": "".join(tokens),
-                "finish_reason": "stop" if i % 4 else "length",
-                "num_tokens": length,
-                "tokens": tokens,
-                "teacher_model": "big",
-                "student_model": "small",
-                "config_hash": "abc",
-                **record,
-            }
-        )
-    return made
-
-
-def save(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_bytes(b"".join(map(_json_line, rows)))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
-    return path
+from tests.made_data import samples, save
 
 
 def page_data(page):
@@ -187,7 +143,13 @@ def test_numbers_have_a_true_minus_and_no_negative_zero():
 
 def test_every_section_is_there_once(tmp_path):
     page = inspect(save(tmp_path / "x.parquet", samples(30))).read_text()
-    titles = ["How far apart they are", "The most extreme tokens", "Tokens on which they disagree", "Completions"]
+    titles = [
+        "Completions",
+        "The numbers",
+        "How far apart they are",
+        "The most extreme tokens",
+        "Tokens on which they disagree",
+    ]
     assert re.findall(r"<h2>(.*?)</h2>", page) == titles
     assert page.count("<svg") == 6
 
@@ -230,18 +192,40 @@ def test_the_command_prints_the_path_of_the_page(tmp_path, capsys):
     assert len(page_data(tmp_path / "there.html")["samples"]) == 2
 
 
-CHROME = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+def data_with(**columns):
+    """Return completions of 20 tokens whose record has these values at every token."""
+    record = {name: [columns.get(name, 0.5)] * 20 for name in RECORD_FIELDS}
+    return [row | record | {"tokens": [" w"] * 20, "finish_reason": "stop"} for row in samples(10)]
 
 
-@pytest.mark.skipif(CHROME is None, reason="no browser on this machine")
-def test_a_browser_renders_the_completions_a_few_at_a_time(tmp_path):
-    page = inspect(save(tmp_path / "x.parquet", samples(120)))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,800", "--dump-dom"]
-    done = subprocess.run([CHROME, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
-    cards = re.findall(r'<article class="card sample">', done.stdout)
-    assert 20 <= len(cards) < 120
-    assert re.search(r'class="tok"[^>]*style="background: rgb', done.stdout)
-    assert "<script>alert" not in done.stdout
+NORMAL = {"kl_theta": 0.1, "kl_teacher": 0.1, "alpha": 0.5, "ess_theta": 0.9, "ess_teacher": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said", "odd"),
+    [
+        ({}, "and the student could have written them (KL 0.100", []),
+        ({"kl_theta": 0.6, "kl_teacher": 0.6}, "out of the student's reach", ["mean KL(q* ‖ student), nats per token"]),
+        ({"kl_theta": 1e-4, "kl_teacher": 1e-4}, "little to learn", ["mean KL(q* ‖ student), nats per token"]),
+        ({"kl_teacher": 0.2}, "could have written", ["mean KL(q* ‖ teacher)"]),
+        ({"alpha": 1.0}, "could have written", ["mean α"]),
+        ({"ess_teacher": 0.4}, "could have written", ["mean effective sample size against the teacher"]),
+    ],
+)
+def test_odd_statistics_are_named(tmp_path, columns, said, odd):
+    result = statistics.tally([save(tmp_path / "x.parquet", data_with(**NORMAL | columns))], shown=1, extremes=1)
+    sentence, _ = findings.headline(result)
+    assert said in sentence
+    assert [statistic.name for statistic in findings.statistics_in_words(result) if statistic.odd] == odd
+
+
+def test_the_acceptance_is_that_of_the_students_drafts(tmp_path):
+    rows = data_with(logp_theta=-2.0, logq=-1.0)
+    result = statistics.tally([save(tmp_path / "x.parquet", rows)], shown=1, extremes=1)
+    assert result.sums["accepted"] / result.tokens == pytest.approx(math.exp(-1))
+    rows = data_with(logp_theta=-1.0, logq=-2.0)
+    result = statistics.tally([save(tmp_path / "x.parquet", rows)], shown=1, extremes=1)
+    assert result.sums["accepted"] == result.tokens
 
 
 def test_the_page_marks_right_answers_by_the_runs_answer_match(tmp_path):
@@ -249,7 +233,7 @@ def test_the_page_marks_right_answers_by_the_runs_answer_match(tmp_path):
     save(tmp_path / "data-00000-of-00001-000000.parquet", rows)
     page = inspect(tmp_path)
     assert [sample["ok"] for sample in page_data(page)["samples"]] == [False, *[True] * 7]
-    assert "right (7 of 8; 95 %: 52.9% to 97.8%)" in page.read_text()
+    assert "7 of 8 (95 %: 52.9% to 97.8%), by answer_match." in page.read_text()
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"answer_match": "exact"}}))
     assert not any(sample["ok"] for sample in page_data(inspect(tmp_path))["samples"])
     assert page_data(inspect(tmp_path, answer_match="math"))["samples"][1]["ok"]

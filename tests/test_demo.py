@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from examples import bookings, report
+from tests.made_data import ANSWER, demo_metrics
 
 ROOT = Path(__file__).parent.parent
-ANSWER = '{"guest": "Kate Murphy", "city": "London", "date": "2026-08-03"}'
 WRITTEN_DATE = re.compile(
     r"(the )?\d{1,2}(st|nd|rd|th)? (of )?[A-Z][a-z]+ \d{4}|[A-Z][a-z]+ \d{1,2}(st|nd|rd|th)?, \d{4}", re.I
 )
@@ -113,30 +113,24 @@ def test_every_message_contains_its_answer():
 
 @pytest.fixture
 def metrics():
-    token = {"alpha": 0.25, "logq": -0.5, "logp_theta": -1.25, "logp_teacher": -0.125}
-    tokens = [{**token, "token": text} for text in ('{"', "gu", "\n", "<|im_end|>")]
-    step = {"loss": 0.5, "alpha/mean": 0.4, "alpha/std": 0.1, "alpha/min": 0.2, "alpha/max": 0.7}
-    counts = {"valid_json": 63, "values_anywhere": 51, "total": 64}
-    return {
-        "before": 3 / 64,
-        "after": 47 / 64,
-        "metric": "exact",
-        "counts": {"before": {**counts, "correct": 3}, "after": {**counts, "correct": 47}},
-        "steps": 2,
-        "seconds": 321.5,
-        "seed": 0,
-        "timing": {"train": 300.0},
-        "setup": {"model": "a-model", "per_device_train_batch_size": 8, "max_completion_length": 40},
-        "versions": {"torch": "9.8.7"},
-        "history": [{**step, "step": n, "q/kl_theta": 0.1 / n, "q/kl_teacher": math.nan} for n in (1, 2)],
-        "probes": [{"step": 0, "message": "a message", "tokens": tokens}],
-        "examples": [{"message": "<b>M&M</b>", "answer": ANSWER, "before": "no", "after": ANSWER, "correct": True}],
-    }
+    return demo_metrics()
 
 
 def test_page_shows_the_numbers(metrics):
     page = report.render(metrics)
-    for text in ("5%", "73%", "3 of 64", "47 of 64", "after 2 steps", "322 s", "a-model", "torch 9.8.7", ">63<", ">51<"):
+    for text in (
+        "5%",
+        "73%",
+        "3 of 64",
+        "47 of 64",
+        "after 2 steps",
+        "322 s",
+        "a-model",
+        "torch 9.8.7",
+        ">63<",
+        ">51<",
+        ">31<",
+    ):
         assert text in page, text
     assert page.count("<svg") == 3
     assert page.count('<span class="tok') == 4
@@ -178,7 +172,7 @@ def test_failed_page_leaves_no_metrics(metrics, tmp_path):
 def test_terminal_shows_the_numbers(metrics, tmp_path, capsys):
     report.show(metrics, tmp_path, report.Console(width=120))
     out = capsys.readouterr().out
-    for text in ("3/64", "47/64", "73%", "2 steps, 322 seconds", "<b>M&M</b>"):
+    for text in ("3/64", "47/64", "31/64", "after, student", "73%", "2 steps, 322 seconds", "<b>M&M</b>"):
         assert text in out, text
 
 
@@ -197,7 +191,7 @@ def test_demo_runs_end_to_end(smollm2, tmp_path):
     (tmp_path / "metrics.json").write_text("an earlier run's")
     done = run_demo("--steps", 2, "--limit", 3, "--model", smollm2, "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "index.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "index.html", "student"}
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["steps"] == 2
     assert metrics["before"] == 0
@@ -210,9 +204,23 @@ def test_demo_runs_end_to_end(smollm2, tmp_path):
         assert math.isfinite(entry["loss"])
         assert 0 < entry["alpha/mean"] < 1
         assert entry["q/kl_theta"] == pytest.approx(entry["q/kl_teacher"], rel=0.05)
-    assert [probe["step"] for probe in metrics["probes"]] == [0, 1, 2]
+    assert [(probe["step"], probe["arm"]) for probe in metrics["probes"]] == [
+        (0, "student alone"),
+        (0, ""),
+        (0, "teacher alone"),
+        (1, ""),
+        (2, ""),
+    ]
+    student, mixed, teacher = (probe["tokens"] for probe in metrics["probes"][:3])
+    assert {token["alpha"] for token in student} == {0.0}
+    assert {token["alpha"] for token in teacher} == {1.0}
+    [other] = metrics["others"]  # the on-policy arm starts from the same student and draws from it alone
+    assert other["arm"] == "student"
+    assert {entry["alpha/max"] for entry in other["history"]} == {0.0}
+    assert other["counts"]["before"] == metrics["counts"]["before"]
+    assert (tmp_path / "student" / "model.safetensors").is_file()
     # log q* is the normalised mixture, so it is at least the weighted mean of the two log-probabilities.
-    for token in metrics["probes"][0]["tokens"]:
+    for token in mixed:
         mean = (1 - token["alpha"]) * token["logp_theta"] + token["alpha"] * token["logp_teacher"]
         assert token["logq"] >= mean - 1e-3
     assert "2 steps" in done.stdout

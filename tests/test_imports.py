@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,31 @@ def test_every_exported_name_is_there():
 
     assert set(osd.__all__) == set(osd._HOME)
     assert all(getattr(osd, name).__name__ == name for name in osd.__all__)
+
+
+def test_sampling_and_data_need_no_trl():
+    code = """
+import sys
+sys.modules["trl"] = sys.modules["accelerate"] = None
+import osd.sampler, osd.engine.engine, osd.cli, osd.check, osd.data.comparison, osd.data.generate, osd.data.inspection
+from osd import OptimalSamplingV1
+from osd.data.parse import _check_top
+_check_top("f.yaml", {"num_samples": 1}, osd.cli._training_keys)
+try:
+    _check_top("f.yaml", {"num_samples": 1, "learning_rate": 1}, osd.cli._training_keys)
+except ValueError as error:
+    assert "'learning_rate'" in str(error) and "extra `train`" in str(error), error
+else:
+    sys.exit("a key that nobody could check was accepted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_wheel_has_three_top_level_names():
+    """`osd`, and the two that users were promised: `optimal_sampling` and `trainers`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name.split(".")[0] for name in project["packages"]}
+    assert packages | set(project["py-modules"]) == {"osd", "optimal_sampling", "trainers"}
+    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "osd").rglob("*.py")}
+    assert folders | {"osd.configs", "trainers"} == set(project["packages"]), "a folder that the wheel would lack"

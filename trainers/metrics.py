@@ -9,7 +9,7 @@
 `importance/...`  of the weights as used: mean_weight; ess, the effective sample size (Σw)² / Σw² as a share of the tokens;
              truncated, the share of tokens at importance_clip. The means over the passes of a step.
 `schedule/...`, `privilege/...`  see trainers.alpha_schedule and trainers.privilege_gap
-`completions/failed`  completions that ended in an error; they are masked out of the loss and of the rest of these
+`completions/failed`  completions since the last log that ended in an error; they are masked out of the loss and of the rest
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from osd.generation import GeneratedBatch, OSDGeneration
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion
 
+# Metrics that are whole numbers in the log: the last value, or the sum, of the batches since the last log.
+WHOLE = {"engine/weights_version": "last", "completions/failed": "sum"}
 _MEANS = ("kl_theta", "kl_teacher", "entropy_q", "ess_ratio")
 _CACHE = ("teacher_prompt_tokens", "teacher_cached_tokens", "student_prompt_tokens", "student_cached_tokens")
 

@@ -164,11 +164,13 @@ def main(argv: Sequence[str] | None = None) -> OSDTrainer | None:
         planned.datasets(train_dataset, eval_dataset)
         return None
     trainer = OSDTrainer(model=model.model_name_or_path, args=args, **given)
+    trainer.dataset_name = data.dataset_name
     with trainer:  # closed last: vLLM ends the process group that it was given
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if trainer.is_fsdp_enabled:  # with its SHARDED_STATE_DICT, nothing would be saved
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(args.output_dir)
+        trainer.create_model_card()
         if args.push_to_hub:
             trainer.push_to_hub(dataset_name=data.dataset_name)
         trainer.accelerator.print(

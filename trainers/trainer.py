@@ -12,7 +12,7 @@ One step of training and its modules:
 Overridden methods of TRL's DistillationTrainer, private to TRL and pinned by tests/test_trl_contract.py:
 `_generate_and_score_completions`, `_tokenize_prompts`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`,
 `_save_checkpoint`, `_save`, `_set_signature_columns_if_needed`. Overridden public methods: `compute_loss`,
-`get_train_dataloader`, `evaluation_loop`, `prediction_step`, `train` and `log`.
+`get_train_dataloader`, `evaluation_loop`, `prediction_step`, `train`, `log` and `create_model_card`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from trainers.completion_logging import log_completions
 from trainers.config import OSDConfig
 from trainers.lm_head import head_of
 from trainers.losses import batch_loss, pad_column
-from trainers.metrics import batch_metrics, end_metrics, loss_metrics
+from trainers.metrics import WHOLE, batch_metrics, end_metrics, loss_metrics
+from trainers.model_card import model_card
 from trainers.passes import Pass, weigh
 from trainers.preparation import Plan, plan
 from trainers.privilege_gap import privilege_gap
@@ -120,6 +121,9 @@ class OSDTrainer(DistillationTrainer):
         )
         train_dataset, eval_dataset = planned.datasets(train_dataset, eval_dataset)
         self._renderer, self._run = planned.renderer, planned.run
+        config: Any = getattr(planned.pair, "config", planned.pair)  # of a running engine
+        self._teacher_name = config.teacher
+        self.dataset_name: str | None = None  # for the model card; the training command sets it
         # With `use_vllm` set, TRL's constructor would build its own generator inline; `_start` sets ours.
         with patch.multiple(args, use_vllm=False):
             super().__init__(
@@ -225,7 +229,11 @@ class OSDTrainer(DistillationTrainer):
         if mode == "train":
             metrics |= self._schedule.metrics(self.vllm_generation.engine.mixing) | self._privilege_metrics(output)
         for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
+            logged = self._metrics[mode][name]  # TRL logs the mean over the batches since the last log
+            if name in WHOLE:
+                value = value if WHOLE[name] == "last" else sum(logged) + value
+                logged.clear()
+            logged.append(value)
         for name, value in end_metrics(completions, self.accelerator).items():
             self._metrics[mode][name][-1] = value  # TRL's own count ends only at token ids
         if self.log_completions:
@@ -366,6 +374,23 @@ class OSDTrainer(DistillationTrainer):
         version = self.vllm_generation.engine.weights_version + self._earlier_syncs - synced_again
         with marked_when_whole(self, folder, self._run, version):
             super()._save_checkpoint(model, trial)
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write README.md to the output folder: base model, teacher, α method, data and loss."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        card = model_card(
+            self.args,
+            name=model_name or folder.resolve().name,
+            student=get_config_model_id(self.model.config) or self._run["student"]["name"],
+            teacher=self._teacher_name,
+            dataset=dataset_name or self.dataset_name,
+            tags=[tags] if isinstance(tags, str) else tags,
+        )
+        card.save(folder / "README.md")
 
     # -- TRL's surroundings -------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ it was drawn from. `osd.data.verdict` has the scores and the verdict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from osd.data.requests import Request, RequestBuilder
 from osd.data.samples import SCHEMA, Sample, sample_of
 from osd.data.settings import CompareConfig
 from osd.data.strict_json import finite, json_text
-from osd.data.verdict import Marks, score, sentence
+from osd.data.verdict import Marks, linear_at_same_distance, score, scoring, sentence, what_would_change
 from osd.report.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, png, svg
 from osd.report.pages import check_writable, render, write
 
@@ -177,7 +178,7 @@ def _page(result: dict[str, Any], drawn: dict[str, list[Sample]], marks: dict[st
     first = next(iter(drawn.values()))
     examples = [
         {
-            "prompt": first[i]["student_prompt"],
+            "prompts": [("student", first[i]["student_prompt"]), ("teacher", first[i]["teacher_prompt"])],
             "answer": first[i]["answer"],
             "arms": [(name, samples[i]["completion"], MARKS[marks[name][i]]) for name, samples in drawn.items()],
         }
@@ -188,6 +189,10 @@ def _page(result: dict[str, Any], drawn: dict[str, list[Sample]], marks: dict[st
         r=result,
         headline=headline,
         reasons=reasons,
+        changes=what_would_change(result),
+        scoring=scoring(result),
+        line=linear_at_same_distance(result),
+        perplexity=lambda logp: math.exp(-logp),
         plots=[
             (title, svg(partial(_trade_off, result=result, quality=quality), width=5.4, height=4.0))
             for quality, title in _qualities(result)

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from osd.data import card
 from osd.data.pair import Pair
 from osd.data.progress import Progress
 from osd.data.reader import Row, Rows, read
@@ -83,8 +84,20 @@ def generate(settings: GenerateConfig, start_pair: StartPair) -> Counts:
             run = store.open(run, resume=settings.resume)
             builder.started = datetime.fromisoformat(run[STARTED])
             _sample(settings, _Sampler(settings, builder, pair, run["config_hash"]), store, tasks)
-    _check_usable(store, rows, place)
+    counts = _check_usable(store, rows, place)
+    if counts is not None:
+        _publish(settings, store, run, counts)
     return store.state.counts
+
+
+def _publish(settings: GenerateConfig, store: Store, run: Mapping[str, Any], counts: Counts) -> None:
+    """Write the card of a finished run, and upload the run if asked to."""
+    name = (settings.hub_dataset_id or store.folder.resolve().name).rpartition("/")[2]
+    store.write_whole(store.folder / card.CARD, card.card(run, counts, name).encode())
+    if settings.push_to_hub:
+        address = card.push(store.folder, str(settings.hub_dataset_id))
+        if not settings.quiet:
+            print(f"uploaded to {address}")
 
 
 def read_rows(settings: GenerateConfig | CompareConfig, *, limit: int | None) -> Rows:
@@ -239,8 +252,12 @@ def _versions(*names: str) -> Mapping[str, str]:
     return installed
 
 
-def _check_usable(store: Store, rows: Rows, place: tuple[int, int]) -> None:
-    """Finish, and raise `NothingUsable` if no row was sampled: of all rows in the last process, of its own in the others."""
+def _check_usable(store: Store, rows: Rows, place: tuple[int, int]) -> Counts | None:
+    """Finish. Return the counts of all processes if this one was the last, else None.
+
+    Raises:
+        NothingUsable: no row was sampled: of all rows in the last process, of its own in the others.
+    """
     index, total = place
     whole = store.finish()
     counts = whole or store.state.counts
@@ -250,3 +267,4 @@ def _check_usable(store: Store, rows: Rows, place: tuple[int, int]) -> None:
             f"nothing was sampled: all {mine} were rejected (the first: {store.first_reason(whole=whole is not None)}); "
             "the reasons are in rejected.jsonl"
         )
+    return whole

@@ -124,7 +124,7 @@ def check_reference(answer: str, how: str) -> None:
 
 
 def stated(answer: str) -> bool:
-    """Return whether a reference answer says anything: ``####`` or ``\\boxed{}`` alone do not."""
+    """Return True if a reference answer has content; ``####`` or ``\\boxed{}`` alone have none."""
     return bool(_plain(reference(answer)))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from osd.data import grading
+from osd.data.findings import headline, statistics_in_words
 from osd.data.statistics import EARLY, NATS, PLACES, UNIT, Tally, TokenSums, data_files, tally
 from osd.data.writer import RUN, SUMMARY
 from osd.report.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, svg
@@ -73,7 +74,8 @@ def page_of(result: Tally, name: str, became: str | None = None) -> str:
         name=name,
         became=became,
         t=result,
-        headline=_headline(result),
+        headline=headline(result),
+        statistics=statistics_in_words(result),
         plots=_plots(result),
         data=script_json(data),
         shown=len(samples),
@@ -149,31 +151,6 @@ def _words(by_token: dict[str, TokenSums], least: int) -> list[tuple[str, list[t
     favours_teacher = [item for item in reversed(common) if item[1].gap > 0][:WORDS]
     favours_student = [item for item in common if item[1].gap < 0][:WORDS]
     return [("Favoured by the teacher", favours_teacher), ("Favoured by the student", favours_student)]
-
-
-def _headline(result: Tally) -> list[tuple[str, str]]:
-    def mean(name: str) -> float:
-        return result.sums[name] / result.tokens
-
-    scores = [_share(result.right, result.scored, "right")] if result.scored else []
-    return [
-        (f"{result.completions:,}", "completions"),
-        (f"{result.tokens / result.completions:,.0f}", "tokens each, on average"),
-        (f"{mean('alpha'):.3f}", "mean α"),
-        (f"{mean('kl_theta'):.3f}", "mean KL(q* ‖ student), nats per token"),
-        (f"{mean('kl_teacher'):.3f}", "mean KL(q* ‖ teacher)"),
-        (f"{mean('ess_theta'):.2f}", "mean ESS ratio against the student"),
-        (f"{mean('ess_teacher'):.2f}", "mean ESS ratio against the teacher"),
-        (f"{math.exp(-mean('logp_theta')):.2f}", "perplexity to the student"),
-        (f"{math.exp(-mean('logp_teacher')):.2f}", "perplexity to the teacher"),
-        _share(result.finish_reasons["stop"], result.completions, "ended by themselves"),
-        *scores,
-    ]
-
-
-def _share(part: int, whole: int, label: str) -> tuple[str, str]:
-    low, high = grading.wilson(part, whole)
-    return f"{part / whole:.0%}", f"{label} ({part:,} of {whole:,}; 95 %: {low:.1%} to {high:.1%})"
 
 
 # -- plots --------------------------------------------------------------------------------------------------------------

@@ -115,7 +115,13 @@ def _check_top(path: str, top: Mapping[str, Any], training_keys: Callable[[], It
     unknown = [key for key in top if key not in data_keys()]
     if not unknown:
         return
-    known = set(training_keys()) | data_keys()
+    try:
+        known = set(training_keys()) | data_keys()
+    except ImportError as error:
+        raise ValueError(
+            f"{path} has {', '.join(map(repr, unknown))}, not keys of the data commands; whether they are keys of training "
+            f"cannot be checked without TRL: install the extra `train`, or remove them"
+        ) from error
     for key in unknown:
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {path}{suggest(key, known)}; no command knows it")

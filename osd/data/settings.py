@@ -25,7 +25,7 @@ FINISH_REASONS = ("stop", "length")
 # Settings that may change between the runs that make one data set: they change places, speed and output on the terminal only.
 FREE = frozenset(
     {"input", "dataset_name", "dataset_config", "dataset_train_split", "output", "resume", "shard", "batch_size"}
-    | {"vllm_gpu_memory_utilization", "quiet", "dry_run"}
+    | {"vllm_gpu_memory_utilization", "quiet", "dry_run", "push_to_hub", "hub_dataset_id"}
     | {"server", "api_key", "server_concurrency", "server_timeout", "server_wait"}
 )
 
@@ -216,6 +216,8 @@ class Output:
     shard: str | None = _of(
         None, "i/n: do part i (from 0) of n of the work. Default: the process's place under `accelerate launch`, or all of it."
     )
+    push_to_hub: bool = _of(False, "Upload the data to the Hub when every process has finished; needs hub_dataset_id.")
+    hub_dataset_id: str | None = _of(None, "Dataset of the Hub to upload to, user/name; made private if it is new.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +341,20 @@ class GenerateConfig(_Run, Output, Filters, Servers):
             raise ValueError(f"shard_size={self.shard_size!r} must be at least 1")
         if self.shard is not None:
             parse_shard(self.shard)
+        self._check_upload()
         self._check_servers()
+
+    def _check_upload(self) -> None:
+        if not self.push_to_hub:
+            return
+        if not self.hub_dataset_id:
+            raise ValueError(
+                "push_to_hub=True needs hub_dataset_id: set it to user/name, or set push_to_hub: false under `generate:`"
+            )
+        from huggingface_hub import get_token
+
+        if not get_token():
+            raise ValueError("push_to_hub=True needs a token: set HF_TOKEN, or run `hf auth login`")
 
     def _check_servers(self) -> None:
         for name in ("server_concurrency", "server_timeout", "server_wait"):

@@ -32,6 +32,7 @@ PLACES = 20  # parts of a completion, for where the two disagree
 EARLY = 256  # tokens from the start, one by one
 CONTEXT = 12  # tokens shown on each side of an extreme one
 SHOWN_COLUMNS = ("alpha", "kl_theta", "logp_theta", "logp_teacher")
+READ_COLUMNS = (*BINS, *SHOWN_COLUMNS, "logq")
 
 
 @dataclass
@@ -62,7 +63,7 @@ class TokenSums:
 
 @dataclass
 class Tally:
-    """Everything that a page shows; made by `tally`."""
+    """Statistics of a data set; made by `tally`."""
 
     completions: int = 0
     tokens: int = 0
@@ -118,7 +119,7 @@ def samples(files: list[Path]) -> Iterator[dict[str, Any]]:
 def _what_is_wrong(sample: Any) -> str | None:
     if not isinstance(sample, dict):
         return "it is not a mapping of columns"
-    for name in ("id", "tokens", *BINS, *SHOWN_COLUMNS):
+    for name in ("id", "tokens", *READ_COLUMNS):
         if sample.get(name) is None:
             return f"it has no {name!r}"
         if name != "id" and len(sample[name]) != len(sample["tokens"]):
@@ -187,7 +188,7 @@ def _keep(shown: list[dict[str, Any]], sample: dict[str, Any], number: int, most
 
 def _add_tokens(result: Tally, sample: dict[str, Any], extremes: int) -> None:
     # JSON has null where Parquet has -inf, the logarithm of probability 0.
-    columns_T = {name: np.array(sample[name], dtype=float) for name in {*BINS, *SHOWN_COLUMNS}}
+    columns_T = {name: np.array(sample[name], dtype=float) for name in READ_COLUMNS}
     length = len(sample["tokens"])
     result.tokens += length
     for name, edges in BINS.items():
@@ -196,6 +197,9 @@ def _add_tokens(result: Tally, sample: dict[str, Any], extremes: int) -> None:
         result.sums[name] += known.sum()
     for name in ("logp_theta", "logp_teacher"):
         result.sums[name] += columns_T[name][np.isfinite(columns_T[name])].sum()
+    with np.errstate(invalid="ignore"):  # minus infinity on both sides
+        ratio_T = np.exp(np.minimum(columns_T["logp_theta"] - columns_T["logq"], 0.0))
+    result.sums["accepted"] += np.nansum(ratio_T)
     _add_places(result, columns_T, length)
     gap_T = np.nan_to_num(columns_T["logp_teacher"] - columns_T["logp_theta"], nan=0.0, posinf=99.0, neginf=-99.0)
     for text, gap, kl, alpha in zip(sample["tokens"], gap_T, columns_T["kl_theta"], columns_T["alpha"], strict=True):

@@ -234,6 +234,43 @@ def sentence(result: dict[str, Any]) -> tuple[str, str]:
     return headline, " ".join([*said, UNTRAINED])
 
 
+CHANGES = {
+    "yes": "a linear mixture that gains as much, or an interval that reaches zero on other prompts.",
+    "mixing": "more prompts: the interval of q* against the linear mixtures still contains zero.",
+    "linear": "other values of alpha_method, alpha_min or alpha_max, or a teacher's prompt that gives less away.",
+    "no": "a smaller alpha_max (nearer to the student), or a teacher's prompt that helps more.",
+    "undecided": "more prompts or samples (limit, num_samples): the interval of q*'s margin contains zero.",
+    "no lead": "a teacher that is better here: a larger one, or one that reads the answer; or more prompts.",
+    "no lead, but q*": "a teacher that is better here: a larger one, or one that reads the answer; or more prompts.",
+    "too few": f"at least {FEWEST} prompts, better 100.",
+}
+
+
+def scoring(result: dict[str, Any]) -> str:
+    """Return how completions were judged, and the rule of the verdict."""
+    how = result["settings"]["answer_match"]
+    judged = (
+        f"A completion is right if its answer matches the reference (answer_match={how})."
+        if result["quality"] == "accuracy"
+        else "No completion could be called right, so quality is the mean of log π_t per token, with the teacher's prompt."
+    )
+    return (
+        f"{judged} q* is worth it if its share of the teacher's lead in quality is larger than its share of the teacher's "
+        "distance from the student, and no linear mixture does as well; both by 95 % intervals over prompts."
+    )
+
+
+def what_would_change(result: dict[str, Any]) -> str:
+    """Return what would give another verdict."""
+    return "Another verdict would need " + CHANGES[result["verdict"]["worth_it"]]
+
+
+def linear_at_same_distance(result: dict[str, Any]) -> float:
+    """Return the quality of the line through student, linear mixtures and teacher at the distance of q*."""
+    [mixed] = [row for row in result["arms"] if row["arm"] == "q*"]
+    return float(mixed[result["quality"]]) - float(result["verdict"]["over_linear"])
+
+
 def _shares_in_words(v: dict[str, Any]) -> list[str]:
     said = [
         f"q* has {v['gain_share']:.0%} of it at {v['distance_share']:.0%} of the teacher's distance from the student "

@@ -223,13 +223,12 @@ class Store:
         counts = sum((state.counts for state in read), Counts())
         if self.total > 1:
             parts = [path for i in range(self.total) if (path := self.rejected_path(i)).exists()]
-            self._write_whole(self.folder / REJECTED, b"".join(path.read_bytes() for path in parts))
-        self._write_whole(
-            self.folder / SUMMARY, json_text(finite({**asdict(counts), "alpha_mean": counts.alpha_mean})).encode()
-        )
+            self.write_whole(self.folder / REJECTED, b"".join(path.read_bytes() for path in parts))
+        self.write_whole(self.folder / SUMMARY, json_text(finite({**asdict(counts), "alpha_mean": counts.alpha_mean})).encode())
         return counts
 
-    def _write_whole(self, path: Path, data: bytes) -> None:
+    def write_whole(self, path: Path, data: bytes) -> None:
+        """Write a file atomically."""
         part = self._part(path)
         _write(part, data)
         _replace(part, path)

@@ -73,12 +73,12 @@ class DraftChooser:
         self._since = 0
 
     def choose(self, batch: int) -> int:
-        """Return the number of drafts of the next step of a batch of that many requests."""
+        """Return the number of drafts for the next step of `batch` requests."""
         bucket = self._bucket(batch)
         return bucket.best if bucket.trial is None else bucket.trial[0]
 
     def observe(self, batch: int, drafts: int, seconds: float, tokens: float) -> None:
-        """Note a step in which every request had that many drafts.
+        """Record the time and the tokens of one step.
 
         Args:
             batch: requests.

@@ -325,7 +325,7 @@ class PairEngine:
             self._state = EngineState.OPEN
 
     def reset_prefix_cache(self) -> bool:
-        """Forget both sides' prefix caches; False if unfinished requests use them, and nothing was done."""
+        """Clear both sides' prefix caches. Returns False, and changes nothing, if unfinished requests use them."""
         self._check_open()
         return self._frontend.ask("reset_prefix_cache")
 

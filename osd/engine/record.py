@@ -68,7 +68,7 @@ class _Step:
 
 @dataclass
 class RecordLog:
-    """An append-only log of steps: no index tensors, no capacity to guess, and no copy to the host per token."""
+    """Append-only log of steps. It needs no index tensors, no fixed capacity, and no copy to the host per token."""
 
     weights_version: int = 0
     _steps: list[_Step] = field(default_factory=list)

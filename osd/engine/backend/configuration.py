@@ -108,7 +108,7 @@ class StudentCache:
         return next(name.student for name in names if isinstance(name, _Carrier))
 
     def carried_by(self, teacher: dict[str, Any]) -> dict[str, Any]:
-        """Return the teacher's specs by layer, with a name that carries this to the scheduler.
+        """Return the teacher's cache specs by layer. The name of the first carries this object to the scheduler.
 
         Whatever runs the workers, vLLM's engine core asks them for these specs, and hands the names to the scheduler.
         """

@@ -240,7 +240,7 @@ class _Server:
         return server
 
     def allows(self, path: str, headers: Headers) -> bool:
-        """Return whether a request may pass: vLLM itself asks for the API key on some routes only."""
+        """Return True if a request may pass. vLLM itself asks for the API key on some routes only."""
         return self._keys is None or path in OPEN_ROUTES or self._keys.verify_token(headers)
 
     async def read(self, request: HttpRequest, body: bytes) -> bytes:

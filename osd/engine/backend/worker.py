@@ -203,7 +203,7 @@ class PairWorker(Worker):
         self.sampler.warm_up(*logits)
 
     def overlap_forwards(self, on: bool) -> bool:
-        """Run the student's forward pass beside the teacher's on its own stream, or before it; return which it will be.
+        """Choose whether the student's forward pass runs beside the teacher's, on its own stream. Return the choice.
 
         They run one after the other where they share more than the device: tensor parallel ranks share collectives, mixtures of
         experts share vLLM's workspace.
