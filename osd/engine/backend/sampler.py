@@ -7,9 +7,9 @@ their state and applies them. Where none is active, on a GPU, the kernels mix an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ class PairSampler:
     def _warm_up_inputs(self, teacher: torch.Tensor, student: torch.Tensor) -> Iterator[MixtureInputs]:
         """Yield inputs of all rows of each side, and of chosen rows: a kernel is compiled for each of the four."""
         count = torch.arange(len(teacher), device=teacher.device)
-        for student_rows, rows in itertools.product((None, count), repeat=2):
+        for student_rows, rows in product((None, count), repeat=2):
             yield MixtureInputs(
                 student=student,
                 teacher=teacher,
