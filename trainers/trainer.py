@@ -31,7 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
-from osd.generation import OSDGeneration
+from osd.generation import OSDGeneration, check_groups
 from osd.prompts import PRIVILEGED_COLUMN, PROMPT_COLUMN, TEACHER_PROMPT_COLUMN, template_fields
 from trainers.alpha_schedule import MIX_COLUMN, unmixed
 from trainers.checkpointing import EpochSampler, check_same_run, marked_when_whole, resolve
@@ -119,6 +119,8 @@ class OSDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        if engine is None:
+            check_groups(planned.pair, args.world_size)  # type: ignore[arg-type]  # a configuration
         train_dataset, eval_dataset = planned.datasets(train_dataset, eval_dataset)
         self._renderer, self._run = planned.renderer, planned.run
         config: Any = getattr(planned.pair, "config", planned.pair)  # of a running engine
