@@ -11,11 +11,15 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from osd.engine.group import RankGroup
+from tests import pairs
+from tests.async_cpu import allow_async_scheduling
 from tests.tiny import tiny_engine_kwargs
 from tests.training import ROWS, build_trainer, logged, watch
 
@@ -138,6 +142,22 @@ def sampled(out: Path, teacher: str, student: str, engine=None, **fields):
     return trainer, steps
 
 
+def cramped(out: Path, teacher: str, student: str) -> None:
+    """Completions of a pair held by two processes, with async scheduling and preemptions, by the index of their prompt."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        allow_async_scheduling()
+    ranks = {"tensor_parallel_size": accelerator.num_processes, "distributed_executor_backend": "external_launcher"}
+    config = pairs.cramped(40, 64) | {"num_speculative_tokens": int(out.name)}
+    config["engine_kwargs"] |= ranks
+    prompts, rank = pairs.hard_prompts(), accelerator.process_index
+    with pairs.start((teacher, student), config) as engine, pytest.MonkeyPatch.context() as patch:
+        seen = pairs.watch(engine, patch)
+        own = range(rank, len(prompts), accelerator.num_processes)
+        completions = engine.generate([prompts[i] for i in own], sampling={"max_tokens": 30, "ignore_eos": True})
+        torch.save({"seen": dict(seen), "completions": dict(zip(own, completions, strict=True))}, out / f"{rank}.pt")
+
+
 def message_of(call, *args):
     """The message of the error that a call ends with."""
     try:
@@ -217,5 +237,5 @@ def killed(out: Path, teacher: str, student: str) -> None:
 
 if __name__ == "__main__":
     name, out, teacher, student = sys.argv[1:]
-    runs = {"greedy": greedy, "synced": synced, "together": together, "killed": killed, "shared": shared}
+    runs = {"greedy": greedy, "synced": synced, "together": together, "killed": killed, "shared": shared, "cramped": cramped}
     runs[name](Path(out), teacher, student)

@@ -4,6 +4,7 @@ In float32, with a seed for every prompt: the same tokens, records to 1e-4, loss
 """
 
 import re
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
@@ -14,9 +15,10 @@ from osd.core import RECORD_FIELDS
 from osd.engine.engine import PairConfig
 from osd.generation import check_groups
 from osd.validate_models import check_models
-from tests.exact import completion_logits
+from tests.exact import completion_logits, log_probabilities
 from tests.launched import sampled, weights_of
 from tests.launches import ACCELERATE, fsdp_on_a_cpu, in_float32, launch
+from tests.pairs import hard_prompts, preempted
 from tests.tiny import tiny_model
 from tests.training import logged
 
@@ -83,6 +85,25 @@ def test_four_processes_hold_two_pairs(alone, model_paths, tmp_path):
     config = in_float32("cpu_ddp", tmp_path / "four.yaml", num_processes=4)
     done = launch(config, "tests/launched.py", "shared", tmp_path, *model_paths)
     check_shared(tmp_path, done, alone, model_paths, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_ranks_schedule_alike(model_paths, models, tmp_path, drafts):
+    """Async scheduling, preemptions on both sides, prompts split differently: every rank runs its own schedulers."""
+    (out := tmp_path / str(drafts)).mkdir()
+    done = launch(ACCELERATE / "cpu_ddp.yaml", "tests/launched.py", "cramped", out, *model_paths)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    ranks = [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert ranks[0]["seen"] == ranks[1]["seen"]
+    assert preempted(Counter(ranks[0]["seen"]))
+    prompts = hard_prompts()
+    completions = ranks[0]["completions"] | ranks[1]["completions"]
+    in_order = [completions[i] for i in range(len(prompts))]
+    token_N1 = torch.tensor([token for c in in_order for token in c.token_ids])[:, None]
+    for logp, name in zip(log_probabilities(models, prompts, in_order), ("logp_theta", "logp_teacher"), strict=True):
+        recorded = torch.cat([getattr(c.record, name) for c in in_order])
+        torch.testing.assert_close(recorded.double(), logp.gather(-1, token_N1)[:, 0], atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow

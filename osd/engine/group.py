@@ -52,9 +52,6 @@ class RankGroup:
             own = requests()
         except Exception as error:
             failure = error
-        if torch.accelerator.is_available():
-            # The trainer's collectives must end before vLLM's begin: two communicators at once can deadlock.
-            torch.accelerator.synchronize()
         gathered = self._gather((own, failure and str(failure)))
         if failure is not None:
             raise failure
@@ -90,6 +87,9 @@ class RankGroup:
             )
 
     def _gather(self, value: Any) -> list[Any]:
+        if torch.accelerator.is_available():
+            # Before and after a batch: the collectives of the trainer and of vLLM can deadlock if both run at once.
+            torch.accelerator.synchronize()
         values: list[Any] = [None] * get_world_size(self.group)
         all_gather_object(values, value, group=self.group)
         return values
