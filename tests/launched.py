@@ -126,9 +126,14 @@ def seed_by_prompt(generation):
 
 
 def sampled(out: Path, teacher: str, student: str, engine=None, **fields):
-    """A sampled run of 4 prompts a step; its trainer, and per step the completions and records of this process by prompt."""
+    """A sampled run of 4 prompts a step.
+
+    Returns:
+        its trainer; per step the completions and records of this process, by prompt; the seed of its random numbers.
+    """
     size = 4 // int(os.environ.get("WORLD_SIZE", "1"))
     trainer = start(out, teacher, student, engine, **{"per_device_train_batch_size": size, **SHARED, **fields})
+    seed = torch.initial_seed()
     seed_by_prompt(trainer.vllm_generation)
     steps = []
 
@@ -139,7 +144,7 @@ def sampled(out: Path, teacher: str, student: str, engine=None, **fields):
 
     watch(trainer, look)
     trainer.train()
-    return trainer, steps
+    return trainer, steps, seed
 
 
 def cramped(out: Path, teacher: str, student: str) -> None:
@@ -168,7 +173,11 @@ def message_of(call, *args):
 
 
 def planted(trainer):
-    """The errors of this rank after one rank gave a bad prompt, drew with another seed, and lost its student."""
+    """The errors of this rank after one rank gave a bad prompt, drew with another seed, and lost its student.
+
+    And what it drew where both ranks have the same prompts and random state.
+    """
+    vars(trainer.vllm_generation.engine).pop("generate")  # `seed_by_prompt`
     generation, first = trainer.vllm_generation, trainer.accelerator.process_index == 0
     shared = RankGroup.share
 
@@ -179,7 +188,10 @@ def planted(trainer):
         return gathered, own
 
     def generate():
-        generation.generate([[7, 8, 9]] * 2, None, 1)
+        torch.manual_seed(0)
+        drawn.append(generation.generate([[7, 8, 9]] * 2, None, 1)[1])
+
+    drawn: list = []
 
     generation.sync_weights()
     bad = message_of(generation.generate, [[10**6 if first else 7]], None, 1)
@@ -191,15 +203,21 @@ def planted(trainer):
         with torch.no_grad():
             trainer.model.get_input_embeddings().weight.mul_(-1)
     generation._syncs = 0
-    return {"prompt": bad, "seed": seed, "after": after, "weights": message_of(generation.sync_weights)}
+    return {"prompt": bad, "seed": seed, "after": after, "weights": message_of(generation.sync_weights), "drawn": drawn}
 
 
 def shared(out: Path, teacher: str, student: str) -> None:
     """A sampled run of pairs that two processes hold each; the teacher's output layer; in two processes, planted errors."""
     sleep = {"vllm_enable_sleep_mode": True} if torch.cuda.is_available() else {}
-    trainer, steps = sampled(out / "run", teacher, student, vllm_tensor_parallel_size=2, **sleep)
+    trainer, steps, seed = sampled(out / "run", teacher, student, vllm_tensor_parallel_size=2, **sleep)
     rank, head = trainer.accelerator.process_index, trainer._teacher.head.weight_VH.cpu()
-    seen = {"steps": steps, "head": head, "loss": logged(trainer, "loss"), "gap": logged(trainer, "privilege/gap")}
+    seen = {
+        "steps": steps,
+        "head": head,
+        "seed": seed,
+        "loss": logged(trainer, "loss"),
+        "gap": logged(trainer, "privilege/gap"),
+    }
     seen["elements"] = sum(p.numel() for p in trainer.vllm_generation.engine._frontend.worker.student_runner.model.parameters())
     seen["weights"] = weights_of(trainer)
     if trainer.accelerator.num_processes == 2 and str(trainer.accelerator.distributed_type).startswith("DistributedType.MULTI"):

@@ -33,7 +33,7 @@ def model_paths(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(engine, model_paths, tmp_path_factory):
     """The run of one process."""
-    trainer, steps = sampled(tmp_path_factory.mktemp("alone"), *map(str, model_paths), engine)
+    trainer, steps, _ = sampled(tmp_path_factory.mktemp("alone"), *map(str, model_paths), engine)
     return steps, logged(trainer, "loss"), weights_of(trainer)
 
 
@@ -71,7 +71,9 @@ def test_two_processes_hold_one_pair(alone, model_paths, models, tmp_path):
         for prompt, (ids, values, _) in seen["steps"][0].items():  # of the student's first weights
             logp = completion_logits(models[1], prompt, ids).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
             torch.testing.assert_close(values[:, RECORD_FIELDS.index("logp_theta")].double(), logp, atol=1e-4, rtol=0)
+    assert ranks[0]["seed"] != ranks[1]["seed"]
     errors = [seen["planted"] for seen in ranks]
+    assert errors[0]["drawn"] != errors[1]["drawn"]
     assert "token id 1000000 is not one of" in errors[0]["prompt"]
     assert errors[1]["prompt"].startswith("rank 0 of this tensor parallel group cannot sample: prompt 0")
     for seen in errors:
