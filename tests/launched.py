@@ -211,15 +211,16 @@ def shared(out: Path, teacher: str, student: str) -> None:
     sleep = {"vllm_enable_sleep_mode": True} if torch.cuda.is_available() else {}
     trainer, steps, seed = sampled(out / "run", teacher, student, vllm_tensor_parallel_size=2, **sleep)
     rank, head = trainer.accelerator.process_index, trainer._teacher.head.weight_VH.cpu()
+    shard = trainer.vllm_generation.engine._frontend.worker.student_runner.get_model()
     seen = {
         "steps": steps,
         "head": head,
         "seed": seed,
         "loss": logged(trainer, "loss"),
         "gap": logged(trainer, "privilege/gap"),
+        "elements": sum(parameter.numel() for parameter in shard.parameters()),
+        "weights": weights_of(trainer),
     }
-    seen["elements"] = sum(p.numel() for p in trainer.vllm_generation.engine._frontend.worker.student_runner.model.parameters())
-    seen["weights"] = weights_of(trainer)
     if trainer.accelerator.num_processes == 2 and str(trainer.accelerator.distributed_type).startswith("DistributedType.MULTI"):
         seen["planted"] = planted(trainer)
     torch.save(seen, out / f"{rank}.pt")

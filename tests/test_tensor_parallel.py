@@ -1,6 +1,6 @@
 """A pair that several training processes hold together, against one process that holds it alone.
 
-In float32, with a seed for every prompt: the same tokens, records to 1e-4, losses and weights to 1e-3 and 1e-4 of their size.
+In float32, with a seed for every prompt: the same tokens, records to 1e-4, losses and weights to 1e-3 of their size.
 """
 
 import re
@@ -57,7 +57,7 @@ def check_shared(out, done, alone, model_paths, processes):
         assert len(seen["gap"]) == 2
         assert seen["weights"].keys() == weights.keys()
         for name, tensor in seen["weights"].items():
-            torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5)
     return ranks
 
 
