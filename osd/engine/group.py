@@ -52,18 +52,17 @@ class RankGroup:
             own = requests()
         except Exception as error:
             failure = error
-        gathered = self._gather((own, failure and str(failure)))
+        gathered = self._gather((own, None if failure is None else str(failure)))
         if failure is not None:
             raise failure
-        for rank, (_, refused) in enumerate(gathered):
-            if refused:
+        for rank, (requested, refused) in enumerate(gathered):
+            if refused is not None:
                 raise RuntimeError(f"rank {rank} of this tensor parallel group cannot sample: {refused}")
-        for rank, (others, _) in enumerate(gathered):
-            for _, params in others if rank != self.rank else ():
+            for _, params in requested if rank != self.rank else ():
                 for kept in ("record", "hidden"):
                     params.extra_args[EXTRA_ARGS_KEY].pop(kept, None)
-        start = sum(len(others) for others, _ in gathered[: self.rank])
-        return [request for others, _ in gathered for request in others], slice(start, start + len(own))
+        start = sum(len(requested) for requested, _ in gathered[: self.rank])
+        return [request for requested, _ in gathered for request in requested], slice(start, start + len(own))
 
     def check_same(self, completions: Sequence[Any]) -> None:
         """Raise on every rank if two of them drew different completions; a collective operation.
