@@ -77,7 +77,9 @@ def load_tokenizer(config: PairConfig, side: str) -> Any:
     return _load(AutoTokenizer, config, side)
 
 
-def _check_heads(side: str, model: str, found: Any, ranks: int) -> None:
+def _check_heads(side: str, model: str, found: Any, ranks: Any) -> None:
+    if not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"tensor_parallel_size={ranks!r} is not a number of ranks; use 1 or more")
     heads = getattr(found.get_text_config(), "num_attention_heads", None)
     if isinstance(heads, int) and heads % ranks:
         raise ValueError(

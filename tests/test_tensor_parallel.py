@@ -156,7 +156,15 @@ def test_groups_that_cannot_be(model_paths, config, processes, message):
         check_groups(pair(model_paths, **config), processes)
 
 
-def test_heads_that_the_ranks_cannot_share(model_paths):
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (4, "tensor_parallel_size=4 does not divide the 2 attention heads of teacher="),
+        (0, "tensor_parallel_size=0 is not a number of ranks"),
+        ("2", "tensor_parallel_size='2' is not a number of ranks"),
+    ],
+)
+def test_models_that_the_ranks_cannot_share(model_paths, ranks, message):
     check_models(pair(model_paths))
-    with pytest.raises(ValueError, match="tensor_parallel_size=4 does not divide the 2 attention heads of teacher="):
-        check_models(pair(model_paths, ranks=4))
+    with pytest.raises(ValueError, match=message):
+        check_models(pair(model_paths, ranks=ranks))
