@@ -39,6 +39,7 @@ def environment(caches: Path) -> dict[str, str]:
         "CUDA_CACHE_PATH": "cuda",
     }.items():
         env[name] = str(caches / folder)
+    env.pop("VLLM_USE_V2_MODEL_RUNNER", None)  # set by osd.engine for the pair; vLLM alone runs at its defaults
     env |= {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with socket.socket() as free:  # TRL's default port is fixed, so another run on the same host would conflict
         free.bind(("", 0))

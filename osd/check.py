@@ -324,11 +324,6 @@ def _first_line(error: Exception) -> str:
 
 def _too_large(sides: dict[str, Side], wanted: Wanted) -> str:
     for name, side in sides.items():
-        if side.facts.heads % wanted.gpus:
-            return (
-                f"gpus={wanted.gpus} does not divide the {side.facts.heads} attention heads of the {name}; use a number that "
-                "divides those of both sides"
-            )
         if wanted.max_model_len is not None and wanted.max_model_len > side.facts.context:
             return f"max_model_len={wanted.max_model_len} is over the {name}'s context of {side.facts.context} tokens; lower it"
     return ""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import set_seed
 from trl.trainer.utils import ensure_master_addr_port
 
 from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
@@ -65,7 +66,9 @@ class OSDGeneration(LiveStudent):
     """Generator of completions from q*, which keeps the student's engine at the trainer's weights.
 
     Subclasses TRL's generator for its iteration over sharded parameters (FSDP, DeepSpeed ZeRO-3); engine, sync and generation
-    are replaced. Every process of a distributed run holds a whole pair (tensor parallel size 1). Usable as a context manager.
+    are replaced. Usable as a context manager. Every process of a distributed run holds a pair. With
+    `engine_kwargs["tensor_parallel_size"]=N`, each group of N consecutive ranks holds one together, a shard of both models per
+    rank. The prompts of a group are sampled together, and each rank keeps its own completions and records.
 
     Args:
         model, accelerator, processing_class: the trainer's.
@@ -82,9 +85,9 @@ class OSDGeneration(LiveStudent):
             shape draws from q*. `generation_kwargs` are further `vllm.SamplingParams` arguments and win over the others.
 
     Raises:
-        ValueError: before an engine starts: a pair that would not live in this process on one device; a student that cannot
-            be synced, by name (experts, quantized, an adapter under FSDP1 or that unties shared embeddings, weights unlike
-            those of its files); and the errors of `PairEngine`.
+        ValueError: before an engine starts: a pair that the processes cannot hold; a student that cannot be synced, by name
+            (experts, quantized, an adapter under FSDP1 or that unties shared embeddings, weights unlike those of its files);
+            and the errors of `PairEngine`.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class OSDGeneration(LiveStudent):
             accelerator,
             processing_class,
             mode="colocate",
+            tensor_parallel_size=self._pair_config.engine_kwargs.get("tensor_parallel_size", 1),
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -142,15 +146,19 @@ class OSDGeneration(LiveStudent):
         self._layout = check_student_can_train(self._pair_config)
         self.check_live_student()
         if isinstance(self.pair, PairConfig):
-            _check_colocated(self.pair)
+            check_groups(self.pair, self.accelerator.num_processes)
             # The trainer passes tensors by reference, so the engine must live in this process.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            kwargs = self.pair.engine_kwargs | self._process_kwargs(self.pair.engine_kwargs.get("seed", 0))
+            seed = self.pair.engine_kwargs.get("seed", 0)
+            kwargs = self.pair.engine_kwargs | self._process_kwargs(seed)
             if self.enable_sleep_mode:
                 kwargs["enable_sleep_mode"] = True
             loaded = models(teacher=self.pair.teacher, student=self.pair.student)
             with Loading(loaded, quiet=not self.accelerator.is_main_process):
                 self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
+            if self.tensor_parallel_size > 1:
+                # vLLM seeded all ranks of the group alike, and their dropout masks would be one.
+                set_seed(seed + self.accelerator.process_index)
         else:
             self.engine = self.pair
         self._sleep()
@@ -159,7 +167,7 @@ class OSDGeneration(LiveStudent):
     def _process_kwargs(self, seed: int) -> dict[str, Any]:
         """Return the engine arguments that depend on this process's rank."""
         rank = self.accelerator.process_index
-        kwargs = {"seed": seed + rank}  # with one seed every process would draw the same noise
+        kwargs = {"seed": seed + rank // self.tensor_parallel_size}  # with one seed every pair would draw the same noise
         if self.accelerator.num_processes > 1:
             # As in TRL: vLLM must join the process group that accelerate made instead of making one.
             kwargs["distributed_executor_backend"] = "external_launcher"
@@ -343,13 +351,28 @@ class OSDGeneration(LiveStudent):
             raise RuntimeError(f"{len(failed)} of {len(completions)} completions failed; number {first}: {failed[first]}")
 
 
-def _check_colocated(pair: PairConfig) -> None:
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if pair.engine_kwargs.get(name, 1) != 1:
-            raise ValueError(
-                f"engine_kwargs[{name!r}]={pair.engine_kwargs[name]!r}: in training every process has a whole pair on its own "
-                "device; use 1, and more processes instead"
-            )
+def check_groups(pair: PairConfig, processes: int) -> None:
+    """Check that training processes can hold a pair per `engine_kwargs["tensor_parallel_size"]` of them.
+
+    Raises:
+        ValueError: a number of processes that is no multiple of it; an option that would differ between the ranks of a group.
+    """
+    size = pair.engine_kwargs.get("tensor_parallel_size", 1)
+    if size < 1 or processes % size:
+        raise ValueError(
+            f"tensor_parallel_size={size} (in training vllm_tensor_parallel_size): {processes} training processes do not make "
+            f"groups of {size}, each of which holds a pair; start a multiple of it (--num_processes), or set a divisor"
+        )
+    if size > 1 and pair.num_speculative_tokens == "auto":
+        raise ValueError(
+            f"num_speculative_tokens='auto' with tensor_parallel_size={size} in training: it measures times, which differ "
+            "between the processes that hold a pair; set a number"
+        )
+    if (replicas := pair.engine_kwargs.get("data_parallel_size", 1)) != 1:
+        raise ValueError(
+            f"engine_kwargs['data_parallel_size']={replicas}: in training every group of processes has its own pair; use 1, "
+            "and more processes instead"
+        )
 
 
 def _pair_prompts(teacher: list[list[int]], student: list[list[int]]) -> list[Any]:

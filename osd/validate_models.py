@@ -47,13 +47,14 @@ def check_models(config: PairConfig) -> None:
     """Raise before any weights load if the pair cannot sample.
 
     Raises:
-        ValueError: a model that cannot be found, or that vLLM does not have; a student with experts beside a dense teacher; or
-            tokenizers that differ (naming the first id that does). Vocabularies padded to different sizes are fine: ids
-            beyond the shared ones are never drawn.
+        ValueError: a model that cannot be found, that vLLM does not have, or that ``tensor_parallel_size`` ranks cannot share;
+            a student with experts beside a dense teacher; or tokenizers that differ (naming the first id that does).
+            Vocabularies padded to different sizes are fine: ids beyond the shared ones are never drawn.
     """
     teacher, student = (_config(config, side) for side in ("teacher", "student"))
     for side, found in (("teacher", teacher), ("student", student)):
         _check_implemented(side, getattr(config, side), found, config.side_kwargs(side))
+        _check_heads(side, getattr(config, side), found, config.engine_kwargs.get("tensor_parallel_size", 1))
     if experts(student) and not experts(teacher):
         raise ValueError(
             f"student={config.student!r} is a mixture of experts ({experts(student)} of them) and teacher={config.teacher!r} "
@@ -74,6 +75,17 @@ def load_tokenizer(config: PairConfig, side: str) -> Any:
         ValueError: a tokenizer that cannot be found.
     """
     return _load(AutoTokenizer, config, side)
+
+
+def _check_heads(side: str, model: str, found: Any, ranks: Any) -> None:
+    if not isinstance(ranks, int) or ranks < 1:
+        raise ValueError(f"tensor_parallel_size={ranks!r} is not a number of ranks; use 1 or more")
+    heads = getattr(found.get_text_config(), "num_attention_heads", None)
+    if isinstance(heads, int) and heads % ranks:
+        raise ValueError(
+            f"tensor_parallel_size={ranks} does not divide the {heads} attention heads of {side}={model!r}; use a divisor of "
+            "both models' numbers of heads"
+        )
 
 
 def check_student_can_train(config: PairConfig) -> StudentLayout | None:

@@ -11,10 +11,15 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from osd.engine.group import RankGroup
+from tests import pairs
+from tests.async_cpu import allow_async_scheduling
 from tests.tiny import tiny_engine_kwargs
 from tests.training import ROWS, build_trainer, logged, watch
 
@@ -24,6 +29,13 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_p
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "peft_config": LORA}
 SAME = [ROWS[0]] * 16  # one prompt for all: processes that drew the same noise would write the same
 SAMPLED = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+SHARED = {
+    "max_steps": 3,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "privilege_gap_steps": 2,
+    "privilege_gap_tokens": 5,
+}
 KILLED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
 
 
@@ -101,6 +113,120 @@ def together(out: Path, teacher: str, student: str) -> None:
     adapted.close()
 
 
+def seed_by_prompt(generation):
+    """Make the seed of a completion follow from its prompt, whatever process has it."""
+    generate = generation.engine.generate
+
+    def seeded(prompts, *, sampling, **kwargs):
+        if isinstance(sampling, dict):
+            sampling = [{**sampling, "seed": sum(p.student_token_ids)} for p in prompts]
+        return generate(prompts, sampling=sampling, **kwargs)
+
+    generation.engine.generate = seeded
+
+
+def sampled(out: Path, teacher: str, student: str, engine=None, **fields):
+    """A sampled run of 4 prompts a step.
+
+    Returns:
+        its trainer; per step the completions and records of this process, by prompt; the seed of its random numbers.
+    """
+    size = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = start(out, teacher, student, engine, **{"per_device_train_batch_size": size, **SHARED, **fields})
+    seed = torch.initial_seed()
+    seed_by_prompt(trainer.vllm_generation)
+    steps = []
+
+    def look(prompts):
+        completions = trainer.vllm_generation.last_batch.completions
+        kept = [(c.token_ids, c.record.values_TR, c.record.teacher_hidden_TH) for c in completions]
+        steps.append({tuple(prompt): row for prompt, row in zip(prompts, kept, strict=True)})
+
+    watch(trainer, look)
+    trainer.train()
+    return trainer, steps, seed
+
+
+def cramped(out: Path, teacher: str, student: str) -> None:
+    """Completions of a pair held by two processes, with async scheduling and preemptions, by the index of their prompt."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        allow_async_scheduling()
+    ranks = {"tensor_parallel_size": accelerator.num_processes, "distributed_executor_backend": "external_launcher"}
+    config = pairs.cramped(40, 64) | {"num_speculative_tokens": int(out.name)}
+    config["engine_kwargs"] |= ranks
+    prompts, rank = pairs.hard_prompts(), accelerator.process_index
+    with pairs.start((teacher, student), config) as engine, pytest.MonkeyPatch.context() as patch:
+        seen = pairs.watch(engine, patch)
+        own = range(rank, len(prompts), accelerator.num_processes)
+        completions = engine.generate([prompts[i] for i in own], sampling={"max_tokens": 30, "ignore_eos": True})
+        torch.save({"seen": dict(seen), "completions": dict(zip(own, completions, strict=True))}, out / f"{rank}.pt")
+
+
+def message_of(call, *args):
+    """The message of the error that a call ends with."""
+    try:
+        call(*args)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def planted(trainer):
+    """The errors of this rank after one rank gave a bad prompt, drew with another seed, and lost its student.
+
+    And what it drew where both ranks have the same prompts and random state.
+    """
+    vars(trainer.vllm_generation.engine).pop("generate")  # `seed_by_prompt`
+    generation, first = trainer.vllm_generation, trainer.accelerator.process_index == 0
+    shared = RankGroup.share
+
+    def other_seed(group, requests):
+        gathered, own = shared(group, requests)
+        if not first:
+            gathered[0][1].seed += 1
+        return gathered, own
+
+    def generate():
+        torch.manual_seed(0)
+        drawn.append(generation.generate([[7, 8, 9]] * 2, None, 1)[1])
+
+    drawn: list = []
+
+    generation.sync_weights()
+    bad = message_of(generation.generate, [[10**6 if first else 7]], None, 1)
+    RankGroup.share = other_seed
+    seed = message_of(generate)
+    RankGroup.share = shared
+    after = message_of(generate)
+    if not first:
+        with torch.no_grad():
+            trainer.model.get_input_embeddings().weight.mul_(-1)
+    generation._syncs = 0
+    return {"prompt": bad, "seed": seed, "after": after, "weights": message_of(generation.sync_weights), "drawn": drawn}
+
+
+def shared(out: Path, teacher: str, student: str) -> None:
+    """A sampled run of pairs that two processes hold each; the teacher's output layer; in two processes, planted errors."""
+    sleep = {"vllm_enable_sleep_mode": True} if torch.cuda.is_available() else {}
+    trainer, steps, seed = sampled(out / "run", teacher, student, vllm_tensor_parallel_size=2, **sleep)
+    rank, head = trainer.accelerator.process_index, trainer._teacher.head.weight_VH.cpu()
+    shard = trainer.vllm_generation.engine._frontend.worker.student_runner.get_model()
+    seen = {
+        "steps": steps,
+        "head": head,
+        "seed": seed,
+        "loss": logged(trainer, "loss"),
+        "gap": logged(trainer, "privilege/gap"),
+        "elements": sum(parameter.numel() for parameter in shard.parameters()),
+        "weights": weights_of(trainer),
+    }
+    if trainer.accelerator.num_processes == 2 and str(trainer.accelerator.distributed_type).startswith("DistributedType.MULTI"):
+        seen["planted"] = planted(trainer)
+    torch.save(seen, out / f"{rank}.pt")
+    trainer.close()
+
+
 class DieInTheThirdStep(TrainerCallback):
     """Gradients are there, and half of the parameters updated."""
 
@@ -130,4 +256,5 @@ def killed(out: Path, teacher: str, student: str) -> None:
 
 if __name__ == "__main__":
     name, out, teacher, student = sys.argv[1:]
-    {"greedy": greedy, "synced": synced, "together": together, "killed": killed}[name](Path(out), teacher, student)
+    runs = {"greedy": greedy, "synced": synced, "together": together, "killed": killed, "shared": shared, "cramped": cramped}
+    runs[name](Path(out), teacher, student)

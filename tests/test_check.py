@@ -189,7 +189,7 @@ def test_kinds_of_cache_are_named(run, saved):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gpus", "3"], "gpus=3 does not divide the 2 attention heads of the teacher"),
+        (["--gpus", "3"], "tensor_parallel_size=3 does not divide the 2 attention heads of teacher="),
         (["--max_model_len", "513"], "max_model_len=513 is over the teacher's context of 512 tokens"),
     ],
 )

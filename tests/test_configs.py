@@ -177,7 +177,6 @@ def test_mixing_is_what_was_configured(tmp_path):
         ({"generation_kwargs": {"n": 2}}, r"generation_kwargs\['n'\]"),
         ({"use_vllm": False}, "use_vllm=False"),
         ({"vllm_mode": "server"}, "vllm_mode='server'"),
-        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2"),
         ({"vllm_server_base_url": "http://x"}, "vllm_server_base_url='http://x' cannot be used"),
         pytest.param(
             {"vllm_enable_sleep_mode": True},

@@ -43,6 +43,7 @@ VALUES = {
     "vllm_max_model_length": 4096,
     "vllm_model_impl": "transformers",
     "vllm_structured_outputs_regex": "w[0-9]+",
+    "vllm_tensor_parallel_size": 2,
 }
 # Read by the trainer, the renderer or the generator; each has its test there.
 ELSEWHERE = {

@@ -126,11 +126,11 @@ def test_an_unknown_error_policy_is_refused(make):
         make(on_error="ignore")
 
 
-def test_a_pair_over_several_devices_is_refused(make, tiny_pair):
+def test_a_pair_of_two_ranks_in_one_process_is_refused(make, tiny_pair):
     from osd.engine.engine import PairConfig
 
     teacher, student = map(str, tiny_pair)
-    with pytest.raises(ValueError, match=r"'tensor_parallel_size'\]=2"):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2 .*: 1 training processes"):
         make(pair=PairConfig(teacher=teacher, student=student, engine_kwargs={"tensor_parallel_size": 2}))
 
 

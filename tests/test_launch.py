@@ -4,12 +4,8 @@ On a CPU with gloo, and on two GPUs. Every process owns a whole pair.
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,22 +15,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from transformers import AutoModelForCausalLM
 
 from tests.launched import GREEDY, KILLED, LORA, sampled_by, start, weights_of
+from tests.launches import ACCELERATE, fsdp_on_a_cpu, in_float32, launch
 from tests.training import build_trainer
 from trainers.checkpointing import resolve
-
-ROOT = Path(__file__).parent.parent
-ACCELERATE = ROOT / "configs" / "accelerate"
-
-
-def launch(config, *script):
-    # As `make setup` installs it, but for this checkout; and with the rank variables of no other run.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    flags = ["--config_file", config, "--main_process_port", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *script]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-
 
 # -- the shipped files --------------------------------------------------------------------------------------------------
 
@@ -97,18 +80,6 @@ def test_two_processes_are_one_with_twice_the_batch(engine, tiny_pair, tmp_path)
     done = launch(ACCELERATE / "cpu_ddp.yaml", "tests/launched.py", "together", tmp_path, *tiny_pair)
     ranks = check_together(tmp_path, done, engine, tiny_pair[1])
     assert [seen["kind"] for seen in ranks] == ["DistributedType.MULTI_CPU"] * 2
-
-
-def in_float32(name, path, **changes):
-    """A shipped configuration in float32, with these changes."""
-    config = yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text())
-    path.write_text(yaml.safe_dump(config | {"mixed_precision": "no"} | changes))
-    return path
-
-
-def fsdp_on_a_cpu(path, **fsdp):
-    shipped = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())["fsdp_config"]
-    return in_float32("fsdp2", path, num_processes=2, use_cpu=True, fsdp_config=shipped | fsdp)
 
 
 @pytest.mark.slow

@@ -55,6 +55,11 @@ def weightless(tmp_path):
         ),
         ({"push_to_hub": True}, "push_to_hub=True needs a token: set hub_token"),
         ({"engine_kwargs": {"max_model_len": 1024}}, "max_model_len"),
+        (
+            {"vllm_tensor_parallel_size": 2, "max_completion_length": 8},
+            "tensor_parallel_size=2 .*: 1 training processes do not make groups of 2",
+        ),
+        ({"vllm_tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide the 2 attention heads of teacher="),
     ],
 )
 def test_refused_before_a_model_loads(tmp_path, weightless, monkeypatch, given, message):

@@ -23,6 +23,7 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CacheConfig, LoadConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.device_allocator.cumem import CuMemAllocator
+from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -122,6 +123,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "of_side": (SchedulerOutput,),
     "output": (SchedulerOutput, ModelRunnerOutput),
     "params": (SamplingParams,),
+    "parallel": (ParallelConfig,),
     "partner": (Request,),
     "planned": (KVCacheConfig,),
     "platform": (Platform,),
@@ -153,6 +155,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "_keys": (AuthenticationMiddleware,),
     "_allocator()": (CuMemAllocator,),
     "student_vllm_config()": (VllmConfig,),
+    "get_tp_group()": (GroupCoordinator,),
 }
 # The classes of attributes.
 FIELDS: dict[str, type] = {
@@ -426,6 +429,16 @@ def test_engine_arguments_that_act_on_tokens_are_known():
     """Arguments of the engine that change what is sampled, or what a sampler must return."""
     names = "logits_processors logprobs_mode watermark_config return_sampling_mask enable_trace_replay"
     assert set(names.split()) <= set(EngineArgs.__dataclass_fields__)
+
+
+def test_shared_memory_of_cpu_ranks_is_still_named_after_the_last_colon(monkeypatch):
+    """Otherwise cpu.init_method_of_this_run has no effect, or can go."""
+    worker = pytest.importorskip("vllm.v1.worker.cpu_worker").CPUWorker
+    assert 'init_method.split(":")[-1]' in inspect.getsource(worker.init_device)
+    monkeypatch.setattr(cpu, "_is_cpu", lambda: True)
+    monkeypatch.setenv("MASTER_PORT", "29999")
+    assert cpu.init_method_of_this_run("env://").split(":")[-1] == "29999"
+    assert cpu.init_method_of_this_run("file:///tmp/x") == "file:///tmp/x"
 
 
 # -- versions -----------------------------------------------------------------------------------------------------------

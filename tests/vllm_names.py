@@ -139,6 +139,7 @@ def _defined(folder: Path) -> set[str]:
 def _known_elsewhere() -> set[str]:
     """Return names of Python, torch and numpy that need no contract."""
     import gc
+    import itertools
     import json
     import os
     import queue
@@ -168,6 +169,7 @@ def _known_elsewhere() -> set[str]:
         torch.accelerator,
         torch.distributed,
         gc,
+        itertools,
         json,
         os,
         Path,

@@ -226,7 +226,8 @@ class OSDConfig(DistillationConfig):
         """
         engine = {
             "gpu_memory_utilization": self.vllm_gpu_memory_utilization,
-            "max_num_seqs": self._largest_batch(),
+            "tensor_parallel_size": self.vllm_tensor_parallel_size,
+            "max_num_seqs": self._largest_batch() * self.vllm_tensor_parallel_size,
             "model_impl": self.vllm_model_impl,
             "trust_remote_code": self.trust_remote_code,
             "seed": self.seed,

@@ -29,7 +29,6 @@ REFUSED = {
     "bf16_full_eval": "it changes the student's dtype in evaluation, and its engine keeps the first",
     "use_vllm": "completions come from vLLM; leave it true",
     "vllm_mode": "the engine runs in the trainer's process; use 'colocate'",
-    "vllm_tensor_parallel_size": "every process owns a whole pair on its own device; use 1, and more processes instead",
     "ds3_gather_for_generation": "vLLM needs the student's parameters gathered; leave it true",
 }
 
@@ -55,6 +54,7 @@ OF_THE_ENGINE = (
     "vllm_gpu_memory_utilization",
     "vllm_max_model_length",
     "vllm_model_impl",
+    "vllm_tensor_parallel_size",
     "engine_kwargs",
     "teacher_engine_kwargs",
     "student_engine_kwargs",
@@ -82,6 +82,7 @@ HONOURED = (
     "vllm_max_model_length",
     "vllm_model_impl",
     "vllm_structured_outputs_regex",
+    "vllm_tensor_parallel_size",
 )
 
 # TRL's fields that its trainer honours without OSD's help.

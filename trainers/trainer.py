@@ -31,7 +31,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
-from osd.generation import OSDGeneration
+from osd.engine.config import PairConfig
+from osd.generation import OSDGeneration, check_groups
 from osd.prompts import PRIVILEGED_COLUMN, PROMPT_COLUMN, TEACHER_PROMPT_COLUMN, template_fields
 from trainers.alpha_schedule import MIX_COLUMN, unmixed
 from trainers.checkpointing import EpochSampler, check_same_run, marked_when_whole, resolve
@@ -48,7 +49,7 @@ from trainers.saving import check_saving, copy_processor, freeze_encoders, repai
 from trainers.teacher import start_teacher
 
 if TYPE_CHECKING:
-    from osd.engine.engine import PairCompletion, PairConfig, PairEngine
+    from osd.engine.engine import PairCompletion, PairEngine
 
 
 class OSDTrainer(DistillationTrainer):
@@ -119,6 +120,8 @@ class OSDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        if isinstance(planned.pair, PairConfig):
+            check_groups(planned.pair, args.world_size)
         train_dataset, eval_dataset = planned.datasets(train_dataset, eval_dataset)
         self._renderer, self._run = planned.renderer, planned.run
         config: Any = getattr(planned.pair, "config", planned.pair)  # of a running engine

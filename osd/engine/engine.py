@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from osd.core import MixingConfig
 from osd.engine.backend.frontend import Frontend, checked_params, is_cuda
 from osd.engine.config import PairConfig
+from osd.engine.group import RankGroup, Request
 from osd.engine.record import RequestRecord, load_records
 from osd.engine.request import PairCompletion, PairOptions, PairPrompt, SideLimits, check_request, one_each
 from osd.engine.weights import dump_weights
@@ -38,6 +39,9 @@ class PairEngine:
 
     Usable as a context manager. One per process unless vLLM runs its engine core in another
     (``VLLM_ENABLE_V1_MULTIPROCESSING=1``, its default).
+
+    With ``distributed_executor_backend="external_launcher"`` every rank of a tensor parallel group holds a `PairEngine`, and
+    all ranks call its methods together. Each gives :meth:`generate` its own prompts and gets its own completions.
 
     Attributes:
         config: what it was started from.
@@ -67,7 +71,10 @@ class PairEngine:
         self._request_number = itertools.count()
         self._frontend = Frontend(config)
         self._state = EngineState.OPEN
-        self._seed = random.Random(str(self._frontend.seed)).getrandbits(63)
+        group = self._frontend.rank_group
+        self._group = None if group is None else RankGroup(group)
+        seed = str(self._frontend.seed) if self._group is None else f"{self._frontend.seed} rank {self._group.rank}"
+        self._seed = random.Random(seed).getrandbits(63)
         tokenized = self._frontend.has_tokenizer
         self.tokenizer: Any = load_tokenizer(config, "teacher") if tokenized else None
         self.student_tokenizer: Any = load_tokenizer(config, "student") if tokenized else None
@@ -132,26 +139,34 @@ class PairEngine:
 
         Raises:
             ValueError: an empty prompt, one too long for either model, another number of α; nothing has been sampled then.
-            RuntimeError: the engine is asleep or closed, or the last weight sync failed.
+            RuntimeError: the engine is asleep or closed, or the last weight sync failed; in a tensor parallel group, another
+                rank's call failed, or the ranks drew different tokens.
         """
-        self._check_samples()
-        options = [
-            PairOptions(alpha=a, mix_tokens=mix_tokens, teacher_only=teacher_only, record=record, hidden=hidden)
-            for a in one_each("alpha", alpha, len(prompts))
-        ]
-        params = self._params(prompts, sampling, options)
-        # From torch's random state, which a trainer saves and restores with its checkpoints, and the engine's own seed,
-        # which differs between processes.
-        for param, seed in zip(params, torch.randint(2**63 - 1, (len(params),)).tolist(), strict=True):
-            param.seed = seed ^ self._seed if param.seed is None else param.seed
+
+        def requests() -> list[Request]:
+            self._check_samples()
+            options = [
+                PairOptions(alpha=a, mix_tokens=mix_tokens, teacher_only=teacher_only, record=record, hidden=hidden)
+                for a in one_each("alpha", alpha, len(prompts))
+            ]
+            params = self._params(prompts, sampling, options)
+            # From torch's random state, which a trainer saves and restores with its checkpoints, and the engine's own seed,
+            # which differs between processes.
+            for param, seed in zip(params, torch.randint(2**63 - 1, (len(params),)).tolist(), strict=True):
+                param.seed = seed ^ self._seed if param.seed is None else param.seed
+            return list(zip(prompts, params, strict=True))
+
+        shared, own = (requests(), slice(None)) if self._group is None else self._group.share(requests)
         if self._caches_in_doubt:
             self._forget_caches()
         ids: dict[str, str] = {}
         try:
-            for prompt, param in zip(prompts, params, strict=True):
+            for prompt, param in shared:
                 name = f"osd-{next(self._request_number)}"
                 ids[name] = self._frontend.add(name, prompt.teacher_token_ids, param)
             outputs = self._run(len(ids), progress, on_finished)
+            if self._group is not None:
+                self._group.check_same([outputs[name].outputs[0] for name in ids])
         except BaseException:
             self._abandon(ids)
             raise
@@ -160,7 +175,7 @@ class PairEngine:
         empty = RequestRecord(torch.empty(0), None, self.weights_version) if record else None
         return [
             self._completion(prompt, outputs[name], records.get(internal, empty))
-            for prompt, (name, internal) in zip(prompts, ids.items(), strict=True)
+            for prompt, (name, internal) in zip(prompts, list(ids.items())[own], strict=True)
         ]
 
     def _params(self, prompts: Sequence[PairPrompt], sampling: Any, options: Any) -> list[Any]:
@@ -274,21 +289,24 @@ class PairEngine:
         return self._state is not EngineState.STALE
 
     def teacher_lm_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the teacher's output layer: weight [V, H] and bias [V] or None; a copy if the engine can sleep.
+        """Return the teacher's output layer, whole: weight [V, H] and bias [V] or None.
+
+        A copy if the engine can sleep, or if a tensor parallel group holds the layer in shards; a collective operation then.
 
         Raises:
-            RuntimeError: the worker is not in this process, or the vocabulary is sharded over several.
+            RuntimeError: the worker is not in this process.
             ValueError: logits that are not one layer's product with the hidden state.
         """
         self._check_awake()
         worker = self._frontend.worker
-        if worker is None or worker.parallel_config.world_size != 1:
+        if worker is None:
             raise RuntimeError(
-                "the teacher's output layer can be shared only with an engine in this process on one device: set "
-                "VLLM_ENABLE_V1_MULTIPROCESSING=0 and tensor_parallel_size=1"
+                "the teacher's output layer can be shared only with an engine in this process: set "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0, and with tensor_parallel_size above 1 "
+                "distributed_executor_backend='external_launcher' and a process per rank"
             )
         weight, bias = worker.teacher_lm_head()
-        if self._frontend.can_sleep:
+        if self._frontend.can_sleep and self._group is None:
             return weight.clone(), None if bias is None else bias.clone()
         return weight, bias
 

@@ -256,6 +256,18 @@ def pack_weights(model: torch.nn.Module) -> None:
             dispatch_cpu_unquantized_gemm(module, False)
 
 
+def init_method_of_this_run(init_method: str) -> str:
+    """Return an ``init_method`` that differs between the runs of one machine.
+
+    Symptom: two runs under a launcher hang or mix their activations. Cause: on a CPU the ranks of a group exchange them in
+    shared memory, which vLLM names after the text behind the last colon of ``init_method``: the same for every ``env://``.
+    Versions: 0.32, 0.33. To be removed when the name has the port (tests/test_vllm_contract.py).
+    """
+    if not _is_cpu() or init_method != "env://":
+        return init_method
+    return f"{init_method}#:{os.environ['MASTER_PORT']}"  # torch reads no fragment
+
+
 def keep_torch_threads() -> None:
     """Keep vLLM on a CPU from leaving this process's torch, and a trainer in it, with one thread.
 

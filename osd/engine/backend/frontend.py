@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed import cleanup_dist_env_and_memory, get_tp_group
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -70,7 +70,7 @@ class Frontend:
 
     def _check_active(self) -> None:
         """Raise if vLLM does not use the pair's worker; it starts without a plug-in that it does not use."""
-        if self.call("pair_active") != [True] * self.engine.vllm_config.parallel_config.world_size:
+        if set(self.call("pair_active")) != {True}:
             raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
 
     @property
@@ -102,9 +102,17 @@ class Frontend:
 
     @property
     def worker(self) -> Any | None:
-        """The worker, where it lives in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0`` and one rank), else None."""
+        """This rank's worker, where it lives in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``, one rank each), or None."""
         executor = getattr(self._core, "model_executor", None)
         return getattr(getattr(executor, "driver_worker", None), "worker", None)
+
+    @property
+    def rank_group(self) -> Any | None:
+        """The CPU process group of the processes that hold this pair, where a launcher started one per rank; else None."""
+        parallel = self.engine.vllm_config.parallel_config
+        if parallel.distributed_executor_backend != "external_launcher" or parallel.tensor_parallel_size == 1:
+            return None
+        return get_tp_group().cpu_group
 
     # -- requests ---------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,6 @@ class ModelFacts:
         context: the longest sequence in tokens.
         quantization: vLLM's name of the method, or None.
         refused_here: why the platform of this machine does not run that method; empty if it does.
-        heads: attention heads.
         experts: of each layer; 0 in a dense model.
         layers: one entry per cache; those of layers that share another's cache are left out. None: unknown.
         unknown: why `layers` is None.
@@ -65,7 +64,6 @@ class ModelFacts:
     context: int
     quantization: str | None
     refused_here: str
-    heads: int
     experts: int
     layers: list[LayerCache] | None
     unknown: str = ""
@@ -96,7 +94,6 @@ def model_facts(config: PairConfig, side: str, gpus: int) -> ModelFacts:
         context=model.max_model_len,
         quantization=model.quantization,
         refused_here=_refused_here(model.quantization),
-        heads=model.model_arch_config.total_num_attention_heads,
         experts=model.get_num_experts(),
         layers=layers,
         unknown=unknown,

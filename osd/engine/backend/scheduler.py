@@ -151,8 +151,9 @@ class PairScheduler(SideScheduler):
             # Logits of two positions must never meet: the distribution would be wrong, and nothing would show it.
             assert request_id in finishing, f"{request_id}: the student is behind"
             assert _position(self.requests[request_id]) == _position(student[request_id]), f"{request_id}: out of step"
-        for request_id in finishing - step.ready:
-            _preempt(self.student, student[request_id])
+        for request_id in step.student_output.num_scheduled_tokens:  # not in a set's order, which differs between processes
+            if request_id in finishing and request_id not in step.ready:
+                _preempt(self.student, student[request_id])
         if not (output.num_scheduled_tokens or step.student_output.num_scheduled_tokens):
             self._make_way()
         if self._mix_limits:

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, get_current_vllm_config_or_none, set_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -76,6 +77,7 @@ class PairWorker(Worker):
     sampler_class: type[PairSampler] = PairSampler
     aligner_class: type[Aligner] = Aligner
     vllm_config: VllmConfig
+    distributed_init_method: str
     model_runner: Any
     student_runner: Any
     _step: PairStep | None = None
@@ -88,6 +90,7 @@ class PairWorker(Worker):
     def init_device(self) -> None:
         workers.add(self)
         cpu.install_kernels()
+        self.distributed_init_method = cpu.init_method_of_this_run(self.distributed_init_method)
         self.student_config = student_vllm_config(self.vllm_config)
         _refuse_cached_states(teacher=self.vllm_config, student=self.student_config)
         super().init_device()
@@ -408,10 +411,14 @@ class PairWorker(Worker):
             )
 
     def teacher_lm_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the teacher's output layer, weight [V, H] and bias [V] or None, by reference."""
+        """Return the teacher's output layer, weight [V, H] and bias [V] or None: by reference, or gathered from its shards."""
         layer, bias = output_layer(self.model_runner.get_model(), self.model_config)
+        weight = layer.weight
+        if getattr(layer, "tp_size", 1) > 1:
+            weight = tensor_model_parallel_all_gather(weight, 0)
+            bias = None if bias is None else tensor_model_parallel_all_gather(bias, 0)
         vocab_size = self.model_config.get_vocab_size()
-        return layer.weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        return weight[:vocab_size], None if bias is None else bias[:vocab_size]
 
     # -- sleep ------------------------------------------------------------------------------------------------------
 
