@@ -28,6 +28,7 @@ def page() -> str:
     from osd.data.settings import CompareConfig, GenerateConfig
     from osd.engine.engine import PairCompletion, PairConfig, PairEngine, PairPrompt
     from osd.engine.request import PairOptions
+    from osd.engine.served import ServedPair
     from osd.generation import GeneratedBatch, OSDGeneration
     from osd.output import OptimalSample, OptimalSamplingOutput, save_alpha_history
     from osd.sampler import OptimalSamplingV1
@@ -42,6 +43,7 @@ def page() -> str:
     parts += [_class("osd", OSDGeneration), _class("osd.generation", GeneratedBatch)]
     parts += [_class("osd", cls) for cls in (PairEngine, PairConfig, PairPrompt)]
     parts += [_class("osd.engine.engine", PairCompletion)]
+    parts += [_class("osd.engine.served", ServedPair)]
     parts += [_class("osd.engine.request", PairOptions), _class("trainers", OSDTrainer), _options("trainers", OSDConfig)]
     parts += [_options("trainers.data", DataArguments)]
     parts += [_command("osd generate", GenerateConfig), _command("osd compare", CompareConfig)]

@@ -24,6 +24,8 @@ import torch
 from accelerate.utils import set_seed
 from trl.trainer.utils import ensure_master_addr_port
 
+from osd.engine.remote import RemoteEngine, ServerLost
+from osd.engine.served import ServedPair
 from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
 from osd.sampling_args import DROP_IN, FIELDS, checked_fields
@@ -32,7 +34,7 @@ from osd.validate_models import check_student_can_train, end_ids
 from osd.weight_sync import LiveStudent
 
 if TYPE_CHECKING:
-    from osd.engine.engine import PairCompletion, PairConfig, PairEngine
+    from osd.engine.engine import PairCompletion, PairConfig, PairEngine, PairPrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,8 @@ class OSDGeneration(LiveStudent):
 
     Args:
         model, accelerator, processing_class: the trainer's.
-        pair: the two models and their mixing, to start an engine from; or a running engine, which the caller closes.
+        pair: the two models and their mixing, to start an engine from; or a running engine, which the caller closes; or the
+            `osd serve` process that samples (`osd.engine.served.ServedPair`).
         mix_tokens: draw the first so many tokens of a completion from q*, the rest from the student alone; None: no limit.
         check_sync: after the syncs number 1, 2, 4, 8, ... compare log π_θ of a few tokens, engine against `model`, and raise
             if they differ beyond the rounding of their dtypes. Some milliseconds each.
@@ -96,7 +99,7 @@ class OSDGeneration(LiveStudent):
         accelerator: Any,
         processing_class: Any,
         *,
-        pair: PairConfig | PairEngine,
+        pair: PairConfig | PairEngine | ServedPair,
         mix_tokens: int | None = None,
         check_sync: bool = True,
         enable_sleep_mode: bool = False,
@@ -145,7 +148,9 @@ class OSDGeneration(LiveStudent):
 
         self._layout = check_student_can_train(self._pair_config)
         self.check_live_student()
-        if isinstance(self.pair, PairConfig):
+        if isinstance(self.pair, ServedPair):
+            self.engine = RemoteEngine(self.pair, rank=self.accelerator.process_index, device=self.accelerator.device)
+        elif isinstance(self.pair, PairConfig):
             check_groups(self.pair, self.accelerator.num_processes)
             # The trainer passes tensors by reference, so the engine must live in this process.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -291,7 +296,7 @@ class OSDGeneration(LiveStudent):
         start = time.perf_counter()
         self.engine.wake_up()
         with profiler or nullcontext():
-            completions = self.engine.generate(
+            completions = self._sampled(
                 _pair_prompts(teacher_prompts, prompts),
                 sampling=self._sampling(),
                 alpha=alpha,
@@ -310,6 +315,16 @@ class OSDGeneration(LiveStudent):
         token_ids = [c.token_ids or [self._end_token] for c in completions]
         logprobs = [[[lp] for lp in _logp_draw(c, len(ids))] for c, ids in zip(completions, token_ids, strict=True)]
         return prompts, token_ids, logprobs, [[[token] for token in ids] for ids in token_ids]
+
+    def _sampled(self, prompts: list[PairPrompt], **options: Any) -> list[PairCompletion]:
+        """Return the engine's completions; a server that lost the student gets it again, and goes on with the rest."""
+        lost: ServerLost | None = None
+        while True:
+            try:
+                return self.engine.generate(prompts, **options) if lost is None else self.engine.finish(lost.batch)  # type: ignore
+            except ServerLost as error:
+                lost = error
+            self.sync_weights()
 
     def _take_teacher_side(self, prompts: list[list[int]]) -> tuple[list[list[int]], float | Sequence[float | None] | None]:
         side = self._teacher_side

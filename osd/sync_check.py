@@ -18,13 +18,14 @@ from osd.validate_models import shared_vocabulary
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairEngine
+    from osd.engine.remote import RemoteEngine
 
 _SEQUENCES, _PROMPT, _TOKENS = 8, 8, 4
 # Mean |difference| of log π_θ in nats. Measured: 1e-6 in float32; in 16 bits 0.06 (SmolLM2) and 0.004 to 0.04 (tiny models).
 _LIMIT_32_BIT, _LIMIT_16_BIT = 0.03, 0.3
 
 
-def check_same_student(engine: PairEngine, model: Any, accelerator: Any) -> None:
+def check_same_student(engine: PairEngine | RemoteEngine, model: Any, accelerator: Any) -> None:
     """Raise if the engine's student is not the live one; a collective operation, in which every process raises or none.
 
     The engine's student continues short prompts by itself, and the live student scores the tokens. Some milliseconds.
@@ -50,7 +51,7 @@ def check_same_student(engine: PairEngine, model: Any, accelerator: Any) -> None
         )
 
 
-def _prompts(engine: PairEngine) -> list[list[int]]:
+def _prompts(engine: PairEngine | RemoteEngine) -> list[list[int]]:
     size = shared_vocabulary(engine.config)
     if engine.tokenizer is not None:
         size = min(size, len(engine.tokenizer))
@@ -58,7 +59,7 @@ def _prompts(engine: PairEngine) -> list[list[int]]:
     return torch.randint(0, size, (_SEQUENCES, _PROMPT), generator=generator).tolist()
 
 
-def _continued(engine: PairEngine, prompts: list[list[int]], device: torch.device) -> list[Any]:
+def _continued(engine: PairEngine | RemoteEngine, prompts: list[list[int]], device: torch.device) -> list[Any]:
     from osd.engine.engine import PairPrompt
 
     sampling = {"max_tokens": _TOKENS, "temperature": 1.0, "ignore_eos": True, "detokenize": False}
@@ -114,7 +115,7 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _is_32_bit(engine: PairEngine, model: Any, accelerator: Any) -> bool:
+def _is_32_bit(engine: PairEngine | RemoteEngine, model: Any, accelerator: Any) -> bool:
     kwargs = {**engine.config.engine_kwargs, **engine.config.student_kwargs}
     wide = kwargs.get("dtype") in ("float32", "float", torch.float32)
     return wide and accelerator.mixed_precision == "no" and next(model.parameters()).dtype == torch.float32

@@ -14,11 +14,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from trl.generation.vllm_generation import VLLMGeneration
 
 from osd.adapters import Weight, check_mergeable, plain_weights
+from osd.engine.remote import RemoteEngine, ServerLost
+from osd.engine.served import ServedPair
 from osd.sync_check import check_same_student
 from osd.validate_models import StudentLayout
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairConfig, PairEngine
+
+_SYNC_ATTEMPTS = 3  # where a server goes away meanwhile
 
 
 def checked(
@@ -63,8 +67,8 @@ class LiveStudent(VLLMGeneration):
         sync_seconds: time of the syncs since it was last set to 0.
     """
 
-    engine: PairEngine
-    pair: PairConfig | PairEngine
+    engine: PairEngine | RemoteEngine
+    pair: PairConfig | PairEngine | ServedPair
     check_sync: bool
     sync_seconds: float = 0.0
     _layout: StudentLayout | None = None
@@ -78,14 +82,25 @@ class LiveStudent(VLLMGeneration):
 
         Of a student under LoRA, only the layers with an adapter are pushed again after the first sync, merged on the way. An
         engine that sleeps is woken first. The next batch reports the duration. If a sync fails, `generate` refuses to sample
-        until one succeeds.
+        until one succeeds. A server that goes away meanwhile is waited for, and gets every parameter.
 
         Raises:
             ValueError: a parameter that the engine's student does not have, or in another shape; parameters missing.
-            RuntimeError: the engine's student and the live one do not agree on log π_θ after it.
+            RuntimeError: the engine's student and the live one do not agree on log π_θ after it; a server keeps going away.
         """
         start = time.perf_counter()
         self._synced = False
+        for attempt in range(_SYNC_ATTEMPTS):
+            try:
+                self._sync()
+                break
+            except ServerLost:
+                if attempt + 1 == _SYNC_ATTEMPTS:
+                    raise
+        self._synced = True
+        self.sync_seconds += time.perf_counter() - start
+
+    def _sync(self) -> None:
         self.engine.wake_up()
         weights = plain_weights(self.model) if self._walks_adapter else []
         partial = bool(weights) and self._only_adapter_moved(weights)
@@ -99,8 +114,6 @@ class LiveStudent(VLLMGeneration):
             self._last_sync = None
             self._unmerge_adapter()
             raise
-        self._synced = True
-        self.sync_seconds += time.perf_counter() - start
 
     def _check_after_sync(self) -> None:
         # Again after 2, 4, 8, ...: an adapter that the engine does not follow is zero at first.

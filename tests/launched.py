@@ -227,6 +227,36 @@ def shared(out: Path, teacher: str, student: str) -> None:
     trainer.close()
 
 
+def served(out: Path, teacher: str, student: str) -> None:
+    """A greedy run against the server at OSD_TEST_URL, which ends itself at the place OSD_TEST_DIES, if that is set."""
+    import osd.engine.transport as transport
+    from osd.engine.remote import RemoteEngine
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    fields = {
+        "vllm_mode": "server",
+        "vllm_server_base_url": os.environ["OSD_TEST_URL"],
+        "vllm_server_timeout": 120.0,
+        "seed": 5,
+    }
+    fields |= {**GREEDY, "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1"))}
+    if (place := os.environ.get("OSD_TEST_DIES")) == "sync":
+        transport.PART_BYTES, post = 1, transport.check
+        transport.check = lambda answer: (post(answer), die())
+    elif place == "sample":
+        RemoteEngine._take = die
+        fields["max_completion_length"] = 200
+    trainer = build_trainer(None, student, out, teacher_model_name_or_path=teacher, **fields)
+    sampled = []
+    watch(trainer, lambda _: sampled.append([c.token_ids for c in trainer.vllm_generation.last_batch.completions]))
+    trainer.train()
+    seen = {"loss": logged(trainer, "loss"), "sampled": sampled, "syncs": logged(trainer, "engine/weights_version")}
+    (out / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
+    trainer.close()
+
+
 class DieInTheThirdStep(TrainerCallback):
     """Gradients are there, and half of the parameters updated."""
 
@@ -256,5 +286,6 @@ def killed(out: Path, teacher: str, student: str) -> None:
 
 if __name__ == "__main__":
     name, out, teacher, student = sys.argv[1:]
-    runs = {"greedy": greedy, "synced": synced, "together": together, "killed": killed, "shared": shared, "cramped": cramped}
+    entries = (greedy, synced, together, killed, shared, cramped, served)
+    runs = {entry.__name__: entry for entry in entries}
     runs[name](Path(out), teacher, student)

@@ -12,6 +12,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from osd.engine.backend import worker
 from osd.engine.engine import PairPrompt
 from osd.engine.request import PairOptions
+from osd.engine.wire import split_rows
 from tests.exact import completion_logits, mixture, penalised, q_star
 from tests.pairs import collect, run, runners, step, submit
 
@@ -219,11 +220,12 @@ def test_a_returned_record_is_the_one_that_the_worker_keeps(engine):
         if index == 3:
             assert completion.routed_experts is None
             continue
-        values = torch.from_numpy(completion.routed_experts.copy())
+        rows = split_rows(completion.routed_experts)
+        values = torch.from_numpy(rows.values_TR.copy())
         assert len(values) == len(completion.token_ids)
         [record] = [r for alphas, r in kept.items() if list(alphas[: len(values)]) == values[:, 0].tolist()]
-        torch.testing.assert_close(values[:, :-1], record.values_TR[: len(values)], rtol=0, atol=0)
-        assert values[:, -1].tolist() == [engine.weights_version] * len(values)
+        torch.testing.assert_close(values, record.values_TR[: len(values)], rtol=0, atol=0)
+        assert rows.version_T.tolist() == [engine.weights_version] * len(values)
     for completion in completions[1], completions[3], *completions[4:]:
         for token, row in zip(completion.token_ids, completion.logprobs, strict=True):
             assert token in row

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from trl import DistillationConfig
 
 from trainers import OSDConfig
-from trainers.fields import HONOURED, NO_EFFECT, OF_THE_ENGINE, REFUSED, TRLS_OWN, default, warn_beside_engine
+from trainers.fields import HONOURED, NO_EFFECT, OF_A_SERVER, OF_THE_ENGINE, REFUSED, TRLS_OWN, default, warn_beside_engine
 
 OURS = {field.name for field in fields(OSDConfig)} - {field.name for field in fields(DistillationConfig)}
 TRLS = {field.name for field in fields(DistillationConfig)} - {field.name for field in fields(TrainingArguments)}
@@ -52,6 +52,7 @@ ELSEWHERE = {
     *("importance_clip", "importance_correction", "num_iterations", "privilege_gap_steps", "privilege_gap_tokens"),
     *("mix_fraction", "mix_tokens", "vllm_enable_sleep_mode"),
     *("max_completion_length", "min_p", "repetition_penalty", "top_k", "top_p"),
+    *("vllm_mode", *OF_A_SERVER),
 }
 
 

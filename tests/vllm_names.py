@@ -137,7 +137,8 @@ def _defined(folder: Path) -> set[str]:
 
 
 def _known_elsewhere() -> set[str]:
-    """Return names of Python, torch and numpy that need no contract."""
+    """Return names of Python, torch, numpy and the HTTP framework that need no contract."""
+    import asyncio
     import gc
     import itertools
     import json
@@ -147,8 +148,14 @@ def _known_elsewhere() -> set[str]:
     import sys
     import threading
     import weakref
+    from contextlib import ExitStack
+    from http import HTTPStatus
     from importlib import metadata
     from unittest import mock
+
+    from fastapi import FastAPI
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
 
     owners: list[Any] = [
         dict,
@@ -182,6 +189,16 @@ def _known_elsewhere() -> set[str]:
         threading,
         threading.Thread,
         weakref,
+    ]
+    owners += [
+        asyncio,
+        asyncio.Task,
+        ExitStack,
+        itertools,
+        HTTPStatus,
+        HTTPException(404),
+        FastAPI(),
+        Request({"type": "http"}),
     ]
     owners += [metadata, mock, mock.patch, type, weakref.WeakSet, torch.cuda.Stream]
     # "osd" is ours, on vLLM's SchedulerOutput; quantisation methods make a layer's weight.

@@ -21,6 +21,7 @@ from trl.trainer.utils import RepeatSampler
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairConfig, PairEngine
+    from osd.engine.served import ServedPair
     from trainers.config import OSDConfig
     from trainers.trainer import OSDTrainer
 
@@ -45,7 +46,9 @@ def start_of(checkpoint: str | None) -> datetime:
     return datetime.fromisoformat(saved["dates"]["started"]) if "dates" in saved else datetime.now()
 
 
-def run_of(model: Any, pair: PairConfig | PairEngine, args: OSDConfig, started: datetime | None = None) -> dict[str, Any]:
+def run_of(
+    model: Any, pair: PairConfig | PairEngine | ServedPair, args: OSDConfig, started: datetime | None = None
+) -> dict[str, Any]:
     """Return the identity of a run as plain values for JSON: both models, by name and shape, the mixing and the start.
 
     Args:
@@ -53,7 +56,7 @@ def run_of(model: Any, pair: PairConfig | PairEngine, args: OSDConfig, started: 
         pair: the return value of `planned_pair`.
         started: when the run began, if that is to be kept.
     """
-    config: Any = getattr(pair, "config", pair)  # of a running engine
+    config: Any = getattr(pair, "config", pair)  # of a running engine, or a server
     student = {**config.engine_kwargs, **config.student_kwargs}
     teacher = {**config.engine_kwargs, **config.teacher_kwargs}
     return {

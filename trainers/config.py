@@ -243,6 +243,10 @@ class OSDConfig(DistillationConfig):
             "num_speculative_tokens": speculative_tokens(self.num_speculative_tokens),
         }
 
+    def server_url(self) -> str:
+        """Return the address of the server that samples with `vllm_mode="server"`."""
+        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+
     def sampling_kwargs(self) -> dict[str, Any]:
         """Return further `vllm.SamplingParams` arguments: `generation_kwargs` and the regular expression."""
         kwargs = self._mapping("generation_kwargs")

@@ -13,22 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainers.config import OSDConfig
 
-_NO_SERVER = "teacher and student are sampled by one engine in the trainer's process, and there is no server"
-
 # A value other than the default is an error, with this reason.
 REFUSED = {
-    "vllm_server_base_url": _NO_SERVER,
-    "vllm_server_host": _NO_SERVER,
-    "vllm_server_port": _NO_SERVER,
-    "vllm_server_timeout": _NO_SERVER,
-    "vllm_group_port": _NO_SERVER,
     "cache_implementation": "completions come from vLLM, not from transformers",
     "max_tool_calling_iterations": "tools are not supported",
     "auto_find_batch_size": "TRL's sampler keeps the first batch size; lower per_device_train_batch_size",
     "fp16_full_eval": "it changes the student's dtype in evaluation, and its engine keeps the first",
     "bf16_full_eval": "it changes the student's dtype in evaluation, and its engine keeps the first",
     "use_vllm": "completions come from vLLM; leave it true",
-    "vllm_mode": "the engine runs in the trainer's process; use 'colocate'",
     "ds3_gather_for_generation": "vLLM needs the student's parameters gathered; leave it true",
 }
 
@@ -61,6 +53,15 @@ OF_THE_ENGINE = (
     "num_speculative_tokens",
 )
 
+# A value other than the default is an error unless vllm_mode is "server".
+OF_A_SERVER = (
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+)
+
 # TRL's fields that OSD reads itself.
 HONOURED = (
     "beta",
@@ -80,9 +81,11 @@ HONOURED = (
     "vllm_enable_sleep_mode",
     "vllm_gpu_memory_utilization",
     "vllm_max_model_length",
+    "vllm_mode",
     "vllm_model_impl",
     "vllm_structured_outputs_regex",
     "vllm_tensor_parallel_size",
+    *OF_A_SERVER,
 )
 
 # TRL's fields that its trainer honours without OSD's help.
@@ -105,6 +108,9 @@ def check_fields(args: OSDConfig) -> None:
     for name, why in REFUSED.items():
         if changed(args, name):
             raise ValueError(f"{name}={getattr(args, name)!r} cannot be used: {why}")
+    for name in OF_A_SERVER if args.vllm_mode != "server" else ():
+        if changed(args, name):
+            raise ValueError(f"{name}={getattr(args, name)!r} without vllm_mode='server'; set that too, or remove {name}")
     for name, why in NO_EFFECT.items():
         if changed(args, name):
             warnings.warn(f"{name}={getattr(args, name)!r} has no effect: {why}", stacklevel=5)
@@ -113,12 +119,12 @@ def check_fields(args: OSDConfig) -> None:
 
 
 def warn_beside_engine(args: OSDConfig) -> None:
-    """Warn about engine options that a running engine (`engine=`) does not take."""
+    """Warn about engine options that a running engine (`engine=`, or a server) does not take."""
     for name in OF_THE_ENGINE:
         if changed(args, name):
             warnings.warn(
-                f"{name}={getattr(args, name)!r} has no effect beside engine=: the running engine keeps the options it was "
-                "started with",
+                f"{name}={getattr(args, name)!r} has no effect beside engine= or vllm_mode='server': the running engine keeps "
+                "the options it was started with",
                 stacklevel=4,
             )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
+from osd.engine.served import ServedPair
 from osd.prompt_checks import forget_warnings
 from trainers.checkpointing import check_same_run, resolve, run_of, start_of
 from trainers.rows import Renderer
@@ -24,12 +25,12 @@ class Plan:
     """A checked run that has loaded no weights.
 
     Attributes:
-        pair: the configuration of the engine to start, or the running engine.
+        pair: the configuration of the engine to start, or the running engine, or the server.
         renderer: both sides' prompts, with both tokenizers.
         run: models and mixing, as written beside every checkpoint.
     """
 
-    pair: PairConfig | PairEngine
+    pair: PairConfig | PairEngine | ServedPair
     renderer: Renderer
     run: dict[str, Any]
 
@@ -82,6 +83,9 @@ def plan(
     if not isinstance(student, PreTrainedTokenizerBase):
         raise ValueError(f"processing_class is a {type(student).__name__}; give the student's tokenizer")
     check_same_ids(teacher.get_vocab(), student.get_vocab())
+    lengths = context_lengths(config)
+    if isinstance(pair, ServedPair):
+        lengths = {side: limits.max_model_len for side, limits in pair.limits().items()}
     checkpoint = resolve(args.resume_from_checkpoint, args.output_dir)
     started = start_of(checkpoint)
     run = run_of(model, pair, args, started)
@@ -93,7 +97,7 @@ def plan(
             student_tokenizer=student,
             teacher_tokenizer=teacher,
             args=args,
-            context=_context(context_lengths(config), args),
+            context=_context(lengths, args),
             started=started,
         ),
         run=run,

@@ -21,6 +21,7 @@ from trainers.losses import pad_hidden
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion, PairEngine
+    from osd.engine.remote import RemoteEngine
     from trainers.config import OSDConfig
     from trainers.trainer import OSDTrainer
 
@@ -47,7 +48,7 @@ class RecordedTeacher:
         temperature: of both policies in sampling.
     """
 
-    def __init__(self, engine: PairEngine, args: OSDConfig, temperature: float) -> None:
+    def __init__(self, engine: PairEngine | RemoteEngine, args: OSDConfig, temperature: float) -> None:
         config = AutoConfig.from_pretrained(
             engine.config.teacher, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
         )
@@ -134,7 +135,7 @@ class RecomputedTeacher:
         return hidden_BTH, head_of(lm_head.weight, getattr(lm_head, "bias", None), teacher.config)
 
 
-def start_teacher(trainer: OSDTrainer, engine: PairEngine) -> Teacher:
+def start_teacher(trainer: OSDTrainer, engine: PairEngine | RemoteEngine) -> Teacher:
     """Return the source that `teacher_signal` names; the engine must be awake."""
     if trainer.args.teacher_signal == "recompute":
         return RecomputedTeacher(trainer, engine.config.teacher)

@@ -50,6 +50,7 @@ from trainers.teacher import start_teacher
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion, PairEngine
+    from osd.engine.served import ServedPair
 
 
 class OSDTrainer(DistillationTrainer):
@@ -165,7 +166,7 @@ class OSDTrainer(DistillationTrainer):
             self.close()
             raise
 
-    def _start_generation(self, pair: PairConfig | PairEngine) -> OSDGeneration:
+    def _start_generation(self, pair: PairConfig | PairEngine | ServedPair) -> OSDGeneration:
         return OSDGeneration(
             self.model,
             self.accelerator,
@@ -186,10 +187,6 @@ class OSDTrainer(DistillationTrainer):
 
     def _sampling_kwargs(self) -> dict[str, Any]:
         kwargs = self.args.sampling_kwargs()
-        if isinstance(structured := kwargs.get("structured_outputs"), dict):
-            from trl.generation.vllm_generation import StructuredOutputsParams
-
-            kwargs["structured_outputs"] = StructuredOutputsParams(**structured)
         if not kwargs.get("ignore_eos"):
             kwargs["stop_token_ids"] = sorted({*self.eos_token_ids, *(kwargs.get("stop_token_ids") or ())})
         return kwargs

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 import torch
 
+from osd.engine.served import ServedPair
 from osd.prompt_checks import check_template_kwargs
 from osd.prompts import privileged_template_for, template_fields
 from osd.sampling_args import FIELDS, TRAINING, checked_fields
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from trainers.config import OSDConfig
 
 TEACHER_SIGNALS = ("recorded", "recompute")
+MODES = ("colocate", "server")
 
 
 def check(args: OSDConfig) -> None:
@@ -45,6 +47,7 @@ def _choices(args: OSDConfig) -> None:
         ("teacher_signal", TEACHER_SIGNALS),
         ("divergence", DIVERGENCES),
         ("importance_correction", CORRECTIONS),
+        ("vllm_mode", MODES),
         ("alpha_schedule", SHAPES),
     ):
         if getattr(args, name) not in known:
@@ -145,6 +148,8 @@ def _sampling(args: OSDConfig) -> None:
 def _combinations(args: OSDConfig) -> None:
     if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
         raise ValueError("vllm_enable_sleep_mode=True needs an NVIDIA GPU, and there is none; leave it false")
+    if args.vllm_enable_sleep_mode and args.vllm_mode == "server":
+        raise ValueError("vllm_enable_sleep_mode=True with vllm_mode='server': a server does not sleep; leave it false")
     if args.teacher_signal == "recorded" and args.teacher_init_kwargs():
         raise ValueError(
             f"teacher_model_init_kwargs={args.teacher_model_init_kwargs!r} cannot be used: no transformers teacher is "
@@ -226,14 +231,18 @@ def _columns(dataset: Any) -> list[str] | None:
     return list(next(iter(dataset)))  # a stream that does not declare its columns
 
 
-def planned_pair(model: Any, teacher_model: Any, args: OSDConfig, engine: PairEngine | None) -> PairConfig | PairEngine:
-    """Return the pair to train with: the running `engine`, or the checked configuration of one to start.
+def planned_pair(
+    model: Any, teacher_model: Any, args: OSDConfig, engine: PairEngine | None
+) -> PairConfig | PairEngine | ServedPair:
+    """Return the pair to train with: the running `engine`, the server, or the checked configuration of an engine to start.
 
     Raises:
         ValueError: no teacher, or one that is not a path or id; a model that cannot be found; tokenizers that differ;
-            engine arguments that vLLM does not have; a running engine of another teacher.
+            engine arguments that vLLM does not have; a running engine of another teacher, or beside a server.
     """
     teacher = _teacher_path(teacher_model, args, engine)
+    if engine is not None and args.vllm_mode == "server":
+        raise ValueError("engine= with vllm_mode='server': the server samples; leave one of them out")
     if engine is not None:
         if engine.config.teacher != teacher:
             raise ValueError(
@@ -248,7 +257,10 @@ def planned_pair(model: Any, teacher_model: Any, args: OSDConfig, engine: PairEn
     pair = PairConfig(teacher=teacher, student=_student_path(model), mixing=args.mixing(), **kwargs)
     check_models(pair)
     check_student_can_train(pair)
-    return pair
+    if args.vllm_mode != "server":
+        return pair
+    warn_beside_engine(args)
+    return ServedPair(config=pair, url=args.server_url(), timeout=args.vllm_server_timeout, group_port=args.vllm_group_port)
 
 
 def _student_path(model: Any) -> str:

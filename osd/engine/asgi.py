@@ -21,12 +21,14 @@ class HttpRequest:
 
     Attributes:
         path: its route.
+        query: its query string.
         options: the pair's options, once its body was read.
         calls: how many engine requests it has made: one per prompt.
         records: the records of finished choices, by index.
     """
 
     path: str
+    query: str = ""
     options: PairOptions | None = None
     calls: int = 0
     records: dict[int, dict[str, list[Any]]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ WORKER_CLS = "osd.engine.backend.worker.PairWorker"
 SCHEDULER_CLS = "osd.engine.backend.scheduler.PairScheduler"
 SPECULATIVE_WORKER_CLS = "osd.engine.backend.speculative_worker.SpeculativeWorker"
 SPECULATIVE_SCHEDULER_CLS = "osd.engine.backend.speculative_scheduler.SpeculativeScheduler"
+WEIGHT_TRANSFERS = ("nccl", "http")  # backends of weight_transfer_config
 MOST_CHOSEN = 8  # drafts with num_speculative_tokens="auto"
 
 # The pair sets these itself.
@@ -35,7 +36,6 @@ UNSUPPORTED_KWARGS = {
     "kv_events_config": "events of the student's cache would be taken for the teacher's",
     "enable_lora": "the engine has no LoRA layers; OSDTrainer merges the student's adapter at every sync",
     "enable_return_routed_experts": "the per-token record travels in its place",
-    "weight_transfer_config": "vLLM would load the student's weights into the teacher",
     "watermark_config": "the pair draws its own tokens, without a watermark",
     "sleep_mode_offload_cudagraph": "the two models' CUDA graphs would share one memory pool",
 }
@@ -89,6 +89,10 @@ class PairConfig:
                 raise ValueError(f"{name}[{key!r}] is set by the pair itself; remove it")
             if key in UNSUPPORTED_KWARGS and value:
                 raise ValueError(f"{name}[{key!r}]={value!r} is not supported: {UNSUPPORTED_KWARGS[key]}; remove it")
+            if key == "weight_transfer_config" and value:
+                backend = value.get("backend", "nccl") if isinstance(value, dict) else value.backend
+                if backend not in WEIGHT_TRANSFERS:
+                    raise ValueError(f"{name}[{key!r}] has the backend {backend!r}; use one of {', '.join(WEIGHT_TRANSFERS)}")
             if key == "pipeline_parallel_size" and value != 1:
                 raise ValueError(f"{name}[{key!r}]={value!r}: the paired engine has no pipeline parallelism; use 1")
             if key not in known:
@@ -121,7 +125,7 @@ class PairConfig:
         """Return the arguments of the vLLM engine: the teacher's, with the pair plugged in."""
         kwargs = {**self.side_kwargs("teacher"), **self._graph_kwargs()}
         section = {
-            "student": {**self.side_kwargs("student"), "model": self.student},
+            "student": {**self.side_kwargs("student"), "model": self.student, "weight_transfer_config": None},
             "mixing": self.mixing.to_dict(),
             "overlap": self.overlap,
             "num_speculative_tokens": self.num_speculative_tokens,

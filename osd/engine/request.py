@@ -24,7 +24,7 @@ class PairOptions:
         mix_tokens: sample from q* for that many tokens and from the student alone (α = 0) after them; None: no limit.
         teacher_only: sample from the teacher and never run the student (its record has NaN in the student's columns).
         record: keep the per-token record on the device until ``take_records``.
-        hidden: keep the teacher's final hidden state with it.
+        hidden: keep, or return, the teacher's final hidden state with it.
         return_record: send the per-token record with the tokens: :mod:`osd.engine.backend.returned`.
         weights_version: the student weights to sample with. A version newer than the scheduler's resets the student's prefix
             cache. An older one ends the request in error. The worker refuses to run with weights of another version than the

@@ -9,27 +9,40 @@ from typing import Any
 import torch
 
 
-def load_all_weights(model: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load Hugging Face named tensors into a vLLM model, every parameter of it.
+class WeightLoad:
+    """One load of Hugging Face named tensors into a vLLM model, in one part or several."""
 
-    Raises:
-        ValueError: parameters, or parts of fused ones (q, k, v; gate, up), that the tensors did not cover.
-    """
-    given: set[tuple[str, ...]] = set()
+    def __init__(self, model: Any, *, partial: bool) -> None:
+        """Begin a load; ``partial``: of some parameters, while the others stay as they are."""
+        self.model, self.partial = model, partial
+        self._given: set[tuple[str, ...]] = set()
+        self._loaded: set[str] = set()
 
-    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+    @torch.no_grad()
+    def add(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load these tensors."""
+        self._loaded |= set(self.model.load_weights(self._watched(named_tensors)))
+
+    def _watched(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named_tensors:
-            given.add(_place(name))
+            self._given.add(_place(name))
             yield name, tensor
 
-    loaded = set(model.load_weights(watched()))
-    missing = {name for name, _ in model.named_parameters()} - loaded
-    missing |= {part for name in loaded for part in _parts(model, name) if _place(part) not in given}
-    if missing:
-        raise ValueError(
-            f"the weight sync left {len(missing)} of the student's parameters as they were: {sorted(missing)[:5]} ...; "
-            "push every parameter under its Hugging Face name"
-        )
+    def check_complete(self) -> None:
+        """Check that every parameter was loaded, unless the load is partial.
+
+        Raises:
+            ValueError: parameters, or parts of fused ones (q, k, v; gate, up), that the tensors did not cover.
+        """
+        if self.partial:
+            return
+        missing = {name for name, _ in self.model.named_parameters()} - self._loaded
+        missing |= {part for name in self._loaded for part in _parts(self.model, name) if _place(part) not in self._given}
+        if missing:
+            raise ValueError(
+                f"the weight sync left {len(missing)} of the student's parameters as they were: {sorted(missing)[:5]} ...; "
+                "push every parameter under its Hugging Face name"
+            )
 
 
 def _parts(model: Any, name: str) -> list[str]:

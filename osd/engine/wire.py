@@ -4,28 +4,36 @@ The body of a request to vLLM's completion routes may have an object ``osd``: `R
 the answer has one too: the per-token record, one list per column. `osd.engine.backend.server` is the server,
 `osd.data.remote` the client.
 
-T tokens of a completion, R record fields.
+T tokens of a completion, R record fields, W columns of a returned row.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 
 from osd.core import RECORD_FIELDS, TokenRecord
 from osd.engine.request import PairOptions, check_names
 
 FIELD = "osd"  # of a request's body, and of each choice of an answer
 INFO_ROUTE = "/v1/osd"
+# Of a trainer, below it; see `osd.engine.backend.training`.
+STATE_ROUTE, TRAINER_ROUTE, WEIGHTS_ROUTE, HEAD_ROUTE, SAMPLE_ROUTE = (
+    f"{INFO_ROUTE}/{name}" for name in ("state", "trainer", "weights", "teacher_head", "sample")
+)
 STUDENT_PROMPTS = ("student_prompt", "student_messages", "student_prompt_token_ids")
 REQUEST_OPTIONS = (*STUDENT_PROMPTS, "alpha", "mix_tokens", "teacher_only", "record")
 VERSION_COLUMN = "weights_version"
+CACHED_COLUMN = len(RECORD_FIELDS) + 1  # of a returned row; see `split_rows`
+FIRST_HIDDEN_COLUMN = CACHED_COLUMN + 1
 _MINUS_INFINITY = "-inf"  # JSON has none; null is NaN
 
 
@@ -82,13 +90,41 @@ def returned(options: PairOptions) -> PairOptions:
 # -- the record ---------------------------------------------------------------------------------------------------------
 
 
-def record_to_json(rows: np.ndarray) -> dict[str, list[Any]]:
-    """Return a record, float32 [T, R + 1], as one list of T entries per column.
+@dataclass(frozen=True, kw_only=True)
+class ReturnedRows:
+    """The record of a completion as the engine returns it.
+
+    Attributes:
+        values_TR: float32, columns as in ``osd.core.RECORD_FIELDS``.
+        version_T: the version of the student's weights that drew each token, int64.
+        cached: tokens of the student's prompt that were in its prefix cache.
+        bits_TX: the teacher's final hidden states, as float32 of the same bits; no columns if they were not asked for.
+    """
+
+    values_TR: np.ndarray
+    version_T: np.ndarray
+    cached: int
+    bits_TX: np.ndarray
+
+
+def split_rows(rows_TW: np.ndarray) -> ReturnedRows:
+    """Split rows, float32: the record's columns, the version, the cached tokens, the bits of the hidden state."""
+    return ReturnedRows(
+        values_TR=rows_TW[:, : len(RECORD_FIELDS)],
+        version_T=rows_TW[:, len(RECORD_FIELDS)].astype(np.int64),
+        cached=int(rows_TW[0, CACHED_COLUMN]) if len(rows_TW) else 0,
+        bits_TX=rows_TW[:, FIRST_HIDDEN_COLUMN:],
+    )
+
+
+def record_to_json(rows_TW: np.ndarray) -> dict[str, list[Any]]:
+    """Return a returned record as one list of T entries per column.
 
     Numbers are the shortest that give the same float32 again. NaN becomes null, and minus infinity the text "-inf".
     """
-    columns = {name: [_number(value) for value in rows[:, i]] for i, name in enumerate(RECORD_FIELDS)}
-    return {**columns, VERSION_COLUMN: rows[:, -1].astype(int).tolist()}
+    rows = split_rows(rows_TW)
+    columns = {name: [_number(value) for value in rows.values_TR[:, i]] for i, name in enumerate(RECORD_FIELDS)}
+    return {**columns, VERSION_COLUMN: rows.version_T.tolist()}
 
 
 def record_from_json(columns: Mapping[str, Any]) -> TokenRecord:
@@ -106,6 +142,45 @@ def _number(value: np.float32) -> Any:
     if math.isfinite(value):
         return float(str(value))
     return None if math.isnan(value) else _MINUS_INFINITY
+
+
+# -- frames of bytes ----------------------------------------------------------------------------------------------------
+
+_LENGTH = struct.Struct("<Q")
+
+
+def pack(described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return plain values and tensors in the safetensors format."""
+    return save(dict(tensors), metadata={FIELD: json.dumps(described)})
+
+
+def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the plain values and the tensors of :func:`pack`."""
+    (length,) = _LENGTH.unpack(data[: _LENGTH.size])
+    header = json.loads(data[_LENGTH.size : _LENGTH.size + length])
+    return json.loads(header["__metadata__"][FIELD]), load(data)
+
+
+def framed(data: bytes) -> bytes:
+    """Return bytes with their length before them."""
+    return _LENGTH.pack(len(data)) + data
+
+
+def frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Return each of the :func:`framed` bytes of a stream, as soon as it is whole.
+
+    Raises:
+        ValueError: the stream ends inside a frame.
+    """
+    rest = bytearray()
+    for chunk in chunks:
+        rest += chunk
+        while len(rest) >= _LENGTH.size and len(rest) >= (end := _LENGTH.size + _LENGTH.unpack_from(rest)[0]):
+            frame = bytes(rest[_LENGTH.size : end])
+            del rest[:end]
+            yield frame
+    if rest:
+        raise ValueError(f"the stream ended {len(rest)} bytes into a frame")
 
 
 # -- answers ------------------------------------------------------------------------------------------------------------

@@ -5,60 +5,83 @@ From there to the front end it travels as a request's ``routed_experts``: vLLM c
 completion, and `PairConfig` refuses the flag that uses it for experts. So it needs no call of its own, ends with its request,
 and works with several front ends, data parallel replicas and n > 1.
 
-B rows of a step, R record fields.
+`osd.engine.wire.split_rows` says what a row is.
+
+B rows of a step, R record fields, H hidden size, W columns of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
 
-from osd.core import RECORD_FIELDS
-
-_R = len(RECORD_FIELDS)
+from osd.engine.wire import CACHED_COLUMN, FIRST_HIDDEN_COLUMN
 
 
-def append_record(logprobs: LogprobsTensors | None, values_BR: torch.Tensor) -> LogprobsTensors:
-    """Return a step's logprobs (None: nobody asked for them) with the record as its last columns."""
+@dataclass
+class Returned:
+    """A request whose record is returned: the columns of its rows, and the cached tokens of its student's prompt once known."""
+
+    width: int
+    cached: int | None = None
+
+
+def row_width(model_config: Any, hidden: bool) -> int:
+    """Return W, with or without the hidden state of this teacher."""
+    return FIRST_HIDDEN_COLUMN + (-(-model_config.get_hidden_size() * model_config.dtype.itemsize // 4) if hidden else 0)
+
+
+def append_record(
+    logprobs: LogprobsTensors | None, values_BR: torch.Tensor, version: int, hidden_BH: torch.Tensor | None
+) -> LogprobsTensors:
+    """Return a step's logprobs (None: nobody asked for them) with the rows of the record as their last columns."""
+    parts = [values_BR, values_BR.new_tensor([[version, 0]]).expand(len(values_BR), 2)]
+    if hidden_BH is not None:
+        odd = hidden_BH.shape[1] * hidden_BH.element_size() % 4 != 0
+        parts.append((torch.nn.functional.pad(hidden_BH, (0, 1)) if odd else hidden_BH.contiguous()).view(torch.float32))
+    rows_BW = torch.cat(parts, 1)
     if logprobs is None:
-        ids_BR = torch.zeros_like(values_BR, dtype=torch.int32)
-        return LogprobsTensors(ids_BR, values_BR, ids_BR[:, 0].contiguous())
-    ids, values, *rest = logprobs
-    return LogprobsTensors(torch.cat([ids, ids.new_zeros(values_BR.shape)], 1), torch.cat([values, values_BR], 1), *rest)
+        ids_B1 = torch.zeros(len(rows_BW), 1, dtype=torch.int32, device=rows_BW.device)
+        return LogprobsTensors(ids_B1, rows_BW, ids_B1[:, 0].contiguous())
+    return logprobs._replace(logprobs=torch.cat([logprobs.logprobs, rows_BW], 1))
 
 
-def take_record(output: Any) -> tuple[np.ndarray, Any] | None:
+def take_record(output: Any, returned: Collection[Returned]) -> tuple[np.ndarray, Any] | None:
     """Take the record out of vLLM's ``ModelRunnerOutput``; None for a step that sampled nothing.
 
     Returns:
-        The rows, float32 [B, R], and the first row of each request where a request can have several, or None.
+        The rows, float32 [B, W], and the first row of each request where a request can have several, or None.
     """
     logprobs = output.logprobs
     if logprobs is None:
         return None
+    width = max(request.width for request in returned)  # that of `append_record`
     ids, values, *rest = logprobs
-    output.logprobs = type(logprobs)(ids[:, :-_R], values[:, :-_R], *rest) if values.shape[1] > _R else None
-    return values[:, -_R:], rest[-1]
+    output.logprobs = type(logprobs)(ids, values[:, :-width], *rest) if values.shape[1] > width else None
+    return values[:, -width:], rest[-1]
 
 
 def return_record(
-    outputs: Any, requests: Collection[str], places: dict[str, int], record: tuple[np.ndarray, Any], version: int
+    outputs: Any, returned: Mapping[str, Returned], places: dict[str, int], record: tuple[np.ndarray, Any]
 ) -> None:
-    """Add the record to a step's tokens of these requests, as float32 [T, R + 1]: RECORD_FIELDS, then the weights' version.
+    """Add the record to the tokens of a step.
 
     Args:
         outputs: vLLM's ``EngineCoreOutputs``.
+        returned: the requests that want their record.
         places: the place of each request in the batch.
         record: the return value of `take_record`.
     """
-    values_BR, first = record
+    values_BW, first = record
     for emitted in (emitted for of_client in outputs.values() for emitted in of_client.outputs):
-        if emitted.request_id in requests and emitted.new_token_ids:
+        if (request := returned.get(emitted.request_id)) is not None and emitted.new_token_ids:
             place = places[emitted.request_id]
             start = place if first is None else first[place]
-            rows = values_BR[start : start + len(emitted.new_token_ids)]
-            emitted.routed_experts = np.pad(rows, ((0, 0), (0, 1)), constant_values=version)
+            rows_TW = values_BW[start : start + len(emitted.new_token_ids), : request.width].copy()
+            rows_TW[:, CACHED_COLUMN] = request.cached or 0
+            emitted.routed_experts = rows_TW

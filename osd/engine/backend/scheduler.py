@@ -35,7 +35,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from osd.engine.backend.configuration import StudentCache, eos_ids, student_vllm_config
-from osd.engine.backend.returned import return_record, take_record
+from osd.engine.backend.returned import Returned, return_record, row_width, take_record
 from osd.engine.mixture import NO_TOKEN
 from osd.engine.request import PairOptions
 
@@ -56,15 +56,15 @@ class PairStep:
         student_output: the student scheduler's own output for this step.
         ready: ids of the requests that are sampled in this step: both sides compute logits for the same position.
         unmixed: of those, the requests past their ``mix_tokens``, sampled from the student alone.
-        weights_version: the student weights that these KV blocks belong to.
+        weights_version: the student weights that these KV blocks belong to; None: no request has named one.
         returned: requests whose record is returned with their tokens.
     """
 
     student_output: SchedulerOutput
     ready: set[str] = field(default_factory=set)
     unmixed: set[str] = field(default_factory=set)
-    weights_version: int = 0
-    returned: set[str] = field(default_factory=set)
+    weights_version: int | None = None
+    returned: dict[str, Returned] = field(default_factory=dict)
 
 
 class SideScheduler(AsyncScheduler):
@@ -105,11 +105,11 @@ class PairScheduler(SideScheduler):
         for side in (self, self.student):
             _allocate_quickly(side)
         self.student_eos_ids = eos_ids(student_config)
-        self.weights_version = 0
+        self.weights_version: int | None = None
         seed = vllm_config.model_config.seed, vllm_config.parallel_config.data_parallel_index
         self._seeds = random.Random(str(seed))
         self._mix_limits: dict[str, int] = {}
-        self._returned: set[str] = set()
+        self._returned: dict[str, Returned] = {}
         self.cornered = set()
         self._refused: list[tuple[Request, str]] = []
         self._to_zero: dict[Scheduler, set[int]] = {self: set(), self.student: set()}
@@ -124,7 +124,10 @@ class PairScheduler(SideScheduler):
         self.may_finish = partial(self._teacher_may_finish, finishing)
         output = super().schedule(*args, **kwargs)
         self._pair_up(output, step, finishing)
-        step.returned = self._returned & step.ready
+        for new in step.student_output.scheduled_new_reqs if self._returned else ():
+            if (returned := self._returned.get(new.req_id)) is not None and returned.cached is None:
+                returned.cached = new.num_computed_tokens
+        step.returned = {i: self._returned[i] for i in self._returned.keys() & step.ready}
         self._zero_scrubbed_blocks(output, step.student_output)
         output.osd = step  # type: ignore[attr-defined]
         return output
@@ -190,12 +193,12 @@ class PairScheduler(SideScheduler):
         failed = _take_failed_rows(model_runner_output)
         # The stock update trims and owns these lists.
         tokens = {i: list(t) for i, t in zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True)}
-        record = take_record(model_runner_output) if step.returned else None
+        record = take_record(model_runner_output, step.returned.values()) if step.returned else None
         for request_id in failed:
             self._scrub(request_id)  # vLLM frees its blocks if a draft accepted before the failure ends it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if record is not None:
-            return_record(outputs, step.returned, model_runner_output.req_id_to_index, record, step.weights_version)
+            return_record(outputs, step.returned, model_runner_output.req_id_to_index, record)
         self._update_student(step.student_output, tokens)
         for request_id, reason in failed.items():
             self._scrub(request_id)
@@ -277,7 +280,8 @@ class PairScheduler(SideScheduler):
         if options.mix_tokens is not None:
             self._mix_limits[request.request_id] = options.mix_tokens
         if options.return_record:
-            self._returned.add(request.request_id)
+            width = row_width(self.vllm_config.model_config, options.hidden)
+            self._returned[request.request_id] = Returned(width=width)
         super().add_request(request)
         if not options.teacher_only:
             self.student.add_request(self._student_request(request, options))
@@ -334,9 +338,12 @@ class PairScheduler(SideScheduler):
 
     def _adopt_weights_version(self, version: int | None) -> None:
         """Move to weights ``version`` (None: keep the current one). A new version invalidates the student's prefix cache."""
-        if version is None or version == self.weights_version:
+        if version is None:
             return
-        if version < self.weights_version:
+        if version == (self.weights_version or 0):
+            self.weights_version = version
+            return
+        if self.weights_version is not None and version < self.weights_version:
             raise ValueError(f"weights_version={version} is older than {self.weights_version}, which is loaded")
         self._refuse_in_flight("the student's weights can change")
         if not self.student.reset_prefix_cache(reset_running_requests=bool(self.student.running)):
@@ -346,7 +353,7 @@ class PairScheduler(SideScheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Free both halves of a request. Only the teacher's side decides that a request ends."""
         self._mix_limits.pop(request.request_id, None)
-        self._returned.discard(request.request_id)
+        self._returned.pop(request.request_id, None)
         self.student.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
         return super()._free_request(request, *args, **kwargs)
 

@@ -36,6 +36,7 @@ from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_opti
 from osd.engine.asgi import HttpRequest, Sender, reading
 from osd.engine.backend.configuration import mixing_config, side_limits, student_vllm_config
 from osd.engine.backend.language_model import as_text
+from osd.engine.backend.training import Training, not_now
 from osd.engine.config import PairConfig
 from osd.engine.request import EXTRA_ARGS_KEY, PairOptions, PairPrompt, check_request
 from osd.engine.wire import (
@@ -74,6 +75,8 @@ def serve(argv: Sequence[str]) -> None:
     config = pair_config(args, _given(list(argv)))
     if args.grpc or envs.VLLM_USE_RUST_FRONTEND:
         raise ValueError("--grpc and vLLM's Rust front end take no middleware, which the pair needs; leave them out")
+    if config.engine_kwargs.get("weight_transfer_config"):
+        _check_takes_weights(args)
     args.student_chat_template = _template(args.student_chat_template)
     check_models(config)
     for name, value in as_text(config.teacher_engine_args()).items():
@@ -84,6 +87,18 @@ def serve(argv: Sequence[str]) -> None:
     command = ServeSubcommand()
     command.validate(args)
     command.cmd(args)
+
+
+def _check_takes_weights(args: Namespace) -> None:
+    """Refuse a server whose student anyone could replace, or whose weights one of several front ends would not know of."""
+    if not (args.api_key or envs.VLLM_API_KEY or envs.VLLM_SERVER_DEV_MODE):
+        raise ValueError(
+            "--weight-transfer-config without --api-key: whoever reaches the port could replace the student's weights; set "
+            "--api-key or VLLM_API_KEY (or VLLM_SERVER_DEV_MODE=1 where nobody else does)"
+        )
+    if (args.api_server_count or 1) > 1:
+        raise ValueError(f"--api-server-count={args.api_server_count} with --weight-transfer-config; use 1")
+    args.api_server_count = 1  # vLLM would start one per data parallel replica
 
 
 class _Imported:
@@ -174,7 +189,7 @@ class PairMiddleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             try:
-                self._server = await _Server.start(scope["app"].state)
+                self._server = await _Server.start(scope["app"])
             except Exception as error:
                 await receive()
                 await send({"type": "lifespan.startup.failed", "message": f"osd serve: {error}"})
@@ -182,11 +197,14 @@ class PairMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         assert self._server is not None, "the server has started"
-        request = HttpRequest(scope["path"].removeprefix(scope.get("root_path", "")))
+        path, query = scope["path"].removeprefix(scope.get("root_path", "")), scope["query_string"].decode("latin-1")
+        request = HttpRequest(path, query=query)
         if scope["method"] != "OPTIONS" and not self._server.allows(request.path, Headers(scope=scope)):
             return await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
         if request.path == INFO_ROUTE:
             return await JSONResponse(self._server.info)(scope, receive, send)
+        if request.path.startswith(f"{INFO_ROUTE}/"):
+            return await self._server.training(scope, receive, send)
         with request.served():
             if scope["method"] == "POST":
                 receive, send = reading(self._server.read, request, receive), Sender(request, send)
@@ -204,7 +222,8 @@ class _Server:
         info: the answer of `INFO_ROUTE`.
     """
 
-    def __init__(self, app_state: Any) -> None:
+    def __init__(self, app: Any) -> None:
+        app_state = app.state
         teacher_config = app_state.vllm_config
         student_config = student_vllm_config(teacher_config)
         self.limits = side_limits(teacher_config, student_config)
@@ -218,6 +237,7 @@ class _Server:
         keys = [key for key in (app_state.args.api_key or [envs.VLLM_API_KEY]) if key]
         self._keys = AuthenticationMiddleware(None, keys) if keys else None  # type: ignore[arg-type]
         self._generate = app_state.engine_client.generate
+        self.training = Training(app, self.limits)
         # The student's prompts are rendered by vLLM's own renderer, with the same flags as the teacher's.
         renderer = app_state.online_renderer
         self.renderer = copy.copy(renderer)
@@ -227,16 +247,18 @@ class _Server:
         self.templates_differ = _chat_template(renderer) != _chat_template(self.renderer)
 
     @classmethod
-    async def start(cls, app_state: Any) -> _Server:
+    async def start(cls, app: Any) -> _Server:
         """Stand before the engine client's ``generate``.
 
         Raises:
             RuntimeError: vLLM does not use the pair's worker.
         """
-        if set(await app_state.engine_client.collective_rpc("pair_active")) != {True}:
+        app_state = app.state
+        client = app_state.engine_client
+        if set(await client.collective_rpc("pair_active")) != {True}:
             raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
-        server = cls(app_state)
-        app_state.engine_client.generate = server.generate
+        server = cls(app)
+        client.generate = server.generate
         return server
 
     def allows(self, path: str, headers: Headers) -> bool:
@@ -301,7 +323,9 @@ class _Server:
 
         Raises:
             ValueError: what vLLM answers with 400.
+            GracefulHTTPError: 503, while the student's weights are not whole.
         """
+        self.training.check_whole()
         request = HttpRequest.current() or HttpRequest("")
         options = self._options(request, sampling_params)
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
@@ -334,9 +358,12 @@ class _Server:
 
     async def _watch(self, outputs: Any, request: HttpRequest, first: int) -> AsyncIterator[Any]:
         """Pass vLLM's outputs on; keep the records, and say why a request failed."""
+        version = self.training.version
         async with aclosing(outputs):
             async for output in outputs:
                 for completion in output.outputs:
+                    if completion.finish_reason == "abort" and (version != self.training.version or not self.training.whole):
+                        raise not_now("the student's weights were updated while the request ran; ask again")
                     if completion.finish_reason == "error":
                         raise _failure(completion.stop_reason)
                     if request.wants_records and completion.routed_experts is not None:

@@ -19,7 +19,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from osd.engine.backend.configuration import chooses_drafts, most_drafts
-from osd.engine.backend.returned import append_record
 from osd.engine.backend.sampler import StepInputs, counts, sampler_output
 from osd.engine.backend.scheduler import PairStep
 from osd.engine.backend.speculative_sampler import SpeculativeSampler
@@ -230,7 +229,7 @@ class SpeculativeWorker(PairWorker):
         num_sampled, num_rejected = counts(runner.req_states, batch, kept_B, None)
         tokens = replace(outputs.positions, token_B=outputs.verdict.token_BW)
         if self._step.returned:
-            logprobs = append_record(tokens.logprobs, tokens.values_BR)
+            logprobs = self._with_record(tokens, hidden_NH)
             first = batch.cu_num_logits_np.tolist() if batch.num_draft_tokens else None
             tokens = replace(tokens, logprobs=logprobs._replace(cu_num_generated_tokens=first))
         return sampler_output(tokens, num_sampled, num_rejected), num_sampled, num_rejected

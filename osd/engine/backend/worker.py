@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -50,11 +50,13 @@ from osd.engine.backend.sampler import (
     set_prompt_mask,
 )
 from osd.engine.backend.scheduler import PairStep
+from osd.engine.backend.weight_transfer import transfer_engine
 from osd.engine.mixture import as_index, take
 from osd.engine.multimodal import text_weights
 from osd.engine.record import RecordLog, RequestRecord, dump_records
 from osd.engine.request import PairOptions, SampledRequest
-from osd.engine.weights import load_all_weights, load_weights
+from osd.engine.weights import WeightLoad, load_weights
+from osd.engine.wire import pack
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -84,6 +86,7 @@ class PairWorker(Worker):
     _student_logits: torch.Tensor | None = None
     _grammar: Any = None
     _outputs: tuple[Alignment, StepOutputs] | None = None
+    _load: WeightLoad | None = None
 
     # -- building both sides ----------------------------------------------------------------------------------------
 
@@ -99,6 +102,7 @@ class PairWorker(Worker):
         self.records = RecordLog()
         self.requests: dict[str, SampledRequest] = {}
         self.weights_loaded, self.weights_version = True, 0
+        self._loading = ExitStack()  # of the load that runs
         self.student_stream: torch.cuda.Stream | None = None
         self._student_graph_pool: Any = None
 
@@ -123,7 +127,10 @@ class PairWorker(Worker):
                 setattr(self, name, value)
 
     def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)
+        # vLLM would make its weight transfer engine for the teacher.
+        with mock.patch.object(self.vllm_config, "weight_transfer_config", None):
+            super().load_model(**kwargs)
+        self.weight_transfer_engine = transfer_engine(self.vllm_config, self.device, self._add_weights)
         with self._as_student(), cpu.keep_weights():
             super().load_model(**kwargs)
         for runner in (self.model_runner, self.student_runner):
@@ -318,7 +325,7 @@ class PairWorker(Worker):
         self._record(alignment, outputs, hidden_BH)
         num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_B, alignment.rejected_B)
         if self._step.returned:
-            outputs = replace(outputs, logprobs=append_record(outputs.logprobs, outputs.values_BR))
+            outputs = replace(outputs, logprobs=self._with_record(outputs, hidden_BH))
         return sampler_output(outputs, num_sampled, num_rejected), num_sampled, num_rejected
 
     def _constraint(self, batch: InputBatch) -> Any:
@@ -362,6 +369,12 @@ class PairWorker(Worker):
         rows = as_index(alignment.recorded_rows)
         self.records.append(alignment.recorded_ids, outputs.values_BR[rows], hidden_BH[rows] if alignment.hidden else None)
 
+    def _with_record(self, outputs: StepOutputs, hidden_BH: torch.Tensor) -> Any:
+        """Return the logprobs of a step with the record that is returned with its tokens."""
+        assert self._step is not None
+        wide = any(self.requests[i].options.hidden for i in self._step.returned)
+        return append_record(outputs.logprobs, outputs.values_BR, self.weights_version, hidden_BH if wide else None)
+
     def collect_records(self) -> dict[str, RequestRecord]:
         """Return every request's record since the last call."""
         self.records.weights_version = self.weights_version
@@ -383,28 +396,71 @@ class PairWorker(Worker):
 
         No step runs until a call succeeds.
         """
+        self._begin_load(partial)
+        try:
+            self._add_weights(load_weights(named_tensors) if isinstance(named_tensors, bytes) else named_tensors)
+        except BaseException:
+            self._give_up_load()
+            raise
+        return self._end_load()
+
+    def _begin_load(self, partial: bool) -> None:
         if partial and not (self.weights_loaded and self.weights_version):
             raise ValueError("partial=True: no sync of every weight came before, or the last one failed; push them all once")
         self.weights_loaded = False
         self.weights_version += 1  # on every rank, also one that fails: their versions must stay equal
-        if isinstance(named_tensors, bytes):
-            named_tensors = load_weights(named_tensors)
+        self._give_up_load()
+        model = self.student_runner.get_model()
+        with self._as_student(), torch.no_grad():
+            self._loading.enter_context(loading_experts(model, self.model_config, partial=partial))
+        self._load = WeightLoad(model, partial=partial)
+
+    def _add_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        assert self._load is not None, "a load has begun"
         if reads_text_names(self.student_config):
             named_tensors = text_weights(named_tensors)
-        model = self.student_runner.get_model()
-        with self._as_student(), torch.no_grad(), loading_experts(model, self.model_config, partial=partial):
-            if partial:
-                model.load_weights(named_tensors)
-            else:
-                load_all_weights(model, named_tensors)
-            cpu.pack_weights(model)
+        with self._as_student():
+            self._load.add(named_tensors)
+
+    def _end_load(self) -> int:
+        assert self._load is not None, "a load has begun"
+        load, self._load = self._load, None
+        with self._as_student(), torch.no_grad(), self._loading:
+            load.check_complete()
+            cpu.pack_weights(load.model)
         self.weights_loaded = True
         return self.weights_version
+
+    def _give_up_load(self) -> None:
+        """End a load that did not finish, if there is one."""
+        self._load = None
+        with suppress(ValueError), self._as_student(), torch.no_grad():
+            self._loading.close()
+
+    # vLLM's weight transfer: the same load in three calls, from a trainer in another process.
+
+    def start_weight_update(self, partial: bool = False) -> int:
+        """Begin a load of the student's weights, also after one that never finished; return the new version."""
+        if self.weight_transfer_engine is None:
+            raise RuntimeError("this engine takes no weights: it was started without weight_transfer_config")
+        self._begin_load(partial)
+        self._weight_update_active = False
+        super().start_weight_update()
+        return self.weights_version
+
+    def finish_weight_update(self) -> int:
+        """End a load; return the version.
+
+        Raises:
+            ValueError: parameters are missing.
+        """
+        super().finish_weight_update()
+        return self._end_load()
 
     def _check_weights(self, step: PairStep) -> None:
         if not self.weights_loaded:
             raise RuntimeError("the last weight sync of the student failed half way; sync again before sampling")
-        if step.weights_version != self.weights_version:
+        if step.weights_version not in (None, self.weights_version):
             raise RuntimeError(
                 f"a request was admitted for the student's weights version {step.weights_version}, and version "
                 f"{self.weights_version} is loaded: its KV cache would belong to other weights"
@@ -419,6 +475,20 @@ class PairWorker(Worker):
             bias = None if bias is None else tensor_model_parallel_all_gather(bias, 0)
         vocab_size = self.model_config.get_vocab_size()
         return weight[:vocab_size], None if bias is None else bias[:vocab_size]
+
+    def teacher_head_rows(self, start: int, stop: int) -> bytes:
+        """Return rows ``start`` to ``stop`` of the teacher's output layer as bytes, or those of them that this rank has."""
+        layer, bias = output_layer(self.model_runner.get_model(), self.model_config)
+        shard = getattr(layer, "shard_indices", None)
+        first = 0 if shard is None else shard.org_vocab_start_index
+        end = self.model_config.get_vocab_size() if shard is None else shard.org_vocab_end_index
+        low, high = max(start, first), min(stop, end)
+        if low >= high:
+            return b""
+        tensors = {"weight": layer.weight[low - first : high - first]}
+        if bias is not None:
+            tensors["bias"] = bias[low - first : high - first]
+        return pack({"start": low}, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
     # -- sleep ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,78 @@
+"""vLLM's weight transfer into the student of a pair: by NCCL, or in the messages themselves.
+
+`PairWorker` counts the versions, checks that every parameter came, and refuses to sample before that. So the engines here only
+receive tensors. vLLM's own reload one layer at a time, which a load that breaks half way would leave without weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors.torch import load
+from vllm.config import VllmConfig
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+from osd.engine.config import WEIGHT_TRANSFERS
+
+
+class StudentNCCLEngine(NCCLWeightTransferEngine):
+    """vLLM's NCCL engine, which hands the tensors to the pair's worker."""
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def finish_weight_update(self) -> None:
+        pass
+
+
+@dataclass
+class Tensors(WeightTransferUpdateInfo):
+    """Part of an update: named tensors in the safetensors format."""
+
+    tensors: bytes
+
+
+class StudentHTTPEngine(WeightTransferEngine[WeightTransferInitInfo, Tensors]):
+    """Engine whose tensors are in the message: for machines without NCCL between trainer and server."""
+
+    init_info_cls = WeightTransferInitInfo
+    update_info_cls = Tensors
+
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def finish_weight_update(self) -> None:
+        pass
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: Tensors) -> None:
+        self.model.load_weights(load(update_info.tensors).items())
+
+    def shutdown(self) -> None:
+        pass
+
+
+_ENGINES: dict[str, type[WeightTransferEngine]] = dict(
+    zip(WEIGHT_TRANSFERS, (StudentNCCLEngine, StudentHTTPEngine), strict=True)
+)
+
+
+def transfer_engine(config: VllmConfig, device: Any, load_weights: Callable[[Any], None]) -> WeightTransferEngine | None:
+    """Return the engine that ``weight_transfer_config`` names, or None without one.
+
+    Args:
+        load_weights: takes named tensors of the student.
+    """
+    if (transfer := config.weight_transfer_config) is None:
+        return None
+    target: Any = SimpleNamespace(load_weights=load_weights)
+    return _ENGINES[transfer.backend](transfer, config, device, target)

@@ -1,0 +1,421 @@
+"""RemoteEngine: the pair of an `osd serve` process, as a trainer in other processes uses it; takes the place of `PairEngine`.
+
+Every process of a training run has one. Each sends its own prompts; the main process alone pushes weights. What one process
+cannot do, none of them goes on without: `generate` and `load_student_weights` raise in all of them or in none.
+
+A batch is drawn from the weights of one sync, whose name every request and every answer has. A server that goes away is waited
+for. Where it comes back without those weights, `ServerLost` says so: the caller syncs again and asks for the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import torch
+from accelerate.utils import gather_object, set_seed
+
+from osd.core import RECORD_FIELDS, MixingConfig, TokenRecord
+from osd.engine.request import PairCompletion, PairPrompt, SideLimits, one_each
+from osd.engine.served import CONNECT_SECONDS, LONGEST_PAUSE, ServedPair
+from osd.engine.transport import HTTPTransport, NCCLTransport, Transport
+from osd.engine.wire import HEAD_ROUTE, SAMPLE_ROUTE, TRAINER_ROUTE, frames, unpack
+from osd.validate_models import load_tokenizer
+
+_MOST_LOSSES = 5  # of the weights, in one batch
+_HEAD_ROWS = 8192  # of the teacher's output layer in one answer
+
+
+class ServerLost(RuntimeError):
+    """The server went away, or came back without the weights of the last sync; sync again, and then finish ``batch``."""
+
+    batch: Batch | None = None
+
+
+@dataclass
+class Batch:
+    """Prompts that are being sampled through the server.
+
+    Attributes:
+        body: of the request for all of them.
+        prompts: token ids of both sides.
+        completions: those that have come, by place.
+        since: when the last one came, or the batch was asked for (`time.monotonic`).
+        lost: how often the server has lost the weights meanwhile.
+        trouble: why the server did not finish a prompt, the last time it said so.
+    """
+
+    body: dict[str, Any]
+    prompts: list[PairPrompt]
+    completions: dict[int, PairCompletion] = field(default_factory=dict)
+    since: float = 0.0
+    lost: int = 0
+    trouble: str = ""
+
+    def rest(self) -> tuple[list[int], dict[str, Any]]:
+        """Return the places of the prompts that have no completion, and the body of a request for these."""
+        places = [i for i in range(len(self.prompts)) if i not in self.completions]
+        body = {name: [self.body[name][i] for i in places] for name in ("prompts", "alpha", "seeds")}
+        sampling = self.body["sampling"]
+        return places, {**self.body, **body, "sampling": [sampling[i] for i in places] if len(sampling) > 1 else sampling}
+
+
+class RemoteEngine:
+    """The pair of a server; methods and attributes as of `PairEngine`. Collective: every process of a run calls each method.
+
+    Args:
+        pair: the server and its models.
+        rank: of this process; the process of rank 0 pushes the weights.
+        device: of this process, for NCCL.
+
+    Raises:
+        ValueError, RuntimeError: as `ServedPair.info`; another trainer uses the server.
+    """
+
+    asleep = False
+
+    def __init__(self, pair: ServedPair, *, rank: int = 0, device: torch.device | None = None) -> None:
+        self.pair, self.config, self.mixing = pair, pair.config, pair.config.mixing
+        self.rank, self.device = rank, device or torch.device("cpu")
+        self.weights_version = 0
+        self._sync: str | None = None
+        self._stale = False
+        self._connected = False
+        self._client = pair.client()
+        self._held = ExitStack()
+        self._transport: Transport | None = None
+        self._trainer: str | None = None
+        seed = self.config.engine_kwargs.get("seed", 0) + rank
+        self._seed = random.Random(str(seed)).getrandbits(63)
+        self.tokenizer: Any = load_tokenizer(self.config, "teacher")
+        self.student_tokenizer: Any = load_tokenizer(self.config, "student")
+        self._trainer = self._of_main(self._connect)
+        info = pair.info()
+        self.limits = {side: SideLimits(**given) for side, given in info["limits"].items()}
+        self.config = replace(self.config, engine_kwargs={**self.config.engine_kwargs, "dtype": info["state"]["dtype"]})
+        set_seed(seed)  # as vLLM does in a process where an engine starts: a run draws the same in both modes
+
+    def _connect(self) -> str:
+        """Take the server for this run; return the id under which it knows it. The main process alone calls it."""
+        self._disconnect()
+        info = self.pair.wait(self._client)
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while self._trainer is not None and info["state"]["trainer"] == self._trainer and time.monotonic() < deadline:
+            time.sleep(0.1)  # the server has yet to see that the last connection of this process has ended
+            info = self.pair.wait(self._client)
+        trainer = f"{socket.gethostname()} process {os.getpid()} {uuid.uuid4().hex[:8]}"
+        request = self._client.build_request("POST", TRAINER_ROUTE, json={"trainer": trainer}, timeout=CONNECT_SECONDS)
+        answer = self._client.send(request, stream=True)
+        self._held.callback(answer.close)
+        if answer.status_code != 200:
+            answer.read()
+            raise RuntimeError(f"server {self.pair.url}: {_message(answer)}")
+        self._transport = self._make_transport(info["state"]["transfer"], trainer)
+        self._held.callback(self._transport.close)
+        self._connected = True
+        self.weights_version = info["state"]["version"]
+        return trainer
+
+    def _make_transport(self, backend: str, trainer: str) -> Transport:
+        if backend == "http":
+            return HTTPTransport(self._client, trainer)
+        return NCCLTransport(self._client, trainer, device=self.device, port=self.pair.group_port)
+
+    def _disconnect(self) -> None:
+        self._connected = False
+        with suppress(Exception):
+            self._held.close()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def student_is_whole(self) -> bool:
+        """No weight sync was made, or the last one succeeded."""
+        return not self._stale
+
+    # -- what all processes do together -----------------------------------------------------------------------------
+
+    def _of_main(self, work: Any) -> Any:
+        """Return what ``work`` returns in the main process; raise in every process if it raises."""
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        return self._agree(failure, result)[0]
+
+    def _agree(self, failure: Exception | None, result: Any = None) -> list[Any]:
+        """Return the results of all processes; raise in every process if one has failed.
+
+        A process raises its own error, or else the first of the others'; a `ServerLost` only if there is nothing worse.
+        """
+        kind = None if failure is None else ("lost" if isinstance(failure, ServerLost) else type(failure).__name__)
+        outcomes = gather_object([(kind, str(failure), result)])
+        if failure is not None and not isinstance(failure, ServerLost):
+            raise failure
+        for rank, (other, message, _) in enumerate(outcomes):
+            if other not in (None, "lost"):
+                raise RuntimeError(f"process {rank} failed ({other}: {message}), and all of them stop")
+        if lost := [message for other, message, _ in outcomes if other == "lost"]:
+            self._stale = True
+            raise failure or ServerLost(lost[0])
+        return [result for *_, result in outcomes]
+
+    # -- sampling ---------------------------------------------------------------------------------------------------
+
+    def set_mixing(self, mixing: MixingConfig) -> None:
+        """Choose α and mix like this from the next batch on (``self.mixing``)."""
+        self.mixing = mixing
+
+    def generate(
+        self,
+        prompts: Sequence[PairPrompt],
+        *,
+        sampling: dict[str, Any] | Sequence[dict[str, Any]],
+        alpha: float | Sequence[float | None] | None = None,
+        mix_tokens: int | None = None,
+        teacher_only: bool = False,
+        hidden: bool = False,
+    ) -> list[PairCompletion]:
+        """Sample one completion per prompt, in the order of the prompts; arguments as of `PairEngine.generate`.
+
+        Raises:
+            ValueError: what the server refuses; nothing has been sampled then.
+            ServerLost: its ``batch`` has the completions that came before.
+            RuntimeError: the last weight sync failed; no completion within the timeout; another trainer uses the server.
+        """
+        per_prompt = [sampling] * len(prompts) if isinstance(sampling, dict) else one_each("sampling", sampling, len(prompts))
+        drawn = torch.randint(2**63 - 1, (len(prompts),)).tolist()  # as PairEngine does
+        body: dict[str, Any] = {
+            "prompts": [[list(prompt.teacher_token_ids), list(prompt.student_token_ids)] for prompt in prompts],
+            "sampling": [sampling] if isinstance(sampling, dict) else per_prompt,
+            "seeds": [
+                seed ^ self._seed if params.get("seed") is None else params["seed"]
+                for params, seed in zip(per_prompt, drawn, strict=True)
+            ],
+            "alpha": one_each("alpha", alpha, len(prompts)),
+            "mix_tokens": mix_tokens,
+            "teacher_only": teacher_only,
+            "hidden": hidden,
+        }
+        return self.finish(Batch(body, list(prompts)))
+
+    def finish(self, batch: Batch) -> list[PairCompletion]:
+        """Return the completions of a batch; asks for those that have not come. Raises as `generate`."""
+        failure: Exception | None = None
+        batch.since = time.monotonic()
+        try:
+            if self._stale:
+                raise RuntimeError("the student's weights are not to be sampled from (the last sync failed); sync them first")
+            self._ask(batch)
+        except Exception as error:
+            failure = error
+        try:
+            self._agree(failure)
+        except ServerLost as error:
+            batch.lost += 1
+            if batch.lost == _MOST_LOSSES:
+                raise RuntimeError(f"the server went away {_MOST_LOSSES} times in one batch; the last time: {error}") from error
+            error.batch = batch
+            raise
+        return [batch.completions[i] for i in range(len(batch.prompts))]
+
+    def _ask(self, batch: Batch) -> None:
+        pause = 0.1
+        while len(batch.completions) < len(batch.prompts):
+            before = len(batch.completions)
+            try:
+                self._ask_once(batch)
+            except (httpx.TransportError, _HalfAnswer) as error:
+                self._check_still_there(error)
+            pause = 0.1 if len(batch.completions) > before else min(2 * pause, LONGEST_PAUSE)
+            if (waited := time.monotonic() - batch.since) > self.pair.timeout:
+                raise RuntimeError(
+                    f"server {self.pair.url} has not finished a completion for {waited:.0f} seconds, and "
+                    f"{len(batch.prompts) - len(batch.completions)} of {len(batch.prompts)} are left; if completions take that "
+                    f"long, raise vllm_server_timeout{batch.trouble and f' (the server says: {batch.trouble})'}"
+                )
+            if len(batch.completions) < len(batch.prompts):
+                time.sleep(pause)
+
+    def _ask_once(self, batch: Batch) -> None:
+        """Ask for what is left of a batch, and take what comes."""
+        places, body = batch.rest()
+        content = _json({**body, "trainer": self._trainer, "sync": self._sync, "mixing": self.mixing.to_dict()})
+        with self._client.stream("POST", SAMPLE_ROUTE, content=content) as answer:
+            if answer.status_code != 200:
+                answer.read()
+                self._refuse(answer)
+            for data in _whole_frames(answer):
+                self._take(batch, places, *unpack(data))
+
+    def _refuse(self, answer: httpx.Response) -> None:
+        message = f"server {self.pair.url}: {_message(answer)}"
+        if answer.status_code == 409:
+            raise ServerLost(message)
+        if answer.status_code in (400, 401, 403, 404, 422):
+            raise ValueError(message)
+        raise _HalfAnswer(message)
+
+    def _take(self, batch: Batch, places: list[int], of: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        if of["status"] == 400:
+            raise ValueError(f"server {self.pair.url}: {of['message']}")
+        if of["status"] != 200:
+            batch.trouble = of["message"]
+            return  # asked for again
+        if of["sync"] != self._sync:
+            raise ServerLost(f"server {self.pair.url} answered from the weights {of['sync']!r}, not {self._sync!r}")
+        place = places[of["index"]]
+        batch.completions[place] = _completion(batch.prompts[place], of, tensors)
+        batch.since = time.monotonic()
+
+    def _check_still_there(self, error: Exception) -> None:
+        """Wait for the server; raise `ServerLost` if it no longer has the weights."""
+        state = self.pair.wait(self._client)["state"]
+        if state["sync"] != self._sync or not state["whole"] or state["trainer"] != self._trainer:
+            raise ServerLost(f"server {self.pair.url} went away ({error}), and came back without the student's weights")
+
+    # -- the student's weights --------------------------------------------------------------------------------------
+
+    def load_student_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool = False) -> int:
+        """Push a live student into the server; return the new ``weights_version``, which is the server's own count.
+
+        Every process walks through ``named_tensors``, whose shards are gathered on the way; the main process sends them.
+
+        Raises:
+            ServerLost: the server went away meanwhile.
+            ValueError, RuntimeError: as `PairEngine`; what the server refuses.
+        """
+        self._stale = True
+        tensors, name = iter(named_tensors), uuid.uuid4().hex
+        failure: Exception | None = None
+        try:
+            if self.is_main:
+                self._push(tensors, name, partial)
+        except httpx.TransportError as error:
+            self._disconnect()
+            failure = ServerLost(f"server {self.pair.url} went away during a weight sync: {error!r}")
+        except Exception as error:
+            failure = error
+        try:
+            for _ in tensors:  # gathers are collective, also after a failure
+                pass
+        except Exception as error:
+            failure = failure or error
+        sync, version, trainer = self._agree(failure, (name, self.weights_version, self._trainer))[0]
+        self._sync, self.weights_version, self._trainer, self._stale = sync, version, trainer, False
+        return version
+
+    def _push(self, tensors: Iterator[tuple[str, torch.Tensor]], name: str, partial: bool) -> None:
+        if not (self._connected and self._still_held()):
+            self._trainer = self._connect()
+            if partial:
+                raise ServerLost(f"server {self.pair.url} has lost the weights that a partial sync builds upon")
+        assert self._transport is not None, "connected"
+        query = {"trainer": self._trainer, "partial": str(partial).lower()}
+        self._post("/start_weight_update", params=query)
+        self._transport.send(tensors)
+        self._post("/finish_weight_update", params=query, json={"weight_version": name})
+        self.weights_version = self.pair.look(self._client)["state"]["version"]
+
+    def _still_held(self) -> bool:
+        return self.pair.look(self._client)["state"]["trainer"] == self._trainer
+
+    def _post(self, route: str, **kwargs: Any) -> httpx.Response:
+        answer = self._client.post(route, **kwargs)
+        if answer.status_code == 409:
+            raise ServerLost(f"server {self.pair.url}: {_message(answer)}")
+        if answer.status_code != 200:
+            raise RuntimeError(f"server {self.pair.url} refuses {route} ({answer.status_code}): {_message(answer)}")
+        return answer
+
+    # -- the teacher's output layer ---------------------------------------------------------------------------------
+
+    def teacher_lm_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a copy of the teacher's output layer on this process's device: weight [V, H] and bias [V] or None.
+
+        Raises:
+            RuntimeError: logits that are not one layer's product with the hidden state.
+        """
+        vocab_size = self.limits["teacher"].vocab_size
+        whole: dict[str, torch.Tensor] = {}
+        for start in range(0, vocab_size, _HEAD_ROWS):
+            answer = self._client.get(HEAD_ROUTE, params={"start": start, "stop": min(start + _HEAD_ROWS, vocab_size)})
+            if answer.status_code != 200:
+                raise RuntimeError(f"server {self.pair.url} does not give the teacher's output layer: {_message(answer)}")
+            for data in frames([answer.content]):
+                of, tensors = unpack(data)
+                for name, rows in tensors.items():
+                    if name not in whole:
+                        whole[name] = torch.empty(vocab_size, *rows.shape[1:], dtype=rows.dtype, device=self.device)
+                    whole[name][of["start"] : of["start"] + len(rows)] = rows.to(self.device)
+        return whole["weight"], whole.get("bias")
+
+    # -- the rest of PairEngine -------------------------------------------------------------------------------------
+
+    def wake_up(self) -> None:
+        """Do nothing: the server is awake."""
+
+    def sleep(self) -> None:
+        """Raise: other clients may use the server."""
+        raise RuntimeError("a server does not sleep; leave enable_sleep_mode out")
+
+    def close(self) -> None:
+        """Let the server go; it goes on. Idempotent."""
+        self._disconnect()
+        self._client.close()
+
+
+class _HalfAnswer(Exception):
+    """An answer that ended too early, or that asks to come back later."""
+
+
+def _whole_frames(answer: httpx.Response) -> Iterator[bytes]:
+    try:
+        yield from frames(answer.iter_raw())
+    except ValueError as error:
+        raise _HalfAnswer(str(error)) from error
+
+
+def _completion(prompt: PairPrompt, of: dict[str, Any], tensors: dict[str, torch.Tensor]) -> PairCompletion:
+    failed = of["finish_reason"] == "error"
+    reason = of["stop_reason"] or "vLLM gives no reason; a grammar that no token can continue is one"
+    values_TR = tensors.get("values", torch.empty(0, len(RECORD_FIELDS)))
+    return PairCompletion(
+        token_ids=tensors["token_ids"].tolist(),
+        text=of["text"],
+        finish_reason=of["finish_reason"],
+        stop_reason=None if failed else of["stop_reason"],
+        error=str(reason).removeprefix("osd: ") if failed else None,
+        record=TokenRecord(values_TR=values_TR, teacher_hidden_TH=tensors.get("hidden"), weights_version=of["version"]),
+        weights_version=of["version"],
+        teacher_prompt_tokens=len(prompt.teacher_token_ids),
+        student_prompt_tokens=len(prompt.student_token_ids),
+        teacher_cached_tokens=of["teacher_cached"],
+        student_cached_tokens=of["student_cached"],
+    )
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(body).encode()
+    except TypeError as error:
+        raise ValueError(f"a sampling parameter cannot be sent to a server: {error}; use plain values") from None
+
+
+def _message(answer: httpx.Response) -> str:
+    with suppress(ValueError, KeyError, TypeError):
+        return str(answer.json()["error"]["message"])
+    return answer.text[:500]

@@ -1,0 +1,106 @@
+"""ServedPair: the address of an `osd serve` process, and what it says of itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+import httpx
+
+from osd.engine.config import PairConfig
+from osd.engine.request import SideLimits
+from osd.engine.wire import INFO_ROUTE, STATE_ROUTE
+
+API_KEY_VARIABLE = "VLLM_API_KEY"  # the server reads it too
+CONNECT_SECONDS = 10.0
+LONGEST_PAUSE = 5.0  # seconds between two looks for a server that is away
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedPair:
+    """A pair that an `osd serve` process holds.
+
+    Attributes:
+        config: the two models, as the server was started with; its engine arguments are the server's own.
+        url: of the server, without /v1.
+        timeout: seconds to wait for the server: until it is up or back, until it has taken a part of the weights, and until it
+            has finished another completion.
+        group_port: port of this machine, where the server's workers meet the main process for NCCL.
+        api_key: the server's; default: the variable VLLM_API_KEY.
+    """
+
+    config: PairConfig
+    url: str
+    timeout: float = 240.0
+    group_port: int = 51216
+    api_key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        url = self.url.rstrip("/").removesuffix("/v1")
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"the server {self.url!r} is not an URL; write http://host:port")
+        if not self.timeout > 0:
+            raise ValueError(f"the timeout of {self.timeout} seconds for the server must be positive")
+        object.__setattr__(self, "url", url)
+
+    def client(self) -> httpx.Client:
+        """Return a client of the server, with its key."""
+        key = self.api_key or os.environ.get(API_KEY_VARIABLE)
+        return httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(self.timeout, connect=CONNECT_SECONDS),
+        )
+
+    def info(self) -> dict[str, Any]:
+        """Wait for the server; return what it serves.
+
+        Raises:
+            ValueError: a server of other models, one that takes no weights, or one that refuses the API key.
+            RuntimeError: no server within ``timeout`` seconds.
+        """
+        with self.client() as client:
+            return self.wait(client)
+
+    def limits(self) -> dict[str, SideLimits]:
+        """Wait for the server; return the limits of both sides. Raises as `info`."""
+        return {side: SideLimits(**given) for side, given in self.info()["limits"].items()}
+
+    def wait(self, client: httpx.Client) -> dict[str, Any]:
+        """Return what the server says of itself, once it does. Raises as `info`."""
+        deadline, pause = time.monotonic() + self.timeout, 0.1
+        while True:
+            try:
+                return self.look(client)
+            except httpx.TransportError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"no `osd serve` has answered at {self.url} for {self.timeout:g} seconds ({error}); start one there, "
+                        "correct vllm_server_base_url, or raise vllm_server_timeout"
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def look(self, client: httpx.Client) -> dict[str, Any]:
+        """Return what the server says of itself now. Raises a ValueError as `info`, or an `httpx.TransportError`."""
+        answers = [client.get(route, timeout=min(self.timeout, CONNECT_SECONDS)) for route in (INFO_ROUTE, STATE_ROUTE)]
+        for answer in answers:
+            if answer.status_code in (401, 403):
+                raise ValueError(f"server {self.url} refuses the API key; set the variable {API_KEY_VARIABLE}")
+            if answer.status_code == 404:
+                raise ValueError(f"server {self.url} is not an `osd serve`; start one there, or correct the URL")
+            if answer.status_code != 200:
+                raise httpx.ReadError(f"it answers {answer.status_code}")
+        info = {**answers[0].json(), "state": answers[1].json()}
+        for side in ("teacher", "student"):  # folders differ between machines
+            if PurePath(info[side]).name != PurePath(getattr(self.config, side)).name:
+                raise ValueError(f"the {side} of server {self.url} is {info[side]!r}, and {getattr(self.config, side)!r} here")
+        if info["state"]["transfer"] is None:
+            raise ValueError(
+                f"server {self.url} takes no weights; start it with --weight-transfer-config "
+                """'{"backend": "nccl"}' (or "http")"""
+            )
+        return info

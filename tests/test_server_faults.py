@@ -1,0 +1,244 @@
+"""Training against a server while one of the two is killed: a retry that changes nothing, or a clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from safetensors.torch import save
+from transformers import AutoModelForCausalLM
+from trl.generation.vllm_client import VLLMClient
+
+from osd.engine import transport
+from osd.engine.remote import ServerLost
+from osd.engine.wire import STATE_ROUTE, WEIGHTS_ROUTE
+from tests.launched import GREEDY
+from tests.served import Client, serve, served
+from tests.test_launch import ACCELERATE, launch
+from tests.tiny import tiny_engine_kwargs
+from tests.training import build_trainer, logged, watch
+
+pytestmark = pytest.mark.slow
+
+KEY = "secret"
+WEIGHTS = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "http"}')
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_pair, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    with served(*tiny_pair, log, *WEIGHTS) as client:
+        yield client
+
+
+@pytest.fixture
+def mortal(tiny_pair, tmp_path):
+    """A server that can be killed and started again on its port: `servers[-1]` is the one that runs, `again()` replaces it."""
+    servers = [serve(*tiny_pair, tmp_path / "serve.log", *WEIGHTS)]
+    servers[0].wait()
+    changing, over = threading.Lock(), threading.Event()
+
+    def again():
+        with changing:
+            servers[-1].kill()
+            if not over.is_set():
+                port = int(servers[0].url.rpartition(":")[2])
+                servers.append(serve(*tiny_pair, tmp_path / "serve.log", *WEIGHTS, port=port))
+
+    yield servers, again
+    with changing:  # a thread of the test may still be in `again`
+        over.set()
+        servers[-1].kill()
+
+
+def trainer_of(tiny_pair, out, url=None, **fields):
+    if url is None:
+        fields["engine_kwargs"] = tiny_engine_kwargs(seed=5)
+    else:
+        fields = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 120.0, **fields}
+    return build_trainer(None, tiny_pair[1], out, teacher_model_name_or_path=str(tiny_pair[0]), seed=5, **fields)
+
+
+def run(trainer):
+    sampled = []
+    with trainer:
+        watch(trainer, lambda _: sampled.append([c.token_ids for c in trainer.vllm_generation.last_batch.completions]))
+        trainer.train()
+    return logged(trainer, "loss"), sampled
+
+
+def state(server):
+    return server.http.get(STATE_ROUTE).json()
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# -- the server is killed -----------------------------------------------------------------------------------------------
+
+
+def test_a_server_killed_in_mid_step_and_in_mid_sync_changes_nothing(tiny_pair, tmp_path, mortal, monkeypatch):
+    """It is killed while it samples the second step's batch, and between two parts of the third step's weights."""
+    servers, again = mortal
+    fields = {"max_completion_length": 120, "max_steps": 4}
+    undisturbed = run(trainer_of(tiny_pair, tmp_path, servers[0].url, **fields))
+    monkeypatch.setattr(transport, "PART_BYTES", 1)
+    losses, parts, kills = [], [], []
+    trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, **fields)
+    engine = trainer.vllm_generation.engine
+    finish, ask, check = engine.finish, engine._ask_once, transport.check
+
+    def watched(batch):
+        try:
+            return finish(batch)
+        except ServerLost:
+            losses.append((len(batch.completions), len(batch.prompts)))
+            raise
+
+    def killed_in_step(batch):
+        if trainer.state.global_step == 1 and not kills:
+            kills.append(threading.Timer(0.1, again))
+            kills[0].start()
+        ask(batch)
+
+    def killed_in_sync(answer):
+        check(answer)
+        if trainer.state.global_step == 2:
+            parts.append(answer)
+            if len(parts) == 3:
+                again()
+
+    engine.finish, engine._ask_once = watched, killed_in_step
+    monkeypatch.setattr(transport, "check", killed_in_sync)
+    assert run(trainer) == undisturbed
+    assert len(servers) == 3
+    assert losses, "no kill hit a batch that was being sampled: nothing was tested"
+
+
+def test_a_server_that_stays_away_ends_the_run(tiny_pair, tmp_path, mortal):
+    servers, _ = mortal
+    trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, vllm_server_timeout=5.0)
+    watch(trainer, lambda _: servers[0].kill())
+    begun = time.monotonic()
+    with trainer, pytest.raises(RuntimeError, match=r"no `osd serve` has answered at .* for 5 seconds"):
+        trainer.train()
+    assert time.monotonic() - begun < 60
+
+
+def test_a_server_that_hangs_ends_the_run(tiny_pair, tmp_path, mortal):
+    """SIGSTOP: its connections stay open, and nothing comes."""
+    servers, _ = mortal
+    trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, vllm_server_timeout=3.0)
+    watch(trainer, lambda _: os.killpg(servers[0].process.pid, signal.SIGSTOP))
+    begun = time.monotonic()
+    try:
+        with trainer, pytest.raises(RuntimeError, match=r"no `osd serve` has answered|has not finished a completion"):
+            trainer.train()
+    finally:
+        os.killpg(servers[0].process.pid, signal.SIGCONT)
+    assert time.monotonic() - begun < 90
+
+
+# -- the trainer is killed ----------------------------------------------------------------------------------------------
+
+
+def process(tiny_pair, out, url, **environment):
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.launched", "served", str(out), *map(str, tiny_pair)]
+    return subprocess.run(
+        command, env={**os.environ, "OSD_TEST_URL": url, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("place", ["sync", "sample"])
+def test_a_trainer_that_is_killed_leaves_a_server_for_the_next(tiny_pair, tmp_path, server, place):
+    url = server.server.url
+    died = process(tiny_pair, tmp_path / "died", url, OSD_TEST_DIES=place)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
+    wait_for(lambda: state(server)["trainer"] is None)
+    assert state(server)["whole"] == (place == "sample")
+    if place == "sync":
+        assert server.refused({"prompt": [7, 8], "max_tokens": 2})[0] == 503
+    else:
+        wait_for(lambda: "num_requests_running{" not in server.http.get("/metrics").text or running(server) == 0)
+    next_one = process(tiny_pair, tmp_path / "next", url)
+    assert next_one.returncode == 0, next_one.stderr[-3000:]
+    here = run(trainer_of(tiny_pair, tmp_path, **GREEDY))
+    seen = json.loads((tmp_path / "next" / "0.json").read_text())
+    assert seen["sampled"] == here[1]
+    assert seen["loss"] == pytest.approx(here[0], rel=1e-5)
+
+
+def running(server):
+    lines = [line for line in server.http.get("/metrics").text.splitlines() if line.startswith("vllm:num_requests_running{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+# -- several processes --------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one_also_while_the_server_is_killed(tiny_pair, tmp_path, mortal, monkeypatch):
+    servers, again = mortal
+    monkeypatch.setenv("OSD_TEST_URL", servers[0].url)
+    killing = threading.Event()
+
+    def kill_once():
+        client = Client(servers[0])
+        while not killing.is_set():
+            if client.http.get(STATE_ROUTE).json()["version"] >= 2:
+                again()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill_once)
+    thread.start()
+    try:
+        result = launch(ACCELERATE / "cpu_ddp.yaml", "-m", "tests.launched", "served", tmp_path, *tiny_pair)
+    finally:
+        killing.set()
+        thread.join()
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert len(servers) == 2
+    here = run(trainer_of(tiny_pair, tmp_path, **GREEDY))
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert seen[0]["loss"] == seen[1]["loss"] == pytest.approx(here[0], rel=1e-4)
+    for step, completions in enumerate(here[1]):
+        both = sorted(ids for rank in seen for ids in rank["sampled"][step])
+        assert both == sorted(completions)
+
+
+# -- TRL's own client ---------------------------------------------------------------------------------------------------
+
+
+def test_trls_client_works_against_the_server(tiny_pair, tmp_path, monkeypatch):
+    """All of it but the tensors, which it sends by NCCL alone: here they go by our route, between its calls."""
+    monkeypatch.delenv("VLLM_API_KEY")
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    flags = ("--weight-transfer-config", '{"backend": "http"}', "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1")
+    with served(*tiny_pair, tmp_path / "log", *flags) as server:
+        client = VLLMClient(base_url=server.server.url)
+        assert client.get_server_info()["weight_transfer_config"]["backend"] == "http"
+        assert client.get_world_size() == 1
+        before = client.generate([[7, 8]], max_tokens=8, temperature=0.0)
+        with client.weight_update():
+            other = AutoModelForCausalLM.from_pretrained(tiny_pair[0])
+            tensors = {name: parameter.detach() for name, parameter in other.named_parameters()}
+            assert server.http.post(WEIGHTS_ROUTE, content=save(tensors)).status_code == 200
+        client.reset_prefix_cache()
+        after = client.generate([[7, 8]], max_tokens=8, temperature=0.0)
+        assert before["completion_ids"] != after["completion_ids"], "the student is now a copy of the teacher"
