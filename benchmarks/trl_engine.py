@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from trl.generation import vllm_generation
 
-from osd.engine.weights import keep_weights_live
+PACK = "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm"
 
 
 @contextmanager
@@ -19,5 +20,13 @@ def engine_arguments(**kwargs: Any) -> Iterator[None]:
 
     Also keeps vLLM from packing weights on a CPU, because TRL's weight sync fails on packed weights.
     """
-    with mock.patch.object(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, **kwargs)), keep_weights_live():
-        yield
+
+    def plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    with mock.patch.object(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, **kwargs)):
+        if torch.cuda.is_available():
+            yield
+        else:
+            with mock.patch(PACK, plain_linear):
+                yield
