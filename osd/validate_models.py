@@ -79,7 +79,9 @@ def load_tokenizer(config: PairConfig, side: str) -> Any:
 
 def _check_heads(side: str, model: str, found: Any, ranks: Any) -> None:
     if not isinstance(ranks, int) or ranks < 1:
-        raise ValueError(f"tensor_parallel_size={ranks!r} is not a number of ranks; use 1 or more")
+        raise ValueError(
+            f"tensor_parallel_size={ranks!r} (in training vllm_tensor_parallel_size) is not a number of ranks; use 1 or more"
+        )
     heads = getattr(found.get_text_config(), "num_attention_heads", None)
     if isinstance(heads, int) and heads % ranks:
         raise ValueError(

@@ -176,8 +176,7 @@ def test_mixing_is_what_was_configured(tmp_path):
         ({"max_completion_length": 0}, "max_completion_length=0"),
         ({"generation_kwargs": {"n": 2}}, r"generation_kwargs\['n'\]"),
         ({"use_vllm": False}, "use_vllm=False"),
-        ({"vllm_mode": "server"}, "vllm_mode='server'"),
-        ({"vllm_server_base_url": "http://x"}, "vllm_server_base_url='http://x' cannot be used"),
+        ({"vllm_server_base_url": "http://x"}, "vllm_server_base_url='http://x' without vllm_mode='server'"),
         pytest.param(
             {"vllm_enable_sleep_mode": True},
             "vllm_enable_sleep_mode=True needs an NVIDIA GPU",

@@ -75,7 +75,7 @@ def test_different_tokenizers_are_refused_naming_the_first_id(tmp_path):
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_a_missing_model_is_refused_by_name(tmp_path, tiny_pair, side):
     paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: tmp_path / "nowhere"}
-    with pytest.raises(ValueError, match=f"{side} model '.*nowhere'"):
+    with pytest.raises(ValueError, match=f"{side}='.*nowhere': the folder does not exist"):
         pair(**paths)
 
 

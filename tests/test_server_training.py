@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from osd import cli
+from osd.core import MixingConfig
 from osd.engine.config import PairConfig
 from osd.engine.engine import PairPrompt
 from osd.engine.remote import RemoteEngine, ServerLost
@@ -22,7 +23,7 @@ from osd.engine.transport import HTTPTransport
 from osd.engine.wire import STATE_ROUTE, framed, frames
 from tests.exact import completion_logits, q_star, reference
 from tests.served import KEY, free_port, served
-from tests.tiny import tiny_engine_kwargs
+from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import build_trainer, logged
 from trainers import OSDConfig
 
@@ -319,6 +320,46 @@ def test_another_clients_running_request_ends_with_503_at_an_update(connect, tin
     assert "were updated while the request ran" in answers[-1].text
 
 
+def test_other_clients_never_sample_with_the_mixing_of_a_trainer(connect, tiny_pair, server):
+    engine = connect()
+    engine.load_student_weights(weights(tiny_pair[1])[1].items())
+    engine.set_mixing(MixingConfig(alpha_method="fixed", fixed_alpha=0.25))
+    assert all((c.record.alpha == 0.25).all() for c in engine.generate(PROMPTS, sampling=GREEDY))
+    body = {"prompt": [7, 8], "max_tokens": 4, "osd": {"record": True}}
+    refused = server.post("/v1/completions", body)
+    assert refused.status_code == 503
+    assert "mixes otherwise" in refused.text
+    engine.close()
+    wait_for(lambda: state(server)["trainer"] is None)
+    assert state(server)["mixing"] == server.http.get("/v1/osd").json()["mixing"] == MixingConfig().to_dict()
+    answer = server.post("/v1/completions", body).json()
+    assert 0.25 not in answer["choices"][0]["osd"]["alpha"]
+
+
+def test_nobody_mixes_otherwise_without_holding_the_server(server):
+    body = {"trainer": None, "sync": None, "mixing": {"alpha_method": "fixed"}, "prompts": [], "sampling": [], "alpha": []}
+    answer = server.post("/v1/osd/sample", body)
+    assert (answer.status_code, "no trainer holds" in answer.text) == (409, True)
+    assert state(server)["mixing"] == MixingConfig().to_dict()
+
+
+def test_token_ids_that_are_keys_arrive_as_numbers(connect, tiny_pair):
+    engine = connect()
+    engine.load_student_weights(weights(tiny_pair[1])[1].items())
+    completions = engine.generate(PROMPTS, sampling={**GREEDY, "logit_bias": {9: 500.0}})
+    assert all(set(c.token_ids) == {9} for c in completions)
+
+
+def test_a_prompt_that_cannot_be_sampled_ends_the_batch_at_once(connect, tiny_pair, monkeypatch):
+    engine = connect()
+    engine.load_student_weights(weights(tiny_pair[1])[1].items())
+    take = RemoteEngine._take
+    failed = {"status": 500, "message": "KeyError: 7"}
+    monkeypatch.setattr(RemoteEngine, "_take", lambda self, batch, places, of, t: take(self, batch, places, of | failed, t))
+    with pytest.raises(RuntimeError, match=r"cannot sample prompt . of the batch: KeyError: 7"):
+        engine.generate(PROMPTS, sampling=GREEDY)
+
+
 def test_a_full_queue_is_waited_for(connect, tiny_pair):
     """The server queues 12 requests, and answers the others of a batch with 503."""
     engine = connect()
@@ -348,10 +389,14 @@ def test_without_a_server_a_run_ends_before_its_models_load(tiny_pair, tmp_path)
     assert time.monotonic() - start < 30
 
 
-def test_a_server_of_other_models_or_without_the_key_is_refused(tiny_pair, server, monkeypatch):
+def test_a_server_of_other_models_or_without_the_key_is_refused(tiny_pair, server, monkeypatch, tmp_path):
     pair = PairConfig(teacher=str(tiny_pair[1]), student=str(tiny_pair[1]))
     with pytest.raises(ValueError, match=r"the teacher of server .* is '.*teacher', and"):
         ServedPair(config=pair, url=server.server.url).info()
+    other = tmp_path / tiny_pair[0].name
+    tiny_model(other, seed=99)
+    with pytest.raises(ValueError, match=r"the teacher of server .* has other weights than '.*teacher' here"):
+        ServedPair(config=PairConfig(teacher=str(other), student=str(tiny_pair[1])), url=server.server.url).info()
     monkeypatch.setenv("VLLM_API_KEY", "wrong")
     with pytest.raises(ValueError, match="refuses the API key; set the variable VLLM_API_KEY"):
         ServedPair(config=pair, url=server.server.url).info()

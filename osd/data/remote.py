@@ -21,6 +21,7 @@ import httpx
 from osd.data.requests import Request
 from osd.data.settings import GenerateConfig
 from osd.engine.request import PairPrompt, SideLimits, check_request
+from osd.engine.served import weights_digest
 from osd.engine.wire import FIELD, INFO_ROUTE, record_from_json
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class ServerPair:
         check_models(config)
         self.teacher_tokenizer, self.student_tokenizer = (load_tokenizer(config, side) for side in ("teacher", "student"))
         self._info: dict[str, Any] = {}
+        self._updated: set[str] = set()  # servers whose student is not that of its files
         self._last_answer = 0.0
         self._asking = 0
         if not settings.dry_run:
@@ -148,7 +150,13 @@ class ServerPair:
         if answer.status_code != 200:
             return False
         info = answer.json()
+        updates = info.pop("weight_updates", 0)
         info |= {side: PurePath(info[side]).name for side in ("teacher", "student")}  # folders differ between machines
+        if updates and url not in self._updated:
+            self._updated.add(url)
+            warnings.warn(
+                f"the student of server {url} has weights that a trainer pushed, not those of its files", stacklevel=2
+            )
         if not self._info:
             self._check_info(url, info)
             self._info = info
@@ -168,6 +176,8 @@ class ServerPair:
         for side, name in names.items():
             if PurePath(str(name)).name != info[side]:
                 warnings.warn(f"the {side} of server {url} is {info[side]!r}, and of the settings {name!r}", stacklevel=2)
+            elif None not in (digests := (weights_digest(str(name)), info[f"{side}_weights"])) and digests[0] != digests[1]:
+                warnings.warn(f"the {side} of server {url} has other weights than {name!r} of the settings", stacklevel=2)
 
     def _client(self) -> httpx.AsyncClient:
         key = self.settings.api_key or os.environ.get(API_KEY_VARIABLE)

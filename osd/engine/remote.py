@@ -272,6 +272,9 @@ class RemoteEngine:
     def _take(self, batch: Batch, places: list[int], of: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         if of["status"] == 400:
             raise ValueError(f"server {self.pair.url}: {of['message']}")
+        if of["status"] == 500:
+            place = places[of["index"]]
+            raise RuntimeError(f"server {self.pair.url} cannot sample prompt {place} of the batch: {of['message']}")
         if of["status"] != 200:
             batch.trouble = of["message"]
             return  # asked for again

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from functools import cache
+from pathlib import Path, PurePath
 from typing import Any
 
 import httpx
+from huggingface_hub import try_to_load_from_cache
 
 from osd.engine.config import PairConfig
 from osd.engine.request import SideLimits
@@ -17,6 +20,28 @@ from osd.engine.wire import INFO_ROUTE, STATE_ROUTE
 API_KEY_VARIABLE = "VLLM_API_KEY"  # the server reads it too
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 5.0  # seconds between two looks for a server that is away
+_PART = 1 << 16  # bytes
+
+
+@cache
+def weights_digest(model: str) -> str | None:
+    """Return a hash of three places in each of a model's weight files; None if its files are not on this machine."""
+    folder = Path(model)
+    if not folder.is_dir():
+        found = try_to_load_from_cache(model, "config.json") if model.count("/") < 2 else None
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as data:
+            for place in (0, size // 2, max(size - _PART, 0)):
+                data.seek(place)
+                digest.update(data.read(_PART))
+    return digest.hexdigest() if files else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +123,12 @@ class ServedPair:
         for side in ("teacher", "student"):  # folders differ between machines
             if PurePath(info[side]).name != PurePath(getattr(self.config, side)).name:
                 raise ValueError(f"the {side} of server {self.url} is {info[side]!r}, and {getattr(self.config, side)!r} here")
+        ours, theirs = weights_digest(str(self.config.teacher)), info["teacher_weights"]
+        if None not in (ours, theirs) and ours != theirs:
+            raise ValueError(
+                f"the teacher of server {self.url} has other weights than {str(self.config.teacher)!r} here, under the same "
+                "name; give both the same files"
+            )
         if info["state"]["transfer"] is None:
             raise ValueError(
                 f"server {self.url} takes no weights; start it with --weight-transfer-config "

@@ -39,6 +39,7 @@ from osd.engine.backend.language_model import as_text
 from osd.engine.backend.training import Training, not_now
 from osd.engine.config import PairConfig
 from osd.engine.request import EXTRA_ARGS_KEY, PairOptions, PairPrompt, check_request
+from osd.engine.served import weights_digest
 from osd.engine.wire import (
     FIELD,
     INFO_ROUTE,
@@ -202,7 +203,8 @@ class PairMiddleware:
         if scope["method"] != "OPTIONS" and not self._server.allows(request.path, Headers(scope=scope)):
             return await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
         if request.path == INFO_ROUTE:
-            return await JSONResponse(self._server.info)(scope, receive, send)
+            info = self._server.info | {"weight_updates": self._server.training.version}
+            return await JSONResponse(info)(scope, receive, send)
         if request.path.startswith(f"{INFO_ROUTE}/"):
             return await self._server.training(scope, receive, send)
         with request.served():
@@ -230,6 +232,8 @@ class _Server:
         self.info = {
             "teacher": teacher_config.model_config.model,
             "student": student_config.model_config.model,
+            "teacher_weights": weights_digest(teacher_config.model_config.model),
+            "student_weights": weights_digest(student_config.model_config.model),
             "mixing": mixing_config(teacher_config).to_dict(),
             "limits": {side: vars(limits) for side, limits in self.limits.items()},
             "fields": sorted(CompletionRequest.model_fields),
@@ -323,9 +327,9 @@ class _Server:
 
         Raises:
             ValueError: what vLLM answers with 400.
-            GracefulHTTPError: 503, while the student's weights are not whole.
+            GracefulHTTPError: 503, while the student's weights are not whole, or a trainer mixes otherwise.
         """
-        self.training.check_whole()
+        self.training.check_open()
         request = HttpRequest.current() or HttpRequest("")
         options = self._options(request, sampling_params)
         if not isinstance(prompt, dict) or prompt.get("type") != "token":

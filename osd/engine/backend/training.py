@@ -62,7 +62,7 @@ class Training:
         self.client, self.limits = app_state.engine_client, limits
         config = self.client.vllm_config
         self.transfer = getattr(config.weight_transfer_config, "backend", None)
-        self.mixing = mixing_config(config)
+        self.mixing = self._own_mixing = mixing_config(config)
         self.dtype, self.hidden_size = config.model_config.dtype, config.model_config.get_hidden_size()
         self.whole, self.version = True, 0
         self.sync: str | None = None
@@ -126,6 +126,8 @@ class Training:
             await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()
+            with suppress(Exception):  # a dead engine
+                await self._mix(self._own_mixing)
             self.trainer = None
 
     def _check_trainer(self, trainer: str | None) -> None:
@@ -173,14 +175,18 @@ class Training:
             self.whole, self.sync = True, weight_version
             await self.client.resume_generation()
 
-    def check_whole(self) -> None:
-        """Raise while the student has a part of its weights.
+    def check_open(self) -> None:
+        """Raise while other clients than the trainer would get something else than the server says.
 
         Raises:
             GracefulHTTPError: which vLLM answers with 503.
         """
         if not self.whole:
             raise not_now("an update of the student's weights has begun and not ended; ask again when one has")
+        if self.mixing != self._own_mixing:
+            raise not_now(
+                f"the trainer {self.trainer} mixes otherwise than this server was started; ask again when it has ended"
+            )
 
     # -- the teacher's output layer ---------------------------------------------------------------------------------
 
@@ -195,8 +201,11 @@ class Training:
         """Answer with a frame per completion, as they finish; end all of them if the trainer goes away."""
         body = await http.json()
         self._check_trainer(body["trainer"])
-        await self._mix(MixingConfig.from_dict(body["mixing"]))
+        mixing = MixingConfig.from_dict(body["mixing"])
         jobs = [self._job(index, body, *prompts) for index, prompts in enumerate(body["prompts"])]
+        if self.trainer is None:
+            raise HTTPException(409, f"no trainer holds this server; connect by {TRAINER_ROUTE} first")
+        await self._mix(mixing)
         if not self.whole or self.sync != body["sync"]:
             raise HTTPException(409, f"the student has the weights {self.sync!r}, and {body['sync']!r} were asked for")
         tasks = [asyncio.create_task(self._complete(*job)) for job in jobs]
@@ -217,9 +226,13 @@ class Training:
 
     async def _mix(self, mixing: MixingConfig) -> None:
         async with self._mixes:
-            if mixing != self.mixing:
-                await self.client.collective_rpc("set_mixing", args=(mixing.to_dict(),))
-                self.mixing = mixing
+            if mixing == self.mixing:
+                return
+            others, self.mixing = self.mixing == self._own_mixing, mixing  # from here on other clients' requests are refused
+            if others:
+                await self.client.pause_generation(mode="abort", clear_cache=False)
+                await self.client.resume_generation()
+            await self.client.collective_rpc("set_mixing", args=(mixing.to_dict(),))
 
     def _job(self, index: int, body: dict[str, Any], teacher: list[int], student: list[int]) -> tuple[Any, ...]:
         options = returned(
@@ -235,6 +248,8 @@ class Training:
         sampling, seed = body["sampling"][index if len(body["sampling"]) > 1 else 0], body["seeds"][index]
         if not all(type(number) is int for number in (seed, *teacher, *student)):
             raise ValueError(f"prompt {index}: token ids and the seed are whole numbers")
+        if sampling.get("logit_bias"):
+            sampling = {**sampling, "logit_bias": {int(token): bias for token, bias in sampling["logit_bias"].items()}}
         params = checked_params({**sampling, "seed": seed, "extra_args": options.to_extra_args()})
         prompt = PairPrompt(teacher_token_ids=teacher, student_token_ids=student)
         check_request(prompt, params, self.limits, teacher_only=options.teacher_only, name=f"prompt {index}: ")
@@ -246,8 +261,10 @@ class Training:
             async with aclosing(self._generate(tokens_input(teacher), params, next(self._names))) as outputs:
                 *_, last = [output async for output in outputs]
         except Exception as error:
-            status = getattr(error, "http_status", HTTPStatus.BAD_REQUEST if isinstance(error, ValueError) else 500)
-            return pack({"index": index, "status": int(status), "message": f"{error}"}, {})
+            cause = error if str(error) else error.__cause__ or error  # vLLM wraps some errors without a message
+            unexpected = HTTPStatus.SERVICE_UNAVAILABLE if self.client.errored else HTTPStatus.INTERNAL_SERVER_ERROR
+            status = getattr(error, "http_status", HTTPStatus.BAD_REQUEST if isinstance(cause, ValueError) else unexpected)
+            return pack({"index": index, "status": int(status), "message": f"{type(cause).__name__}: {cause}"}, {})
         completion = last.outputs[0]
         if completion.finish_reason == "abort":
             return pack({"index": index, "status": 503, "message": "the weights were updated while the request ran"}, {})
