@@ -160,7 +160,7 @@ class Report:
         training = self.training or (self.sampling and "the pair cannot be sampled")
         yield f"sampling: {f'no: {self.sampling}' if self.sampling else 'yes'}"
         yield f"training: {f'no: {training}' if training else 'yes'}"
-        no_drafts = "the pair cannot be sampled" if self.sampling else _no_drafts(self.sides)
+        no_drafts = _no_drafts(self.sides) or (self.sampling and "the pair cannot be sampled")
         yield f"drafts: {f'no: {no_drafts}' if no_drafts else 'yes'}"
         for name, side in self.sides.items():
             yield f"{name}: {_model(getattr(self, name), side)}"
