@@ -1,6 +1,6 @@
 """Demo: a student learns a task that it cannot do before, from a teacher that reads the answers.
 
-    python examples/demo.py [--arm q* student] [--steps 12] [--limit 64] [--seed 0] [--output outputs/demo]
+    python examples/demo.py [--arm q* student] [--steps 8] [--limit 64] [--seed 0] [--output outputs/demo]
 
 Student and teacher are both SmolLM2-135M-Instruct. Only the teacher's prompt contains the reference record
 (examples/bookings.py). The student is trained once per arm, from the same start: on samples from q*, from the student alone
@@ -148,7 +148,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--ask", metavar="MESSAGE", help="print the trained student's answer to a message, and train nothing")
     parser.add_argument("--student", type=Path, help="folder of the student to ask; default: the one in --output")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
     parser.add_argument("--limit", type=int, default=64, help="held-out messages to measure on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / MODEL, help="made here if it is missing")
