@@ -76,6 +76,11 @@ def run_worker(
     return result
 
 
+def exit_on_sigterm() -> None:
+    """Make SIGTERM end this process by an exception, so that `run_worker` ends its worker too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def nothing(error: str | None = None) -> Written:
     """Return an empty failed result."""
     return {"status": "failed", "error": error, "start": None, "settings": None, "rows": []}

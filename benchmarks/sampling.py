@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from benchmarks.process import (
     MULTIPROCESSING,
     ROOT,
     commit,
+    exit_on_sigterm,
     hardware,
     nothing,
     result_path,
@@ -233,5 +233,5 @@ def _try_plot(result: Result, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running worker
+    exit_on_sigterm()
     sys.exit(main())

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
-from benchmarks.process import GPU, MULTIPROCESSING, ROOT, environment, header, result_path, run_worker
+from benchmarks.process import GPU, MULTIPROCESSING, ROOT, environment, exit_on_sigterm, header, result_path, run_worker
 from benchmarks.shapes import parse_pair, write_model
 from benchmarks.summary import Result, markdown
 from osd.engine.speculation import expected_tokens
@@ -130,5 +129,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running worker
+    exit_on_sigterm()
     sys.exit(main())

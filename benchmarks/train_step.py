@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
-from benchmarks.process import GPU, MULTIPROCESSING, ROOT, Written, environment, header, nothing, result_path, run_worker
+from benchmarks.process import (
+    GPU,
+    MULTIPROCESSING,
+    ROOT,
+    Written,
+    environment,
+    exit_on_sigterm,
+    header,
+    nothing,
+    result_path,
+    run_worker,
+)
 from benchmarks.shapes import config, parse_pair
 from benchmarks.stopwatch import PARTS
 
@@ -174,5 +184,5 @@ def say(begin: float, text: str) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running worker
+    exit_on_sigterm()
     sys.exit(main())

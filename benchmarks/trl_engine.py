@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -24,9 +24,6 @@ def engine_arguments(**kwargs: Any) -> Iterator[None]:
     def plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
-    with mock.patch.object(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, **kwargs)):
-        if torch.cuda.is_available():
-            yield
-        else:
-            with mock.patch(PACK, plain_linear):
-                yield
+    packing = nullcontext() if torch.cuda.is_available() else mock.patch(PACK, plain_linear)
+    with mock.patch.object(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, **kwargs)), packing:
+        yield

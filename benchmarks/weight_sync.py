@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +29,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
-from benchmarks.process import GPU, MULTIPROCESSING, ROOT, Written, environment, header, result_path, run_worker
+from benchmarks.process import (
+    GPU,
+    MULTIPROCESSING,
+    ROOT,
+    Written,
+    environment,
+    exit_on_sigterm,
+    header,
+    result_path,
+    run_worker,
+)
 from benchmarks.shapes import parse_pair, write_model
 
 SYSTEMS = ("osd", "trl")
@@ -87,5 +96,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running worker
+    exit_on_sigterm()
     sys.exit(main())

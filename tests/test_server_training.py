@@ -84,7 +84,7 @@ def weights(path, seed=None):
 
 
 def gap(engine, model):
-    """How far the engine's student is from a model, in nats, over a few tokens."""
+    """Return the largest distance of the engine's student from a model, in nats, over a few tokens."""
     completions = engine.generate(PROMPTS[:1], sampling=GREEDY)
     logp = completion_logits(model, PROMPTS[0].student_token_ids, completions[0].token_ids).log_softmax(-1)
     drawn = logp.gather(-1, torch.tensor(completions[0].token_ids)[:, None])[:, 0]

@@ -41,6 +41,11 @@ UNSUPPORTED_KWARGS = {
 }
 
 
+def largest_number(num_speculative_tokens: int | str) -> int:
+    """Return the largest number of drafts of a cycle: "auto" chooses up to `MOST_CHOSEN`."""
+    return MOST_CHOSEN if isinstance(num_speculative_tokens, str) else num_speculative_tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairConfig:
     """Two models, their mixing, and the vLLM engine arguments of each.
@@ -102,28 +107,24 @@ class PairConfig:
         """Return the engine arguments of one side, "teacher" or "student"."""
         return {**self.engine_kwargs, **(self.teacher_kwargs if side == "teacher" else self.student_kwargs)}
 
-    @property
-    def most_drafts(self) -> int:
-        """How many tokens the student drafts at most in a cycle."""
-        return MOST_CHOSEN if isinstance(self.num_speculative_tokens, str) else self.num_speculative_tokens
-
-    def _graph_kwargs(self) -> dict[str, Any]:
-        """Return arguments that make the teacher's CUDA graphs wide enough for drafts.
+    def _graph_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments that, beside ``kwargs``, make the teacher's CUDA graphs wide enough for drafts.
 
         vLLM captures twice ``max_num_seqs`` tokens, at most 512, because it takes a request for one token. A user's own sizes
         stay.
         """
-        kwargs = self.side_kwargs("teacher")
         compilation, requests = kwargs.get("compilation_config", {}), kwargs.get("max_num_seqs")
-        if not self.most_drafts or requests is None or not isinstance(compilation, dict):
+        drafts = largest_number(self.num_speculative_tokens)
+        if not drafts or requests is None or not isinstance(compilation, dict):
             return {}
-        size = {"max_cudagraph_capture_size": min(2 * requests * (1 + self.most_drafts), 512)}
+        size = {"max_cudagraph_capture_size": min(2 * requests * (1 + drafts), 512)}
         own = {"max_cudagraph_capture_size", "cudagraph_capture_sizes"} & compilation.keys()
         return {} if own else {"compilation_config": compilation | size}
 
     def teacher_engine_args(self) -> dict[str, Any]:
         """Return the arguments of the vLLM engine: the teacher's, with the pair plugged in."""
-        kwargs = {**self.side_kwargs("teacher"), **self._graph_kwargs()}
+        kwargs = self.side_kwargs("teacher")
+        kwargs |= self._graph_kwargs(kwargs)
         section = {
             "student": {**self.side_kwargs("student"), "model": self.student, "weight_transfer_config": None},
             "mixing": self.mixing.to_dict(),

@@ -18,7 +18,7 @@ from osd.engine.backend.frontend import Frontend, checked_params, is_cuda
 from osd.engine.config import PairConfig
 from osd.engine.group import RankGroup, Request
 from osd.engine.record import RequestRecord, load_records
-from osd.engine.request import PairCompletion, PairOptions, PairPrompt, SideLimits, check_request, one_each
+from osd.engine.request import PairCompletion, PairOptions, PairPrompt, SideLimits, check_request, draw_seeds, one_each
 from osd.engine.weights import dump_weights
 from osd.validate_models import check_models, load_tokenizer
 
@@ -150,10 +150,8 @@ class PairEngine:
                 for a in one_each("alpha", alpha, len(prompts))
             ]
             params = self._params(prompts, sampling, options)
-            # From torch's random state, which a trainer saves and restores with its checkpoints, and the engine's own seed,
-            # which differs between processes.
-            for param, seed in zip(params, torch.randint(2**63 - 1, (len(params),)).tolist(), strict=True):
-                param.seed = seed ^ self._seed if param.seed is None else param.seed
+            for param, seed in zip(params, draw_seeds([param.seed for param in params], self._seed), strict=True):
+                param.seed = seed
             return list(zip(prompts, params, strict=True))
 
         shared, own = (requests(), slice(None)) if self._group is None else self._group.share(requests)

@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 
 from osd.core import RECORD_FIELDS, MixingConfig, TokenRecord
-from osd.engine.request import PairCompletion, PairPrompt, SideLimits, one_each
+from osd.engine.request import PairCompletion, PairPrompt, SideLimits, draw_seeds, one_each
 from osd.engine.served import CONNECT_SECONDS, LONGEST_PAUSE, ServedPair
 from osd.engine.transport import HTTPTransport, NCCLTransport, Transport
 from osd.engine.wire import HEAD_ROUTE, SAMPLE_ROUTE, TRAINER_ROUTE, frames, unpack
@@ -197,14 +197,10 @@ class RemoteEngine:
             RuntimeError: the last weight sync failed; no completion within the timeout; another trainer uses the server.
         """
         per_prompt = [sampling] * len(prompts) if isinstance(sampling, dict) else one_each("sampling", sampling, len(prompts))
-        drawn = torch.randint(2**63 - 1, (len(prompts),)).tolist()  # as PairEngine does
         body: dict[str, Any] = {
             "prompts": [[list(prompt.teacher_token_ids), list(prompt.student_token_ids)] for prompt in prompts],
             "sampling": [sampling] if isinstance(sampling, dict) else per_prompt,
-            "seeds": [
-                seed ^ self._seed if params.get("seed") is None else params["seed"]
-                for params, seed in zip(per_prompt, drawn, strict=True)
-            ],
+            "seeds": draw_seeds([params.get("seed") for params in per_prompt], self._seed),
             "alpha": one_each("alpha", alpha, len(prompts)),
             "mix_tokens": mix_tokens,
             "teacher_only": teacher_only,

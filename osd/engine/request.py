@@ -226,6 +226,18 @@ def check_request(
             )
 
 
+def draw_seeds(given: Sequence[int | None], own: int) -> list[int]:
+    """Return a seed per request: the given one, or for None one of torch's random state and the engine's own seed.
+
+    A trainer saves and restores torch's random state with its checkpoints; the own seed differs between processes. One number
+    is taken from that state for every request, whatever is given.
+    """
+    import torch  # the commands that check settings do without
+
+    drawn = torch.randint(2**63 - 1, (len(given),)).tolist()
+    return [seed ^ own if asked is None else asked for asked, seed in zip(given, drawn, strict=True)]
+
+
 def one_each(name: str, given: Any, count: int) -> list[Any]:
     """Return one value per prompt, from one for all of them or from a sequence.
 

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from osd.core import MixingConfig
 from osd.engine.backend.language_model import as_text
-from osd.engine.config import ADDITIONAL_CONFIG_KEY, MOST_CHOSEN, SCHEDULER_CLS, WORKER_CLS, PairConfig
+from osd.engine.config import ADDITIONAL_CONFIG_KEY, SCHEDULER_CLS, WORKER_CLS, PairConfig, largest_number
 from osd.engine.request import SideLimits
 
 _PLENTY = 1 << 50  # bytes
@@ -61,7 +61,7 @@ def chooses_drafts(teacher_config: VllmConfig) -> bool:
 
 def most_drafts(teacher_config: VllmConfig) -> int:
     """Return how many tokens the student drafts at most in a cycle."""
-    return MOST_CHOSEN if chooses_drafts(teacher_config) else _pair_section(teacher_config)["num_speculative_tokens"]
+    return largest_number(_pair_section(teacher_config)["num_speculative_tokens"])
 
 
 def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:

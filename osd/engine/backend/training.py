@@ -48,7 +48,7 @@ _PULSE_SECONDS = 1.0  # between two signs of life on a trainer's connection
 
 
 class Training:
-    """What a trainer may do to one server, and the state of its student.
+    """A trainer's access to one server, and the state of its student.
 
     Attributes:
         whole: the student has all weights of one update, or its files'.
