@@ -144,7 +144,7 @@ def trl_autocast(job: TrainJob) -> tuple[Any, dict[str, Any]]:
 
 def osd(job: TrainJob) -> tuple[Any, dict[str, Any]]:
     """Build OSD's trainer, with both models in one engine. Returns it with the engine settings of both sides."""
-    from trainers import OSDConfig, OSDTrainer
+    from osd.train import OSDConfig, OSDTrainer
 
     args = OSDConfig(**job.trainer_kwargs(), engine_kwargs=job.llm_kwargs(job.teacher, job.student))
     trainer = OSDTrainer(model=job.student, teacher_model=job.teacher, args=args, train_dataset=job.rows())
@@ -285,7 +285,7 @@ def run(spec: dict[str, Any], write: Callable[[Written], None]) -> Written:
             "parts_s": clock.parts,
             "memory_bytes": memory.bytes,
             "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "alpha": [entry["alpha/mean"] for entry in trainer.state.log_history if "alpha/mean" in entry],
+            "alpha": [entry["osd/alpha/mean"] for entry in trainer.state.log_history if "osd/alpha/mean" in entry],
             "optimizer": type(trainer.optimizer.optimizer).__name__,
             "trainer": {k: v for k, v in asdict(job).items() if not isinstance(v, (str, dict))},
         }

@@ -32,8 +32,8 @@ def page() -> str:
     from osd.generation import GeneratedBatch, OSDGeneration
     from osd.output import OptimalSample, OptimalSamplingOutput, save_alpha_history
     from osd.sampler import OptimalSamplingV1
-    from trainers import OSDConfig, OSDTrainer
-    from trainers.data import DataArguments
+    from osd.train import OSDConfig, OSDTrainer
+    from osd.train.data import DataArguments
 
     parts = [HEAD]
     parts += [
@@ -44,8 +44,8 @@ def page() -> str:
     parts += [_class("osd", cls) for cls in (PairEngine, PairConfig, PairPrompt)]
     parts += [_class("osd.engine.engine", PairCompletion)]
     parts += [_class("osd.engine.served", ServedPair)]
-    parts += [_class("osd.engine.request", PairOptions), _class("trainers", OSDTrainer), _options("trainers", OSDConfig)]
-    parts += [_options("trainers.data", DataArguments)]
+    parts += [_class("osd.engine.request", PairOptions), _class("osd", OSDTrainer), _options("osd", OSDConfig)]
+    parts += [_options("osd.train.data", DataArguments)]
     parts += [_command("osd generate", GenerateConfig), _command("osd compare", CompareConfig)]
     return "\n".join(parts)
 

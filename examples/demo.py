@@ -247,7 +247,8 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", alpha=f"{logs['alpha/mean']:.2f}", kl=f"{logs['q/kl_theta']:.3f}")
+            names = {"loss": "loss", "alpha": "osd/alpha/mean", "kl": "osd/q/kl_student"}
+            self.bar.set_postfix({label: f"{logs[name]:.3f}" for label, name in names.items()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()

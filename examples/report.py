@@ -137,9 +137,9 @@ def _plot_loss(axes: Any, steps: list[int], series: dict[str, list[float]]) -> N
 
 def _plot_divergences(axes: Any, steps: list[int], series: dict[str, list[float]]) -> None:
     # α makes the two equal, so the lines coincide. Dashes make both visible.
-    axes.plot(steps, series["q/kl_theta"], color=STUDENT, linewidth=3.2, alpha=0.65, label="KL(q* ‖ student)")
-    axes.plot(steps, series["q/kl_teacher"], color=TEACHER, linestyle=(0, (3, 2)), label="KL(q* ‖ teacher)")
-    axes.set_ylim(0, _top(series["q/kl_theta"] + series["q/kl_teacher"], room=1.3))
+    axes.plot(steps, series["osd/q/kl_student"], color=STUDENT, linewidth=3.2, alpha=0.65, label="KL(q* ‖ student)")
+    axes.plot(steps, series["osd/q/kl_teacher"], color=TEACHER, linestyle=(0, (3, 2)), label="KL(q* ‖ teacher)")
+    axes.set_ylim(0, _top(series["osd/q/kl_student"] + series["osd/q/kl_teacher"], room=1.3))
     axes.legend(loc="upper right")
 
 
@@ -149,10 +149,10 @@ def _top(values: list[float], room: float = 1.08) -> float:
 
 
 def _plot_alpha(axes: Any, steps: list[int], series: dict[str, list[float]]) -> None:
-    mean, std = series["alpha/mean"], series["alpha/std"]
+    mean, std = series["osd/alpha/mean"], series["osd/alpha/std"]
     low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
     for lower, upper, opacity, label in (
-        (series["alpha/min"], series["alpha/max"], 0.12, "min to max"),
+        (series["osd/alpha/min"], series["osd/alpha/max"], 0.12, "min to max"),
         (low, high, 0.3, "mean ± std"),
     ):
         axes.fill_between(steps, lower, upper, color=TEACHER, alpha=opacity, linewidth=0, label=label)
@@ -190,7 +190,7 @@ def table(metrics: dict[str, Any]) -> Table:
         result.add_row(label, *(f"{c[key]}/{c['total']} {c[key] / c['total']:5.0%}" for c in columns))
     result.add_section()
     result.add_row(f"training, {metrics['arm']}", "first step", "last step")
-    for label, key in (("loss", "loss"), ("α, mean", "alpha/mean"), ("KL(q* ‖ student), nats", "q/kl_theta")):
+    for label, key in (("loss", "loss"), ("α, mean", "osd/alpha/mean"), ("KL(q* ‖ student), nats", "osd/q/kl_student")):
         result.add_row(label, f"{first[key]:.3f}", f"{last[key]:.3f}")
     return result
 

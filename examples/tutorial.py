@@ -113,12 +113,13 @@ trainer.close()
 # %% [markdown]
 # ## 4. Results
 #
-# `q/kl_theta` is the divergence of q\* from the student. It falls as the student learns the answers.
+# `osd/q/kl_student` is the divergence of q\* from the student. It falls as the student learns the answers.
 
 # %%
-history = [entry for entry in trainer.state.log_history if "q/kl_theta" in entry]
+history = [entry for entry in trainer.state.log_history if "osd/q/kl_student" in entry]
 for entry in history:
-    print(f"step {entry['step']}: KL(q*‖π_θ) {entry['q/kl_theta']:.3f} nats per token, mean α {entry['alpha/mean']:.2f}")
+    kl, alpha = entry["osd/q/kl_student"], entry["osd/alpha/mean"]
+    print(f"step {entry['step']}: KL(q*‖π_θ) {kl:.3f} nats per token, mean α {alpha:.2f}")
 
 # %% [markdown]
 # Samples of the trained student alone (α = 0), which reads only its own prompt:

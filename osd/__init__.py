@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from osd.generation import OSDGeneration
     from osd.output import OptimalSample, OptimalSamplingOutput, save_alpha_history
     from osd.sampler import OptimalSamplingV1
-    from trainers import OSDConfig, OSDTrainer
+    from osd.train import OSDConfig, OSDTrainer
 
 _HOME = {
     "MixingConfig": "osd.core",
@@ -31,8 +31,8 @@ _HOME = {
     "PairEngine": "osd.engine.engine",
     "PairPrompt": "osd.engine.engine",
     "OSDGeneration": "osd.generation",
-    "OSDConfig": "trainers",
-    "OSDTrainer": "trainers",
+    "OSDConfig": "osd.train",
+    "OSDTrainer": "osd.train",
 }
 __all__ = [
     "MixingConfig",

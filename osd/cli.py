@@ -273,7 +273,7 @@ def _say(quiet: bool, text: str) -> None:
 
 
 def _training_keys() -> set[str]:
-    from trainers.train_osd import training_keys
+    from osd.train.train_osd import training_keys
 
     return training_keys()
 

@@ -1,4 +1,4 @@
-"""`osd train`: check the arguments, then run `trainers.train_osd` under `accelerate launch`, or here if that runs already."""
+"""`osd train`: check the arguments, then run `osd.train.train_osd` under `accelerate launch`, or here if that runs already."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def train(argv: Sequence[str]) -> None:
         print(HELP, end="")
         return
     launch, rest = _split(argv)
-    from trainers.train_osd import command, parse
+    from osd.train.train_osd import command, parse
 
     if "--help-all" in rest:
         parse(["--help-all"])
@@ -62,7 +62,7 @@ def train(argv: Sequence[str]) -> None:
     if data.dry_run:
         command(rest)
     else:
-        _replace_process([*_accelerate_flags(launch, use_cpu=args.use_cpu), "-m", "trainers.train_osd", *rest])
+        _replace_process([*_accelerate_flags(launch, use_cpu=args.use_cpu), "-m", "osd.train.train_osd", *rest])
 
 
 def _split(argv: Sequence[str]) -> tuple[Namespace, list[str]]:

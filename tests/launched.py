@@ -217,7 +217,7 @@ def shared(out: Path, teacher: str, student: str) -> None:
         "head": head,
         "seed": seed,
         "loss": logged(trainer, "loss"),
-        "gap": logged(trainer, "privilege/gap"),
+        "gap": logged(trainer, "osd/privilege/gap"),
         "elements": sum(parameter.numel() for parameter in shard.parameters()),
         "weights": weights_of(trainer),
     }
@@ -252,7 +252,7 @@ def served(out: Path, teacher: str, student: str) -> None:
     sampled = []
     watch(trainer, lambda _: sampled.append([c.token_ids for c in trainer.vllm_generation.last_batch.completions]))
     trainer.train()
-    seen = {"loss": logged(trainer, "loss"), "sampled": sampled, "syncs": logged(trainer, "engine/weights_version")}
+    seen = {"loss": logged(trainer, "loss"), "sampled": sampled, "syncs": logged(trainer, "osd/engine/weights_version")}
     (out / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     trainer.close()
 

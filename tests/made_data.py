@@ -59,7 +59,7 @@ def demo_metrics():
     """Return the contents of a metrics.json of the demo, with markup in it."""
     token = {"alpha": 0.25, "logq": -0.5, "logp_theta": -1.25, "logp_teacher": -0.125}
     tokens = [{**token, "token": text} for text in ('{"', "gu", "\n", "<|im_end|>")]
-    step = {"loss": 0.5, "alpha/mean": 0.4, "alpha/std": 0.1, "alpha/min": 0.2, "alpha/max": 0.7}
+    step = {"loss": 0.5, "osd/alpha/mean": 0.4, "osd/alpha/std": 0.1, "osd/alpha/min": 0.2, "osd/alpha/max": 0.7}
     counts = {"valid_json": 63, "values_anywhere": 51, "total": 64}
     other = {"arm": "student", "after": 31 / 64, "counts": {"after": {**counts, "correct": 31}}, "history": []}
     return {
@@ -76,7 +76,7 @@ def demo_metrics():
         "timing": {"train": 300.0},
         "setup": {"model": "a-model", "per_device_train_batch_size": 8, "max_completion_length": 40},
         "versions": {"torch": "9.8.7"},
-        "history": [{**step, "step": n, "q/kl_theta": 0.1 / n, "q/kl_teacher": math.nan} for n in (1, 2)],
+        "history": [{**step, "step": n, "osd/q/kl_student": 0.1 / n, "osd/q/kl_teacher": math.nan} for n in (1, 2)],
         "probes": [{"step": 0, "arm": "", "message": "a message", "tokens": tokens}],
         "examples": [{"message": "<b>M&M</b>", "answer": ANSWER, "before": "no", "after": ANSWER, "correct": True}],
     }

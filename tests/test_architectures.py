@@ -11,13 +11,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from osd.engine.engine import PairConfig, PairEngine
+from osd.train.divergence import token_logprobs
+from osd.train.lm_head import head_of
 from osd.validate_models import StudentLayout
 from tests.architectures import save_model
 from tests.test_generation import NOISE, disagreement, gaps_over_training
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 from tests.training import build_trainer
-from trainers.divergence import token_logprobs
-from trainers.lm_head import head_of
 
 pytestmark = pytest.mark.gpu
 
@@ -157,6 +157,6 @@ def test_a_gpt_neox_student_is_trained_from_another_teacher_and_a_wrong_head_is_
         lora = LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM")
         assert max(gaps_over_training(build_trainer(engine, student, tmp_path, peft_config=lora))) < NOISE
         # Planted: an architecture that scales its logits under a name that OSD does not know.
-        monkeypatch.setattr("trainers.lm_head.logit_scale", lambda config: 2.0)
+        monkeypatch.setattr("osd.train.lm_head.logit_scale", lambda config: 2.0)
         with pytest.raises(RuntimeError, match=r"differ from those it sampled with by .* Use teacher_signal='recompute'"):
             build_trainer(engine, student, tmp_path).train()

@@ -12,10 +12,10 @@ from huggingface_hub import DatasetCard
 from osd.data import card
 from osd.data.generate import generate
 from osd.data.writer import Counts
+from osd.train import OSDConfig
+from osd.train.model_card import model_card
 from tests.fake_pair import FakePair
 from tests.generate_run import config
-from trainers import OSDConfig
-from trainers.model_card import model_card
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from osd import cli, environment, launch, terminal
 from osd.data import configs
 from osd.data.settings import CompareConfig, GenerateConfig
 from osd.report import requirements
+from osd.train import train_osd
 from tests.fake_pair import FakePair
 from tests.tiny import tiny_engine_kwargs
-from trainers import train_osd
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"question": f"w{i} w{i + 1}", "answer": f"w{i}"} for i in range(7, 23)]
@@ -203,7 +203,7 @@ def launched(monkeypatch):
             cli.main(["train", *argv])
         parsed, arguments = seen
         at = arguments.index("-m")
-        assert arguments[at : at + 2] == ["-m", "trainers.train_osd"]
+        assert arguments[at : at + 2] == ["-m", "osd.train.train_osd"]
         assert arguments[at + 2 :] == parsed
         return arguments[:at], parsed
 

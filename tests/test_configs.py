@@ -15,10 +15,10 @@ from osd.core import MixingConfig
 from osd.data.parse import data_keys, split_sections
 from osd.data.parse import parse as parse_data
 from osd.data.settings import CompareConfig, GenerateConfig
-from trainers import OSDConfig
-from trainers._compat import check_trl
-from trainers.data import DataArguments, load_data
-from trainers.train_osd import parse, training_keys
+from osd.train import OSDConfig
+from osd.train._compat import check_trl
+from osd.train.data import DataArguments, load_data
+from osd.train.train_osd import parse, training_keys
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
 CPU = ["--use_cpu", "true", "--bf16", "false"]

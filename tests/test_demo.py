@@ -159,7 +159,7 @@ def test_files_are_complete_and_strict_json(metrics, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "index.html"}
     read = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert read["after"] == metrics["after"]
-    assert read["history"][0]["q/kl_teacher"] is None
+    assert read["history"][0]["osd/q/kl_teacher"] is None
 
 
 def test_failed_page_leaves_no_metrics(metrics, tmp_path):
@@ -202,8 +202,8 @@ def test_demo_runs_end_to_end(smollm2, tmp_path):
     assert len(metrics["history"]) == len(metrics["step_seconds"]) == 2
     for entry in metrics["history"]:
         assert math.isfinite(entry["loss"])
-        assert 0 < entry["alpha/mean"] < 1
-        assert entry["q/kl_theta"] == pytest.approx(entry["q/kl_teacher"], rel=0.05)
+        assert 0 < entry["osd/alpha/mean"] < 1
+        assert entry["osd/q/kl_student"] == pytest.approx(entry["osd/q/kl_teacher"], rel=0.05)
     assert [(probe["step"], probe["arm"]) for probe in metrics["probes"]] == [
         (0, "student alone"),
         (0, ""),
@@ -216,7 +216,7 @@ def test_demo_runs_end_to_end(smollm2, tmp_path):
     assert {token["alpha"] for token in teacher} == {1.0}
     [other] = metrics["others"]  # the on-policy arm starts from the same student and draws from it alone
     assert other["arm"] == "student"
-    assert {entry["alpha/max"] for entry in other["history"]} == {0.0}
+    assert {entry["osd/alpha/max"] for entry in other["history"]} == {0.0}
     assert other["counts"]["before"] == metrics["counts"]["before"]
     assert (tmp_path / "student" / "model.safetensors").is_file()
     # log q* is the normalised mixture, so it is at least the weighted mean of the two log-probabilities.

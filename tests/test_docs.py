@@ -210,7 +210,7 @@ def engines():
 def tiny_world(tiny_pair, tmp_path, monkeypatch, engines):
     """Working folder like a clone, with short runs. Returns a function that replaces model names by tiny models."""
     from osd.engine.engine import PairConfig, PairEngine
-    from trainers import OSDConfig
+    from osd.train import OSDConfig
 
     for name in LINKED:
         (tmp_path / name).symlink_to(ROOT / name)
@@ -365,7 +365,7 @@ def run_accelerate(arguments: list[str]) -> None:
     """Run the training script in this process. tests/test_entry_points.py tests a real `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
 
-    from trainers.train_osd import main, parse
+    from osd.train.train_osd import main, parse
 
     assert arguments[0] == "launch"
     launch = launch_command_parser().parse_args(arguments[1:])
@@ -411,7 +411,7 @@ def check_yaml(text: str) -> None:
     """Check that training and the data commands accept a YAML file, and reject an unknown key."""
     from osd.data.parse import parse as parse_data
     from osd.data.settings import CompareConfig, GenerateConfig
-    from trainers.train_osd import parse, training_keys
+    from osd.train.train_osd import parse, training_keys
 
     path = Path("documented.yaml")
     path.write_text(text)

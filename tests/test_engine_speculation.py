@@ -346,7 +346,7 @@ def test_training_samples_with_drafts_and_logs_their_acceptance(engine, tiny_pai
         torch.manual_seed(0)
         trainer.train()
         [loss], [acceptance], [tokens] = (
-            logged(trainer, name) for name in ("loss", "engine/draft_acceptance", "engine/tokens_per_cycle")
+            logged(trainer, name) for name in ("loss", "osd/engine/draft_acceptance", "osd/engine/tokens_per_cycle")
         )
         assert 0.2 < acceptance < 0.9
         assert 1.2 < tokens < 4

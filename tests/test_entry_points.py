@@ -68,8 +68,9 @@ def test_osd_train_launches_trains_evaluates_and_saves(config, tmp_path, tiny_pa
     assert status == 0, out + err
     assert f"trained model in {tmp_path / 'out'}; next: " in out
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert [entry["engine/weights_version"] for entry in state["log_history"] if "engine/weights_version" in entry] == [1, 2]
-    assert [entry["eval_alpha/max"] for entry in state["log_history"] if "eval_alpha/max" in entry] == [0]
+    name = "osd/engine/weights_version"
+    assert [entry[name] for entry in state["log_history"] if name in entry] == [1, 2]
+    assert [entry["eval_osd/alpha/max"] for entry in state["log_history"] if "eval_osd/alpha/max" in entry] == [0]
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_pair[1], tmp_path / "out"))
     assert not before.lm_head.weight.equal(after.lm_head.weight)
 

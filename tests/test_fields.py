@@ -6,8 +6,8 @@ import pytest
 from transformers import TrainingArguments
 from trl import DistillationConfig
 
-from trainers import OSDConfig
-from trainers.fields import HONOURED, NO_EFFECT, OF_A_SERVER, OF_THE_ENGINE, REFUSED, TRLS_OWN, default, warn_beside_engine
+from osd.train import OSDConfig
+from osd.train.fields import HONOURED, NO_EFFECT, OF_A_SERVER, OF_THE_ENGINE, REFUSED, TRLS_OWN, default, warn_beside_engine
 
 OURS = {field.name for field in fields(OSDConfig)} - {field.name for field in fields(DistillationConfig)}
 TRLS = {field.name for field in fields(DistillationConfig)} - {field.name for field in fields(TrainingArguments)}

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from osd.core import MixingConfig
 from osd.mixing import mix
-from trainers.divergence import Divergence
-from trainers.importance import CORRECTIONS, importance_weights
-from trainers.lm_head import Head
-from trainers.losses import batch_loss
+from osd.train.divergence import Divergence
+from osd.train.importance import CORRECTIONS, importance_weights
+from osd.train.lm_head import Head
+from osd.train.losses import batch_loss
 
 # B completions (all 85), T tokens, V vocabulary, H hidden size.
 

@@ -14,10 +14,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers import AutoModelForCausalLM
 
+from osd.train.checkpointing import resolve
 from tests.launched import GREEDY, KILLED, LORA, sampled_by, start, weights_of
 from tests.launches import ACCELERATE, fsdp_on_a_cpu, in_float32, launch
 from tests.training import build_trainer
-from trainers.checkpointing import resolve
 
 # -- the shipped files --------------------------------------------------------------------------------------------------
 

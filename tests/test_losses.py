@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainers import divergence as divergence_module
-from trainers.divergence import DIVERGENCES, Divergence, token_logprobs
-from trainers.lm_head import Head, head_of, logit_scale
-from trainers.losses import batch_loss, pad_column, pad_hidden
+from osd.train import divergence as divergence_module
+from osd.train.divergence import DIVERGENCES, Divergence, token_logprobs
+from osd.train.lm_head import Head, head_of, logit_scale
+from osd.train.losses import batch_loss, pad_column, pad_hidden
 
 B, T, V, H_S, H_T = 3, 5, 11, 8, 6
 

@@ -150,8 +150,8 @@ def test_rows_with_media_are_refused_by_column(column):
 
 
 def test_the_trainer_refuses_rows_with_images_and_can_drop_them(tiny_pair, tmp_path):
-    from trainers import OSDConfig
-    from trainers.preparation import plan
+    from osd.train import OSDConfig
+    from osd.train.preparation import plan
 
     rows = [{"prompt": "w7", "image": None}, {"prompt": "w8", "image": "a.png"}, {"prompt": "w9", "image": None}]
     data = Dataset.from_list(rows)

@@ -8,11 +8,11 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from osd.train import OSDConfig, OSDTrainer
+from osd.train import trainer as trainer_module
+from osd.train.saving import repair_generation_config
 from tests.tiny import CHAT_TEMPLATE, tiny_engine_kwargs, tiny_model
 from tests.training import ROWS, build_trainer, logged, watch
-from trainers import OSDConfig, OSDTrainer
-from trainers import trainer as trainer_module
-from trainers.saving import repair_generation_config
 
 pytestmark = pytest.mark.gpu
 
@@ -63,7 +63,7 @@ def weightless(tmp_path):
     ],
 )
 def test_refused_before_a_model_loads(tmp_path, weightless, monkeypatch, given, message):
-    monkeypatch.setattr("trainers.saving.get_token", lambda: None)
+    monkeypatch.setattr("osd.train.saving.get_token", lambda: None)
     with pytest.raises(ValueError, match=message):
         unstarted(tmp_path, weightless, **given)
 

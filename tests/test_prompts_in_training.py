@@ -4,9 +4,9 @@ import pytest
 from datasets import Dataset
 
 from osd import prompt_checks
+from osd.train import OSDConfig
+from osd.train.rows import Renderer
 from tests.tiny import save_tokenizer
-from trainers import OSDConfig
-from trainers.rows import Renderer
 
 NAMED = "{% for m in messages %}{{ m['role'] }}{% if 'name' in m %} {{ m['name'] }}{% endif %} {{ m['content'] }} {% endfor %}"
 ROWS = [

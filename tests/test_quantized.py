@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
 from osd.engine.engine import PairPrompt
+from osd.train.divergence import token_logprobs
+from osd.train.lm_head import head_of
 from tests.exact import completion_logits, reference
 from tests.tiny import tiny_model
 from tests.training import build_trainer, logged
-from trainers.divergence import token_logprobs
-from trainers.lm_head import head_of
 
 pytestmark = pytest.mark.gpu
 

@@ -10,10 +10,10 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import RepeatSampler
 
+from osd.train import OSDConfig, OSDTrainer
+from osd.train.checkpointing import RUN_FILE, EpochSampler, check_same_run, resolve
 from tests.tiny import tiny_model
 from tests.training import ROWS, build_trainer, logged, watch
-from trainers import OSDConfig, OSDTrainer
-from trainers.checkpointing import RUN_FILE, EpochSampler, check_same_run, resolve
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ def trajectory(trainer, resume=None):
     return sampled, {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
-LOGGED = ("loss", "grad_norm", "learning_rate", "alpha/mean", "alpha/max", "engine/weights_version", "eval_loss")
+LOGGED = ("loss", "grad_norm", "learning_rate", "osd/alpha/mean", "osd/alpha/max", "osd/engine/weights_version", "eval_loss")
 SETUPS = {
     "plain": {},
     "accumulated, in the second epoch": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 5},
@@ -63,7 +63,7 @@ def test_a_resumed_run_is_the_unbroken_run(make, engine, name):
     assert len(again) < len(sampled)
     for key in LOGGED:
         assert logged(resumed, key) == pytest.approx(logged(whole, key), rel=1e-5), key
-    assert logged(whole, "engine/weights_version")[0] == start + 1
+    assert logged(whole, "osd/engine/weights_version")[0] == start + 1
     for key, value in weights.items():
         torch.testing.assert_close(weights_again[key], value, rtol=1e-5, atol=1e-7)
 
@@ -167,7 +167,7 @@ def test_another_model_is_refused(checkpoint, tmp_path, tiny_pair, side):
 
 def test_the_same_models_elsewhere_are_the_same(checkpoint, tmp_path, tiny_pair):
     from osd.engine.engine import PairConfig
-    from trainers.checkpointing import run_of
+    from osd.train.checkpointing import run_of
 
     for path in tiny_pair:
         shutil.copytree(path, tmp_path / "moved" / path.name)

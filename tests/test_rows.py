@@ -9,9 +9,9 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
 from osd.prompt_checks import forget_warnings
+from osd.train import OSDConfig
+from osd.train.rows import Renderer
 from tests.tiny import save_tokenizer
-from trainers import OSDConfig
-from trainers.rows import Renderer
 
 GOOD = [{"prompt": f"w{i}", "answer": f"w{i + 1}"} for i in range(7, 30)]
 BAD = {

@@ -9,7 +9,7 @@ import pytest
 from osd import OptimalSamplingV1, OSDGeneration
 from osd.data.settings import CompareConfig, GenerateConfig
 from osd.sampling_args import REFUSED, TAKEN, checked_sampling, derived_seeds
-from trainers import OSDConfig
+from osd.train import OSDConfig
 
 BAD = [
     ({"temperature": -1}, "temperature"),

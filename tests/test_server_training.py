@@ -21,11 +21,11 @@ from osd.engine.remote import RemoteEngine, ServerLost
 from osd.engine.served import ServedPair
 from osd.engine.transport import HTTPTransport
 from osd.engine.wire import STATE_ROUTE, framed, frames
+from osd.train import OSDConfig
 from tests.exact import completion_logits, q_star, reference
 from tests.served import KEY, free_port, served
 from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import build_trainer, logged
-from trainers import OSDConfig
 
 WEIGHTS = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "http"}')
 PROMPTS = [PairPrompt(teacher_token_ids=[7, 8, 9, 10], student_token_ids=[20, 21]) for _ in range(4)]
@@ -111,7 +111,7 @@ def run(tiny_pair, out, server=None, **fields):
 
         trainer.vllm_generation.generate = watched
         trainer.train()
-        names = ("loss", "alpha/max", "engine/teacher_cache_hit", "engine/student_cache_hit")
+        names = ("loss", "osd/alpha/max", "osd/engine/teacher_cache_hit", "osd/engine/student_cache_hit")
         return {name: logged(trainer, name) for name in names}, [c for batch in batches for c in batch]
 
 
@@ -131,7 +131,7 @@ def test_a_run_is_that_of_an_engine_in_the_process(tiny_pair, server, tmp_path):
     here = run(tiny_pair, tmp_path, **fields)
     through = run(tiny_pair, tmp_path, server, **fields)
     assert_same_run(through, here)
-    assert here[0]["alpha/max"][0] > here[0]["alpha/max"][-1], "the schedule moved"
+    assert here[0]["osd/alpha/max"][0] > here[0]["osd/alpha/max"][-1], "the schedule moved"
     assert state(server)["sync"] is not None
     assert state(server)["trainer"] is None, "a trainer that ends lets the server go"
 

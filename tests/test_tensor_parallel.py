@@ -160,8 +160,8 @@ def test_groups_that_cannot_be(model_paths, config, processes, message):
     ("ranks", "message"),
     [
         (4, "tensor_parallel_size=4 does not divide the 2 attention heads of teacher="),
-        (0, "tensor_parallel_size=0 is not a number of ranks"),
-        ("2", "tensor_parallel_size='2' is not a number of ranks"),
+        (0, "tensor_parallel_size=0 (in training vllm_tensor_parallel_size) is not a number of ranks"),
+        ("2", "tensor_parallel_size='2' (in training vllm_tensor_parallel_size) is not a number of ranks"),
     ],
 )
 def test_models_that_the_ranks_cannot_share(model_paths, ranks, message):

@@ -14,9 +14,9 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.scripts import utils as trl_scripts
 
 from osd.data.reader import read
+from osd.train import OSDConfig, OSDTrainer, train_osd
+from osd.train.data import DataArguments, load_data
 from tests.tiny import tiny_engine_kwargs
-from trainers import OSDConfig, OSDTrainer, train_osd
-from trainers.data import DataArguments, load_data
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"prompt": f"w{i}", "answer": f"w{i + 1}"} for i in range(7, 19)]
@@ -82,7 +82,7 @@ def test_a_mixture_as_trl_mixes(tmp_path, jsonl):
     assert train.column_names == ["prompt", "answer"]
     again, _ = load_data(DataArguments(datasets=entries, test_split_size=0.25), evaluate=True, seed=3)
     assert list(again) == list(train)  # every process splits alike
-    assert "datasets.load_dataset(" in inspect.getsource(trl_scripts.get_dataset), "trainers.data replaces it in this call"
+    assert "datasets.load_dataset(" in inspect.getsource(trl_scripts.get_dataset), "osd.train.data replaces it in this call"
 
 
 def test_streams(jsonl):

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from trl import DistillationTrainer
 
 from osd.core import MixingConfig
+from osd.train import OSDConfig, OSDTrainer
+from osd.train.divergence import Divergence
+from osd.train.lm_head import head_of
+from osd.train.losses import batch_loss
 from tests.test_generation import disagreement, gaps_over_training
 from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
-from trainers import OSDConfig, OSDTrainer
-from trainers.divergence import Divergence
-from trainers.lm_head import head_of
-from trainers.losses import batch_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +40,7 @@ def test_every_step_samples_from_the_live_student(make, engine):
     gaps = gaps_over_training(trainer)
     assert len(gaps) == 3
     assert max(gaps) < NOISE
-    assert logged(trainer, "engine/weights_version") == [before + 1, before + 2, before + 3]
+    assert logged(trainer, "osd/engine/weights_version") == [before + 1, before + 2, before + 3]
 
 
 def test_the_liveness_test_sees_a_missing_sync(make):
@@ -305,7 +305,7 @@ def test_a_completion_in_error_is_masked_out_and_counted(make, w63_is_no_number,
     sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
     trainer = make(rows, max_steps=1, shuffle_dataset=False, **sizes, **w63_is_no_number)
     trainer.train()
-    assert logged(trainer, "completions/failed") == [1]
+    assert logged(trainer, "osd/completions/failed") == [1]
     assert math.isfinite(logged(trainer, "loss")[0])
     assert math.isfinite(logged(trainer, "grad_norm")[0])
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
@@ -345,40 +345,40 @@ def test_metrics_of_every_step(make):
     trainer = make(CHATS)
     trainer.train()
     for key in (
-        "alpha/mean",
-        "alpha/std",
-        "alpha/min",
-        "alpha/max",
-        "q/kl_theta",
-        "q/kl_teacher",
-        "q/ess_ratio",
-        "q/entropy",
+        "osd/alpha/mean",
+        "osd/alpha/std",
+        "osd/alpha/min",
+        "osd/alpha/max",
+        "osd/q/kl_student",
+        "osd/q/kl_teacher",
+        "osd/q/ess_ratio",
+        "osd/q/entropy",
         "completions/mean_length",
-        "completions/failed",
-        "engine/sync_seconds",
-        "engine/generate_seconds",
-        "engine/teacher_cache_hit",
-        "engine/student_cache_hit",
-        "engine/weights_version",
+        "osd/completions/failed",
+        "osd/engine/sync_seconds",
+        "osd/engine/generate_seconds",
+        "osd/engine/teacher_cache_hit",
+        "osd/engine/student_cache_hit",
+        "osd/engine/weights_version",
     ):
         values = logged(trainer, key)
         assert len(values) == 3, key
         assert all(math.isfinite(v) for v in values), key
-    entry = next(e for e in trainer.state.log_history if "alpha/mean" in e)
-    assert 0 <= entry["alpha/min"] <= entry["alpha/mean"] <= entry["alpha/max"] <= 1
+    entry = next(e for e in trainer.state.log_history if "osd/alpha/mean" in e)
+    assert 0 <= entry["osd/alpha/min"] <= entry["osd/alpha/mean"] <= entry["osd/alpha/max"] <= 1
     # α balances both divergences, except where it was clamped.
-    assert entry["q/kl_theta"] == pytest.approx(entry["q/kl_teacher"], rel=0.05)
-    assert entry["engine/sync_seconds"] > 0
-    assert entry["engine/generate_seconds"] > 0
+    assert entry["osd/q/kl_student"] == pytest.approx(entry["osd/q/kl_teacher"], rel=0.05)
+    assert entry["osd/engine/sync_seconds"] > 0
+    assert entry["osd/engine/generate_seconds"] > 0
 
 
 def test_evaluation_samples_from_the_student_alone(make):
     trainer = make(eval_dataset=Dataset.from_list(ROWS[:4]), eval_strategy="steps", eval_steps=1, max_steps=2)
     trainer.train()
-    assert logged(trainer, "eval_alpha/max") == [0, 0]
-    assert logged(trainer, "eval_q/kl_theta") == pytest.approx([0, 0], abs=1e-5)
+    assert logged(trainer, "eval_osd/alpha/max") == [0, 0]
+    assert logged(trainer, "eval_osd/q/kl_student") == pytest.approx([0, 0], abs=1e-5)
     assert min(logged(trainer, "eval_loss")) > 0
-    assert min(logged(trainer, "alpha/max")) > 0
+    assert min(logged(trainer, "osd/alpha/max")) > 0
 
 
 def test_completions_are_logged_with_their_alpha(make, tmp_path, capsys):

@@ -8,11 +8,11 @@ import torch
 from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import trainers.passes as passes
-import trainers.privilege_gap as privilege_module
+import osd.train.passes as passes
+import osd.train.privilege_gap as privilege_module
+from osd.train.importance import importance_weights
 from tests.test_generation import logp
 from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
-from trainers.importance import importance_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -121,7 +121,7 @@ def test_the_configured_divergence_is_what_is_minimised(make, teacher, kind):
         total, tokens, clipped = total + divergence.clamp(max=0.75).sum(), tokens + len(p), clipped + (divergence > 0.75).sum()
     assert loss == pytest.approx((total / tokens).item(), rel=1e-4)
     assert 0 < clipped < tokens
-    assert trainer._metrics["train"]["loss/clipped"] == [pytest.approx((clipped / tokens).item())]
+    assert trainer._metrics["train"]["osd/loss/clipped"] == [pytest.approx((clipped / tokens).item())]
 
 
 # -- importance weights -------------------------------------------------------------------------------------------------
@@ -192,9 +192,10 @@ def test_the_loss_is_weighted_by_the_probability_of_the_draw(make):
     assert (gradient - total).norm() < 1e-3 * total.norm()
     weight_N = weight_BT[mask != 0].double()
     metrics = trainer._metrics["train"]
-    assert metrics["importance/mean_weight"] == [pytest.approx(weight_N.mean().item())]
-    assert metrics["importance/ess"] == [pytest.approx((weight_N.sum() ** 2 / weight_N.square().sum() / len(weight_N)).item())]
-    assert metrics["importance/truncated"] == [0]
+    assert metrics["osd/importance/mean_weight"] == [pytest.approx(weight_N.mean().item())]
+    ess = weight_N.sum() ** 2 / weight_N.square().sum() / len(weight_N)
+    assert metrics["osd/importance/ess"] == [pytest.approx(ess.item())]
+    assert metrics["osd/importance/truncated"] == [0]
 
 
 def test_a_clip_is_applied_and_counted(make):
@@ -206,7 +207,7 @@ def test_a_clip_is_applied_and_counted(make):
     weight_BT, truncated_BT = importance_weights(*columns, correction="sequence", clip=clip)
     trainer.compute_loss(trainer.model, batch)
     assert 0 < truncated_BT[kept].float().mean() < 1
-    assert trainer._metrics["train"]["importance/truncated"] == [pytest.approx(truncated_BT[kept].float().mean().item())]
+    assert trainer._metrics["train"]["osd/importance/truncated"] == [pytest.approx(truncated_BT[kept].float().mean().item())]
     assert weight_BT.max().item() == pytest.approx(clip)
 
 
@@ -217,10 +218,10 @@ def test_on_policy_samples_and_evaluation_have_no_weights(make):
     (loss, gradient), (expected, wanted) = (loss_and_gradient(t, batch) for t in (trainer, plain))
     assert loss == pytest.approx(expected, rel=1e-4)
     assert (gradient - wanted).norm() < 1e-3 * wanted.norm()
-    assert trainer._metrics["train"]["importance/ess"] == [pytest.approx(1, abs=1e-4)]
+    assert trainer._metrics["train"]["osd/importance/ess"] == [pytest.approx(1, abs=1e-4)]
     trainer.model.eval()
     trainer.compute_loss(trainer.model, batch)
-    assert not any(name.startswith("importance/") for name in trainer._metrics["eval"])
+    assert not any(name.startswith("osd/importance/") for name in trainer._metrics["eval"])
 
 
 # -- the same samples for several steps ---------------------------------------------------------------------------------
@@ -341,13 +342,13 @@ def alphas_over_training(trainer):
 def test_alpha_follows_its_schedule_from_the_teacher_to_the_student(make):
     trainer = make(alpha_schedule="linear", alpha_max_end=0.0, max_steps=4, max_completion_length=24)
     seen = alphas_over_training(trainer)
-    assert logged(trainer, "schedule/alpha_max") == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert logged(trainer, "osd/schedule/alpha_max") == pytest.approx([1, 0.75, 0.5, 0.25])
     highest = [max(alpha.max() for alpha in step) for step in seen]
     assert highest[2] == pytest.approx(0.5)
     assert highest[3] == pytest.approx(0.25)
     trainer = make(alpha_schedule="cosine", alpha_min_end=1.0, alpha_schedule_steps=2, max_steps=4)
     seen = alphas_over_training(trainer)
-    assert logged(trainer, "schedule/alpha_min") == pytest.approx([0, 0.5, 1, 1])
+    assert logged(trainer, "osd/schedule/alpha_min") == pytest.approx([0, 0.5, 1, 1])
     assert all((alpha == 1).all() for alpha in seen[2])
 
 
@@ -408,16 +409,16 @@ def test_the_gap_is_what_the_teachers_own_prompt_is_worth(make, teacher):
         gaps.append(with_it - without)
     gap = torch.cat(gaps)
     assert gap.abs().mean() > 0.05
-    assert trainer._metrics["train"]["privilege/gap"] == [pytest.approx(gap.mean().item(), abs=1e-4)]
-    assert trainer._metrics["train"]["privilege/gap_abs"] == [pytest.approx(gap.abs().mean().item(), abs=1e-4)]
+    assert trainer._metrics["train"]["osd/privilege/gap"] == [pytest.approx(gap.mean().item(), abs=1e-4)]
+    assert trainer._metrics["train"]["osd/privilege/gap_abs"] == [pytest.approx(gap.abs().mean().item(), abs=1e-4)]
 
 
 def test_no_privilege_is_no_gap(make):
     rows = [{"prompt": row["prompt"]} for row in ROWS]
     trainer = make(rows, privilege_gap_steps=2, privilege_gap_tokens=5, max_steps=4, temperature=0.7)
     trainer.train()
-    assert logged(trainer, "privilege/gap") == pytest.approx([0, 0], abs=1e-4)
-    assert logged(trainer, "privilege/gap_abs") == pytest.approx([0, 0], abs=1e-4)
+    assert logged(trainer, "osd/privilege/gap") == pytest.approx([0, 0], abs=1e-4)
+    assert logged(trainer, "osd/privilege/gap_abs") == pytest.approx([0, 0], abs=1e-4)
 
 
 def test_measuring_the_gap_does_not_change_the_run(make, monkeypatch):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from osd.train.checkpointing import RUN_FILE, resolve
 from tests.tiny import tiny_engine_kwargs
-from trainers.checkpointing import RUN_FILE, resolve
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 120  # seconds; a process that hangs fails the test
@@ -20,7 +20,7 @@ DEADLINE = 120  # seconds; a process that hangs fails the test
 PROGRAM = """
 import sys
 from transformers import TrainerCallback
-from trainers import train_osd, trainer
+from osd.train import train_osd, trainer
 
 place = sys.argv.pop(1)
 

@@ -166,7 +166,7 @@ def test_losses_are_computed_from_these_returned_values():
         "student_final_logit_softcapping",
         "teacher_logit_scale",
         "teacher_final_logit_softcapping",
-    ], "trainers.divergence.token_divergence calls it with these, in this order"
+    ], "osd.train.divergence.token_divergence calls it with these, in this order"
     assert "return divergence, entropy" in source(ChunkedDivergenceFunction.forward), "both per token"
 
 
@@ -186,7 +186,7 @@ def test_logit_scales_have_the_names_that_osd_looks_for():
         "lm_head_multiplier",
         "logits_scaling",
         "final_logit_softcapping",
-    }, "trainers.losses.logit_scale knows the same names"
+    }, "osd.train.losses.logit_scale knows the same names"
 
 
 @pytest.mark.parametrize("name", ["_tokenizer", "_is_vlm", "_metrics", "_logs", "temperature", "top_p", "top_k", "min_p"])
@@ -270,7 +270,7 @@ def test_the_config_fields_that_osd_maps_or_refuses_exist():
 
 
 def test_transformers_still_rotates_checkpoints_before_they_are_known_to_be_whole():
-    """trainers.checkpointing does it afterwards, with the same function."""
+    """osd.train.checkpointing does it afterwards, with the same function."""
     assert parameters(rotate_checkpoints) == [
         "output_dir",
         "save_total_limit",
@@ -282,12 +282,12 @@ def test_transformers_still_rotates_checkpoints_before_they_are_known_to_be_whol
 
 
 def test_trls_sampler_still_forgets_the_epoch():
-    """trainers.checkpointing.EpochSampler can go when TRL's has a `set_epoch`."""
+    """osd.train.checkpointing.EpochSampler can go when TRL's has a `set_epoch`."""
     assert not hasattr(trl_utils.RepeatSampler, "set_epoch")
 
 
 def test_torch_still_cannot_map_to_a_numbered_cpu():
-    """trainers._compat.restore_numbered_cpus can go when this passes in a process without it."""
+    """osd.train._compat.restore_numbered_cpus can go when this passes in a process without it."""
     code = """
 import io, torch
 data = io.BytesIO(); torch.save(torch.ones(2), data); data.seek(0)
@@ -295,7 +295,7 @@ try:
     torch.load(data, map_location=torch.device("cpu:1"))
 except RuntimeError as error:
     assert "tagged with cpu:1" in str(error)
-    import trainers
+    import osd.train
     data.seek(0)
     assert torch.equal(torch.load(data, map_location=torch.device("cpu:1")), torch.ones(2))
     print("patched")

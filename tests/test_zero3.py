@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osd.generation import OSDGeneration
+from osd.train import divergence as divergence_module
+from osd.train.divergence import DIVERGENCES, Divergence, token_divergence, token_logprobs
+from osd.train.lm_head import on_shared_vocabulary
 from osd.validate_models import student_layout
 from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, perturb
 from tests.test_losses import H_S, H_T, V, head
-from trainers import divergence as divergence_module
-from trainers.divergence import DIVERGENCES, Divergence, token_divergence, token_logprobs
-from trainers.lm_head import on_shared_vocabulary
 
 ZeroParamStatus = enum.Enum("ZeroParamStatus", "NOT_AVAILABLE AVAILABLE")
 

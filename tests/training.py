@@ -23,7 +23,7 @@ def build_trainer(
     peft_config=None,
     **fields,
 ):
-    from trainers import OSDConfig, OSDTrainer
+    from osd.train import OSDConfig, OSDTrainer
 
     settings = {
         "output_dir": str(output_dir),

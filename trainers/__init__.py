@@ -1,12 +1,12 @@
 """The trainer half of OSD: the only package that touches TRL's trainer internals."""
 
 import osd  # noqa: F401 - first: it silences a warning of TRL's import
-from trainers._compat import check_trl, restore_numbered_cpus
+from osd.train._compat import check_trl, restore_numbered_cpus
 
 check_trl()  # before anything of TRL's is imported, so that a wrong version is an error in words
 restore_numbered_cpus()
 
-from trainers.config import OSDConfig  # noqa: E402
-from trainers.trainer import OSDTrainer  # noqa: E402
+from osd.train.config import OSDConfig  # noqa: E402
+from osd.train.trainer import OSDTrainer  # noqa: E402
 
 __all__ = ["OSDConfig", "OSDTrainer"]

@@ -49,7 +49,7 @@ class AlphaSchedule:
         if self.shape == "constant":
             return {}
         names = ("fixed_alpha",) if mixing.alpha_method == "fixed" else ("alpha_min", "alpha_max")
-        return {f"schedule/{name}": getattr(mixing, name) for name in names}
+        return {f"osd/schedule/{name}": getattr(mixing, name) for name in names}
 
 
 def unmixed(rows: Sequence[Mapping[str, Any]], mix_fraction: float, *, seed: str) -> list[float | None] | None:

@@ -22,8 +22,8 @@ from trl.trainer.utils import RepeatSampler
 if TYPE_CHECKING:
     from osd.engine.engine import PairConfig, PairEngine
     from osd.engine.served import ServedPair
-    from trainers.config import OSDConfig
-    from trainers.trainer import OSDTrainer
+    from osd.train.config import OSDConfig
+    from osd.train.trainer import OSDTrainer
 
 RUN_FILE = "osd_run.json"
 LAST = "last"

@@ -10,7 +10,7 @@ from transformers.utils import is_rich_available
 from trl.trainer.utils import print_prompt_completions_sample
 
 if TYPE_CHECKING:
-    from trainers.trainer import OSDTrainer
+    from osd.train.trainer import OSDTrainer
 
 
 def log_completions(trainer: OSDTrainer) -> None:

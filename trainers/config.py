@@ -8,9 +8,9 @@ from typing import Any
 from trl import DistillationConfig
 
 from osd.core import SPECULATION_HELP, MixingConfig, mixing_option, speculative_tokens
-from trainers.alpha_schedule import AlphaSchedule
-from trainers.divergence import Divergence
-from trainers.validation import check
+from osd.train.alpha_schedule import AlphaSchedule
+from osd.train.divergence import Divergence
+from osd.train.validation import check
 
 
 @dataclass
@@ -157,7 +157,7 @@ class OSDConfig(DistillationConfig):
         default=0,
         metadata={
             "help": "Interval in optimizer steps (those that sample) to log how much the teacher's own prompt changes its "
-            "log-probabilities of the sampled tokens (`privilege/gap`, nats per token). 0: never."
+            "log-probabilities of the sampled tokens (`osd/privilege/gap`, nats per token). 0: never."
         },
     )
     privilege_gap_tokens: int = field(

@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from trainers.lm_head import Head
+from osd.train.lm_head import Head
 
 DIVERGENCES = ("jsd", "skew_kl", "skew_reverse_kl")
 _CHUNK_LOGITS = 1 << 25  # logits of one model that exist at a time; 128 MiB in float32

@@ -11,7 +11,7 @@ from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainers.config import OSDConfig
+    from osd.train.config import OSDConfig
 
 # A value other than the default is an error, with this reason.
 REFUSED = {

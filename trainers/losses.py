@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainers.divergence import Divergence, token_divergence
-from trainers.lm_head import Head, gathered, on_shared_vocabulary
+from osd.train.divergence import Divergence, token_divergence
+from osd.train.lm_head import Head, gathered, on_shared_vocabulary
 
 
 class BatchLoss(NamedTuple):
@@ -47,7 +47,7 @@ def batch_loss(
         student_hidden_BTH, teacher_hidden_BTH: final hidden states, aligned to the completion's tokens.
         loss_mask_BT: not 0 where a token is trained on.
         of: the divergence, its temperature and its clip.
-        weight_BT: importance weights (trainers.importance); they multiply the divergence after it was clipped.
+        weight_BT: importance weights (osd.train.importance); they multiply the divergence after it was clipped.
         num_items_in_batch: the loss is the sum divided by it; None divides by the number of unmasked tokens. Weights do not
             enter the divisor.
     """

@@ -5,11 +5,11 @@
              ess_ratio = ESS(π_θ)/ESS(π_t), which is 1 where both policies are equally well covered by q*
 `engine/...` seconds of sync and sampling, cached share of each side's prompt tokens, version of the student's weights; with
              num_speculative_tokens: draft_acceptance, the share of verified drafts that were accepted, and tokens_per_cycle
-`loss/clipped`    share of tokens whose divergence was above kl_clip
-`importance/...`  of the weights as used: mean_weight; ess, the effective sample size (Σw)² / Σw² as a share of the tokens;
+`osd/loss/clipped`    share of tokens whose divergence was above kl_clip
+`osd/importance/...`  of the weights as used: mean_weight; ess, the effective sample size (Σw)² / Σw² as a share of the tokens;
              truncated, the share of tokens at importance_clip. The means over the passes of a step.
-`schedule/...`, `privilege/...`  see trainers.alpha_schedule and trainers.privilege_gap
-`completions/failed`  completions since the last log that ended in an error; they are masked out of the loss and of the rest
+`osd/schedule/...`, `osd/privilege/...`  see osd.train.alpha_schedule and osd.train.privilege_gap
+`osd/completions/failed`  completions since the last log that ended in an error; they are masked out of the loss and of the rest
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion
 
 # Metrics that are whole numbers in the log: the last value, or the sum, of the batches since the last log.
-WHOLE = {"engine/weights_version": "last", "completions/failed": "sum"}
+WHOLE = {"osd/engine/weights_version": "last", "osd/completions/failed": "sum"}
 _MEANS = ("kl_theta", "kl_teacher", "entropy_q", "ess_ratio")
 _CACHE = ("teacher_prompt_tokens", "teacher_cached_tokens", "student_prompt_tokens", "student_cached_tokens")
 
@@ -42,20 +42,20 @@ def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, floa
     mean = {name: _ratio(of[name].sum().item(), tokens) for name in ("alpha", "alpha_squared", *_MEANS)}
     variance = mean["alpha_squared"] - mean["alpha"] ** 2
     return {
-        "alpha/mean": mean["alpha"],
-        "alpha/std": max(variance, 0.0) ** 0.5 if tokens else float("nan"),
-        "alpha/min": of["alpha_min"].min().item() if tokens else float("nan"),
-        "alpha/max": of["alpha_max"].max().item() if tokens else float("nan"),
-        "q/kl_theta": mean["kl_theta"],
-        "q/kl_teacher": mean["kl_teacher"],
-        "q/entropy": mean["entropy_q"],
-        "q/ess_ratio": mean["ess_ratio"],
-        "engine/sync_seconds": of["sync_seconds"].max().item(),
-        "engine/generate_seconds": of["seconds"].max().item(),
-        "engine/teacher_cache_hit": _ratio(*(of[f"teacher_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
-        "engine/student_cache_hit": _ratio(*(of[f"student_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
-        "engine/weights_version": of["weights_version"].min().item(),
-        "completions/failed": of["failed"].sum().item(),
+        "osd/alpha/mean": mean["alpha"],
+        "osd/alpha/std": max(variance, 0.0) ** 0.5 if tokens else float("nan"),
+        "osd/alpha/min": of["alpha_min"].min().item() if tokens else float("nan"),
+        "osd/alpha/max": of["alpha_max"].max().item() if tokens else float("nan"),
+        "osd/q/kl_student": mean["kl_theta"],
+        "osd/q/kl_teacher": mean["kl_teacher"],
+        "osd/q/entropy": mean["entropy_q"],
+        "osd/q/ess_ratio": mean["ess_ratio"],
+        "osd/engine/sync_seconds": of["sync_seconds"].max().item(),
+        "osd/engine/generate_seconds": of["seconds"].max().item(),
+        "osd/engine/teacher_cache_hit": _ratio(*(of[f"teacher_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
+        "osd/engine/student_cache_hit": _ratio(*(of[f"student_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
+        "osd/engine/weights_version": of["weights_version"].min().item(),
+        "osd/completions/failed": of["failed"].sum().item(),
         **_draft_metrics(*(of[name].sum().item() for name in TOKEN_ORIGINS)),
     }
 
@@ -65,8 +65,8 @@ def _draft_metrics(drawn: float, accepted: float, corrected: float, bonus: float
     if not accepted + corrected:
         return {}
     return {
-        "engine/draft_acceptance": accepted / (accepted + corrected),
-        "engine/tokens_per_cycle": (drawn + accepted + corrected + bonus) / (drawn + corrected + bonus),
+        "osd/engine/draft_acceptance": accepted / (accepted + corrected),
+        "osd/engine/tokens_per_cycle": (drawn + accepted + corrected + bonus) / (drawn + corrected + bonus),
     }
 
 
@@ -96,11 +96,11 @@ def loss_metrics(sums: dict[str, torch.Tensor], accelerator: Any) -> dict[str, f
     tokens = of["tokens"]
     metrics = {}
     if "clipped" in of:
-        metrics["loss/clipped"] = _ratio(of["clipped"], tokens)
+        metrics["osd/loss/clipped"] = _ratio(of["clipped"], tokens)
     if "weight" in of:
-        metrics["importance/mean_weight"] = _ratio(of["weight"], tokens)
-        metrics["importance/ess"] = _ratio(of["weight"] ** 2, of["weight_squared"] * tokens)
-        metrics["importance/truncated"] = _ratio(of["truncated"], tokens)
+        metrics["osd/importance/mean_weight"] = _ratio(of["weight"], tokens)
+        metrics["osd/importance/ess"] = _ratio(of["weight"] ** 2, of["weight_squared"] * tokens)
+        metrics["osd/importance/truncated"] = _ratio(of["truncated"], tokens)
     return metrics
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from osd import __version__
 
 if TYPE_CHECKING:
-    from trainers.config import OSDConfig
+    from osd.train.config import OSDConfig
 
 PROJECT = "https://github.com/optimal-sampling-distillation/osd"
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainers.divergence import token_logprobs
-from trainers.importance import importance_weights
-from trainers.lm_head import Head, gathered, on_shared_vocabulary
+from osd.train.divergence import token_logprobs
+from osd.train.importance import importance_weights
+from osd.train.lm_head import Head, gathered, on_shared_vocabulary
 
 if TYPE_CHECKING:
-    from trainers.trainer import OSDTrainer
+    from osd.train.trainer import OSDTrainer
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Pass:
 
     Attributes:
         counted: some token of some process counts; an evaluation batch without one has no loss.
-        sums: over the tokens of the pass, for `trainers.metrics.loss_metrics`.
+        sums: over the tokens of the pass, for `osd.train.metrics.loss_metrics`.
         logp_BT: log π_θ of the completions under the weights of this pass, where samples are used again.
     """
 

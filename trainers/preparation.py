@@ -10,14 +10,14 @@ from trl.trainer.utils import get_config_model_id
 
 from osd.engine.served import ServedPair
 from osd.prompt_checks import forget_warnings
-from trainers.checkpointing import check_same_run, resolve, run_of, start_of
-from trainers.rows import Renderer
-from trainers.saving import check_outputs
-from trainers.validation import check_adapter, check_datasets, planned_pair, refuse_unsupported
+from osd.train.checkpointing import check_same_run, resolve, run_of, start_of
+from osd.train.rows import Renderer
+from osd.train.saving import check_outputs
+from osd.train.validation import check_adapter, check_datasets, planned_pair, refuse_unsupported
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairConfig, PairEngine
-    from trainers.config import OSDConfig
+    from osd.train.config import OSDConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ def privilege_gap(
 ) -> dict[str, float]:
     """Return metrics of the last batch, in nats per token over `tokens` of its tokens per process; a collective operation.
 
-    `privilege/gap`      mean of log π_t(y | teacher's prompt) - log π_t(y | plain prompt)
-    `privilege/gap_abs`  mean of its absolute value, in which gains and losses do not cancel
+    `osd/privilege/gap`      mean of log π_t(y | teacher's prompt) - log π_t(y | plain prompt)
+    `osd/privilege/gap_abs`  mean of its absolute value, in which gains and losses do not cancel
 
     Args:
         plain_prompts: the prompt without privileged context of every completion in the batch, as token ids.
@@ -42,7 +42,7 @@ def privilege_gap(
     gap_N = with_N.double() - plain_N
     sums = torch.tensor([[len(gap_N), gap_N.sum(), gap_N.abs().sum()]], device=accelerator.device)
     count, gap, gap_abs = accelerator.gather(sums).sum(0).tolist()
-    return {} if not count else {"privilege/gap": gap / count, "privilege/gap_abs": gap_abs / count}
+    return {} if not count else {"osd/privilege/gap": gap / count, "osd/privilege/gap_abs": gap_abs / count}
 
 
 def _scored(generation: OSDGeneration, places: list[tuple[PairCompletion, list[int], int]]) -> torch.Tensor:

@@ -23,10 +23,10 @@ from osd.prompts import (
     privileged_template_for,
     teacher_prompt,
 )
-from trainers.alpha_schedule import wants_mixing
+from osd.train.alpha_schedule import wants_mixing
 
 if TYPE_CHECKING:
-    from trainers.config import OSDConfig
+    from osd.train.config import OSDConfig
 
 Row = Mapping[str, Any]
 

@@ -18,8 +18,8 @@ from trl.trainer.utils import get_config_model_id
 from osd.engine.multimodal import is_multimodal, text_parameters
 
 if TYPE_CHECKING:
-    from trainers.config import OSDConfig
-    from trainers.trainer import OSDTrainer
+    from osd.train.config import OSDConfig
+    from osd.train.trainer import OSDTrainer
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 

@@ -14,16 +14,16 @@ from transformers import AutoConfig
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path, pad
 
+from osd.train.divergence import token_logprobs
+from osd.train.lm_head import Head, first_rows, head_of
+from osd.train.losses import pad_hidden
 from osd.validate_models import shared_vocabulary
-from trainers.divergence import token_logprobs
-from trainers.lm_head import Head, first_rows, head_of
-from trainers.losses import pad_hidden
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion, PairEngine
     from osd.engine.remote import RemoteEngine
-    from trainers.config import OSDConfig
-    from trainers.trainer import OSDTrainer
+    from osd.train.config import OSDConfig
+    from osd.train.trainer import OSDTrainer
 
 
 _CHECKED_TOKENS = 64

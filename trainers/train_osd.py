@@ -26,9 +26,9 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from osd.core import suggest
 from osd.data.parse import data_keys, split_sections
-from trainers import OSDConfig, OSDTrainer
-from trainers.data import DataArguments, load_data
-from trainers.preparation import Plan, plan
+from osd.train import OSDConfig, OSDTrainer
+from osd.train.data import DataArguments, load_data
+from osd.train.preparation import Plan, plan
 
 _HOLDERS = (DataArguments, OSDConfig, ModelConfig)
 _DRY_ROWS = 3

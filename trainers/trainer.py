@@ -1,13 +1,13 @@
 """OSDTrainer: on-policy distillation from q*, the optimal mixture of teacher and student, sampled anew at every step.
 
 One step of training and its modules:
-    α's bounds, and rows without mixing                   trainers.alpha_schedule
-    both prompts of every row                             trainers.rows
+    α's bounds, and rows without mixing                   osd.train.alpha_schedule
+    both prompts of every row                             osd.train.rows
     sync of the student, sampling from q*                 osd.generation.OSDGeneration, called by TRL
-    the teacher, from the record or computed again        trainers.teacher
-    importance weights towards π_θ                        trainers.passes, trainers.importance
-    divergence between student and teacher                _compute_loss, trainers.losses, trainers.divergence
-    α, KLs, cache hits, times, weights                    trainers.metrics, trainers.privilege_gap
+    the teacher, from the record or computed again        osd.train.teacher
+    importance weights towards π_θ                        osd.train.passes, osd.train.importance
+    divergence between student and teacher                _compute_loss, osd.train.losses, osd.train.divergence
+    α, KLs, cache hits, times, weights                    osd.train.metrics, osd.train.privilege_gap
 
 Overridden methods of TRL's DistillationTrainer, private to TRL and pinned by tests/test_trl_contract.py:
 `_generate_and_score_completions`, `_tokenize_prompts`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`,
@@ -34,19 +34,19 @@ from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 from osd.engine.config import PairConfig
 from osd.generation import OSDGeneration, check_groups
 from osd.prompts import PRIVILEGED_COLUMN, PROMPT_COLUMN, TEACHER_PROMPT_COLUMN, template_fields
-from trainers.alpha_schedule import MIX_COLUMN, unmixed
-from trainers.checkpointing import EpochSampler, check_same_run, marked_when_whole, resolve
-from trainers.completion_logging import log_completions
-from trainers.config import OSDConfig
-from trainers.lm_head import head_of
-from trainers.losses import batch_loss, pad_column
-from trainers.metrics import WHOLE, batch_metrics, end_metrics, loss_metrics
-from trainers.model_card import model_card
-from trainers.passes import Pass, weigh
-from trainers.preparation import Plan, plan
-from trainers.privilege_gap import privilege_gap
-from trainers.saving import check_saving, copy_processor, freeze_encoders, repair_generation_config
-from trainers.teacher import start_teacher
+from osd.train.alpha_schedule import MIX_COLUMN, unmixed
+from osd.train.checkpointing import EpochSampler, check_same_run, marked_when_whole, resolve
+from osd.train.completion_logging import log_completions
+from osd.train.config import OSDConfig
+from osd.train.lm_head import head_of
+from osd.train.losses import batch_loss, pad_column
+from osd.train.metrics import WHOLE, batch_metrics, end_metrics, loss_metrics
+from osd.train.model_card import model_card
+from osd.train.passes import Pass, weigh
+from osd.train.preparation import Plan, plan
+from osd.train.privilege_gap import privilege_gap
+from osd.train.saving import check_saving, copy_processor, freeze_encoders, repair_generation_config
+from osd.train.teacher import start_teacher
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion, PairEngine
@@ -225,7 +225,7 @@ class OSDTrainer(DistillationTrainer):
             raise RuntimeError(f"every completion of the batch ended in an error; the first: {completions[0].error}")
         output |= self._teacher.columns(completions, teacher_ids, output["completion_mask"])
         metrics = batch_metrics(self.vllm_generation, self.accelerator)
-        metrics["engine/weights_version"] += self._earlier_syncs
+        metrics["osd/engine/weights_version"] += self._earlier_syncs
         if mode == "train":
             metrics |= self._schedule.metrics(self.vllm_generation.engine.mixing) | self._privilege_metrics(output)
         for name, value in metrics.items():

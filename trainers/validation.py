@@ -12,14 +12,14 @@ from osd.engine.served import ServedPair
 from osd.prompt_checks import check_template_kwargs
 from osd.prompts import privileged_template_for, template_fields
 from osd.sampling_args import FIELDS, TRAINING, checked_fields
-from trainers.alpha_schedule import SHAPES
-from trainers.divergence import DIVERGENCES
-from trainers.fields import changed, check_fields, warn_beside_engine
-from trainers.importance import CORRECTIONS
+from osd.train.alpha_schedule import SHAPES
+from osd.train.divergence import DIVERGENCES
+from osd.train.fields import changed, check_fields, warn_beside_engine
+from osd.train.importance import CORRECTIONS
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairConfig, PairEngine
-    from trainers.config import OSDConfig
+    from osd.train.config import OSDConfig
 
 TEACHER_SIGNALS = ("recorded", "recompute")
 MODES = ("colocate", "server")

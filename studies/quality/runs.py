@@ -22,15 +22,20 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from osd import OSDConfig
 from osd.engine.engine import PairConfig, PairEngine, PairPrompt
 from osd.prompts import encode_all
+from osd.train.fields import changed
 from studies.quality import tasks
 from studies.quality.arms import ARMS, LOSSES, check_sampled_as, mixing_at, trainer_class
 from studies.quality.tasks import TASKS, Row, Task
-from trainers.fields import changed
 
 ON_GPU = torch.cuda.is_available()
 GENERAL_TEXT = Path(__file__).parent / "general.txt"
 FRACTIONS = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)  # of the run, where it is measured
-STEP_METRICS = {"loss": "loss", "alpha/mean": "alpha", "q/kl_theta": "kl_q_student", "q/kl_teacher": "kl_q_teacher"}
+STEP_METRICS = {
+    "loss": "loss",
+    "osd/alpha/mean": "alpha",
+    "osd/q/kl_student": "kl_q_student",
+    "osd/q/kl_teacher": "kl_q_teacher",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
