@@ -17,6 +17,7 @@ from osd.train import OSDConfig, OSDTrainer
 from osd.train.divergence import Divergence
 from osd.train.lm_head import head_of
 from osd.train.losses import batch_loss
+from osd.train.metrics import WHOLE, take_reduced
 from tests.test_generation import disagreement, gaps_over_training
 from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
 
@@ -322,7 +323,7 @@ def test_evaluation_is_of_the_completions_without_error(make, w63_is_no_number, 
 
     with_it, without = evaluated([*ROWS[:3], bad]), evaluated(ROWS[:3])
     assert with_it["eval_loss"] == pytest.approx(without["eval_loss"], rel=1e-5)
-    assert with_it["eval_completions/failed"] == 1  # a count, whatever the size of the batches
+    assert with_it["eval_osd/completions/failed"] == 1  # a count, whatever the size of the batches
     assert math.isnan(evaluated([bad, bad])["eval_loss"])
 
 
@@ -370,6 +371,34 @@ def test_metrics_of_every_step(make):
     assert entry["osd/q/kl_student"] == pytest.approx(entry["osd/q/kl_teacher"], rel=0.05)
     assert entry["osd/engine/sync_seconds"] > 0
     assert entry["osd/engine/generate_seconds"] > 0
+    for key in WHOLE:
+        assert {type(value) for value in logged(trainer, key)} == {int}, key
+
+
+def test_counts_and_extremes_are_not_averaged_over_batches(make):
+    (each := make(CHATS)).train()
+    (all_at_once := make(CHATS, logging_steps=3)).train()
+    for key, expected in (("osd/alpha/min", min), ("osd/alpha/max", max), ("completions/min_length", min), ("num_tokens", max)):
+        assert logged(all_at_once, key) == pytest.approx([expected(logged(each, key))]), key
+        assert len(set(logged(each, key))) > 1 or "length" in key, "else a mean would look the same"
+
+
+def test_values_over_several_batches():
+    nan = math.nan
+    lists = {"osd/completions/failed": [1.0, 0.0, 2.0], "osd/engine/weights_version": [4.0, 5.0, 6.0], "loss": [1.0, 2.0]}
+    lists |= {"osd/alpha/min": [0.25, nan, 0.125], "osd/alpha/max": [nan], "completions/max_length": [3.0, 9.0, 5.0]}
+    lists |= {"completions/min_terminated_length": [4.0, 0.0, 7.0]}  # TRL's 0: no completion of the batch ended
+    values = take_reduced(lists)
+    assert lists == {"loss": [1.0, 2.0]}
+    assert values == {
+        "osd/completions/failed": 3,
+        "osd/engine/weights_version": 6,
+        "osd/alpha/min": 0.125,
+        "osd/alpha/max": None,
+        "completions/max_length": 9,
+        "completions/min_terminated_length": 4,
+    }
+    assert {type(value) for name, value in values.items() if name in WHOLE} == {int}
 
 
 def test_evaluation_samples_from_the_student_alone(make):

@@ -1,19 +1,24 @@
 """Metrics of one batch of completions, reduced over its tokens and over all processes.
 
-`alpha/...`  the teacher's weight: mean, std, min and max over tokens
-`q/...`      of the mixture, means over tokens: KL(q*‖π_θ) and KL(q*‖π_t) in nats, entropy in nats, and
-             ess_ratio = ESS(π_θ)/ESS(π_t), which is 1 where both policies are equally well covered by q*
-`engine/...` seconds of sync and sampling, cached share of each side's prompt tokens, version of the student's weights; with
-             num_speculative_tokens: draft_acceptance, the share of verified drafts that were accepted, and tokens_per_cycle
+`osd/alpha/...`  the teacher's weight: mean, std, min and max over tokens
+`osd/q/...`      of the mixture, means over tokens: KL(q*‖π_θ) and KL(q*‖π_t) in nats, entropy in nats, and
+                 ess_ratio = ESS(π_θ)/ESS(π_t), which is 1 where both policies are equally well covered by q*
+`osd/engine/...` seconds of sync and sampling, cached share of each side's prompt tokens, version of the student's weights; with
+                 num_speculative_tokens: draft_acceptance, the share of verified drafts that were accepted, and tokens_per_cycle
 `osd/loss/clipped`    share of tokens whose divergence was above kl_clip
 `osd/importance/...`  of the weights as used: mean_weight; ess, the effective sample size (Σw)² / Σw² as a share of the tokens;
              truncated, the share of tokens at importance_clip. The means over the passes of a step.
 `osd/schedule/...`, `osd/privilege/...`  see osd.train.alpha_schedule and osd.train.privilege_gap
 `osd/completions/failed`  completions since the last log that ended in an error; they are masked out of the loss and of the rest
+
+The log has the mean of each metric over the batches since the last log, except for those in `OVER_BATCHES`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +29,18 @@ from osd.generation import GeneratedBatch, OSDGeneration
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion
 
-# Metrics that are whole numbers in the log: the last value, or the sum, of the batches since the last log.
-WHOLE = {"osd/engine/weights_version": "last", "osd/completions/failed": "sum"}
+_last = itemgetter(-1)
+# Whole numbers in the log, and how the batches since the last log make one.
+WHOLE: dict[str, Callable[[list[float]], float]] = {
+    "num_tokens": _last,
+    "osd/engine/weights_version": _last,
+    "osd/completions/failed": sum,
+    "completions/min_length": min,
+    "completions/max_length": max,
+    "completions/min_terminated_length": lambda lengths: min(filter(None, lengths), default=0),  # TRL's 0: none ended
+    "completions/max_terminated_length": max,
+}
+OVER_BATCHES = {**WHOLE, "osd/alpha/min": min, "osd/alpha/max": max}
 _MEANS = ("kl_theta", "kl_teacher", "entropy_q", "ess_ratio")
 _CACHE = ("teacher_prompt_tokens", "teacher_cached_tokens", "student_prompt_tokens", "student_cached_tokens")
 
@@ -85,6 +100,16 @@ def end_metrics(completions: list[PairCompletion], accelerator: Any) -> dict[str
         "completions/min_terminated_length": whole.min().item(),
         "completions/max_terminated_length": whole.max().item(),
     }
+
+
+def take_reduced(metrics: dict[str, list[float]]) -> dict[str, float | None]:
+    """Remove the metrics in `OVER_BATCHES` from the lists that TRL averages, and return their values for the log.
+
+    A value is None if no batch has one. Those in `WHOLE` are of type int.
+    """
+    known = {name: [v for v in metrics.pop(name) if not math.isnan(v)] for name in OVER_BATCHES if name in metrics}
+    values = {name: OVER_BATCHES[name](of_batch) if of_batch else None for name, of_batch in known.items()}
+    return {name: int(value) if name in WHOLE and value is not None else value for name, value in values.items()}
 
 
 def loss_metrics(sums: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:

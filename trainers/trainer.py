@@ -40,7 +40,7 @@ from osd.train.completion_logging import log_completions
 from osd.train.config import OSDConfig
 from osd.train.lm_head import head_of
 from osd.train.losses import batch_loss, pad_column
-from osd.train.metrics import WHOLE, batch_metrics, end_metrics, loss_metrics
+from osd.train.metrics import batch_metrics, end_metrics, loss_metrics, take_reduced
 from osd.train.model_card import model_card
 from osd.train.passes import Pass, weigh
 from osd.train.preparation import Plan, plan
@@ -229,11 +229,7 @@ class OSDTrainer(DistillationTrainer):
         if mode == "train":
             metrics |= self._schedule.metrics(self.vllm_generation.engine.mixing) | self._privilege_metrics(output)
         for name, value in metrics.items():
-            logged = self._metrics[mode][name]  # TRL logs the mean over the batches since the last log
-            if name in WHOLE:
-                value = value if WHOLE[name] == "last" else sum(logged) + value
-                logged.clear()
-            logged.append(value)
+            self._metrics[mode][name].append(value)
         for name, value in end_metrics(completions, self.accelerator).items():
             self._metrics[mode][name][-1] = value  # TRL's own count ends only at token ids
         if self.log_completions:
@@ -408,6 +404,8 @@ class OSDTrainer(DistillationTrainer):
         return loss if self._pass.counted else None, *rest
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
+        logs |= {f"{prefix}{name}": value for name, value in take_reduced(self._metrics[mode]).items()}  # TRL averages the rest
         wanted, self.log_completions = self.log_completions, False
         try:
             super().log(logs, start_time)
