@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,15 +20,12 @@ from osd.report import charts, pages
 from osd.report.charts import STUDENT, TEACHER, THIRD
 
 METRICS, PAGE = "metrics.json", "index.html"
-TEMPLATE = Path(__file__).parent / "report.html.j2"
 # Columns of osd.core.TokenRecord that the page shows for every token.
 TOKEN_FIELDS = ("alpha", "logq", "logp_theta", "logp_teacher")
 # Label: key in metrics["counts"].
 COUNTS = {"exact match": "correct", "valid JSON": "valid_json", "right values anywhere in the text": "values_anywhere"}
 
 ARMS = {"q*": "q*, the mixture", "student": "the student alone (on-policy)", "teacher": "the teacher alone (off-policy)"}
-
-STUDENT_RGB, TEACHER_RGB = "59 125 216", "217 118 43"
 
 
 def write(metrics: dict[str, Any], folder: Path) -> None:
@@ -50,16 +46,17 @@ def _finite(value: Any) -> Any:
 
 def render(metrics: dict[str, Any]) -> str:
     """Render the page from the contents of metrics.json."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
+    filters = {
         "shade": shade,
         "percent": lambda share: f"{share:.0%}",
         "probability": probability,
         "shown": shown,
         "tip": tip,
     }
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return pages.render(
+        "report.html.j2",
+        folder=Path(__file__).parent,
+        filters=filters,
         m=metrics,
         count_labels=COUNTS,
         plots=plots(metrics["history"]),
@@ -75,8 +72,8 @@ def render(metrics: dict[str, Any]) -> str:
 
 def shade(alpha: float) -> str:
     """Return the background of a token: the student's colour below α = 1/2, the teacher's above, stronger towards 0 and 1."""
-    strength = 0.85 * abs(2 * alpha - 1) ** 0.8
-    return f"rgb({TEACHER_RGB if alpha > 0.5 else STUDENT_RGB} / {strength:.3f})"
+    strength = abs(2 * alpha - 1) ** 0.8
+    return f"rgb(var(--{'teacher' if alpha > 0.5 else 'student'}) / calc(var(--most) * {strength:.3f}))"
 
 
 def decided(probes: list[dict[str, Any]], count: int = 6) -> list[dict[str, Any]]:
@@ -113,7 +110,7 @@ def plots(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
     steps = [entry["step"] for entry in history]
     series = {name: _series(history, name) for name in history[0]}
     drawn = {
-        "Loss: KL(teacher ‖ student), nats per token": _plot_loss,
+        "Loss: KL(teacher ‖ student), nats": _plot_loss,
         "Divergence of q* from each side, nats": _plot_divergences,
         "α, the teacher's weight in q*": _plot_alpha,
     }

@@ -194,7 +194,7 @@ def _page(result: dict[str, Any], drawn: dict[str, list[Sample]], marks: dict[st
         line=linear_at_same_distance(result),
         perplexity=lambda logp: math.exp(-logp),
         plots=[
-            (title, svg(partial(_trade_off, result=result, quality=quality), width=5.4, height=4.0))
+            (title, svg(partial(_trade_off, result=result, quality=quality), width=4.8, height=3.6))
             for quality, title in _qualities(result)
         ],
         examples=examples,

@@ -107,8 +107,8 @@ def headline(result: Tally) -> tuple[str, str]:
         reach = "and the student would have written them as likely: there is little to learn"
     else:
         reach = "and the student could have written them"
-    odd = [statistic.name for statistic in statistics_in_words(result) if statistic.odd]
-    marks = f"Look at: {'; '.join(odd)}." if odd else "No statistic is odd."
+    odd = [f"{statistic.value} {statistic.name}" for statistic in statistics_in_words(result) if statistic.odd]
+    marks = f"Odd: {'; '.join(odd)}. The numbers below say why." if odd else "No number is odd."
     return f"{what}, {reach} (KL {far:.3f} nats per token).", marks
 
 

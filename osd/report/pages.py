@@ -10,17 +10,24 @@ from typing import Any
 import jinja2
 
 
-def render(template: str, **values: Any) -> str:
-    """Render a template of this package. Text is escaped; a missing name is an error."""
+def render(template: str, *, folder: Path | None = None, filters: dict[str, Any] | None = None, **values: Any) -> str:
+    """Render a template of this package or of `folder`. Text is escaped; a missing name is an error.
+
+    Args:
+        template: its file name.
+        folder: where else templates are; they can extend this package's.
+        filters: more Jinja filters.
+        values: the names that the template reads.
+    """
+    here = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([here, folder or here]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["visible"] = lambda text: text.replace("\n", "↵")
-    environment.filters["decimals"] = decimals
+    environment.filters |= {"visible": lambda text: text.replace("\n", "↵"), "decimals": decimals, **(filters or {})}
     return environment.get_template(template).render(**values)
 
 
