@@ -71,7 +71,7 @@ def _class(home: str, cls: type) -> str:
 
 
 def _members(cls: type) -> dict[str, Any]:
-    """Of the class and of those of its bases that are ours and have no section of their own."""
+    """Members of a class and of those of its bases that belong to OSD and have no section of their own."""
     ours = [base for base in reversed(cls.__mro__[1:]) if base.__module__ == "osd.weight_sync"]
     return {name: member for owner in (*ours, cls) for name, member in vars(owner).items()}
 

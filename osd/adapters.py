@@ -144,7 +144,7 @@ def merge_plain(layer: Any) -> Tensor:
 
 @torch.no_grad()
 def merge_by_peft(layer: Any, leaf: str) -> Tensor:
-    """One parameter of any PEFT layer with its active adapters merged by PEFT, as a copy; the layer is restored bit for bit."""
+    """Return a copy of one parameter with its active adapters merged by PEFT; restore the layer bit for bit."""
     base: nn.Module = layer.get_base_layer()
     kept = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     layer.merge()

@@ -152,7 +152,7 @@ def without_nones(value: Any) -> Any:
 
 
 def check_template_kwargs(kwargs: Mapping[str, Any], *, where: str = "chat_template_kwargs") -> None:
-    """Refuse chat template arguments that are the same for every prompt.
+    """Refuse chat template arguments that OSD sets itself.
 
     Raises:
         ValueError: naming the argument.

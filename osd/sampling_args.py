@@ -230,7 +230,7 @@ def _check_together(checked: Mapping[str, Any], where: str) -> None:
     if longest is not None and shortest > longest:
         raise ValueError(f"{prefix}min_tokens={shortest} is above max_tokens={longest}; lower it")
     if checked.get("stop") and checked.get("detokenize") is False:
-        raise ValueError(f"{prefix}stop={checked['stop']!r} is looked for in the text; leave detokenize true")
+        raise ValueError(f"{prefix}stop={checked['stop']!r} needs the text of the completion; leave detokenize true")
     if checked.get("n", 1) > 1 and checked.get("temperature") == 0:
         raise ValueError(f"{prefix}n={checked['n']} with temperature=0 would give equal completions; use n=1 or a temperature")
 

@@ -151,7 +151,7 @@ def model_without_weights(config: PairConfig, side: str) -> Any | None:
         return None
     trust, found = kwargs.get("trust_remote_code", False), _config(config, side)
     try:
-        with torch.device("meta"), set_zero3_state():  # under DeepSpeed's ZeRO-3 too: whole, and nothing initialized
+        with torch.device("meta"), set_zero3_state():  # ZeRO-3 would shard and initialize it
             if is_multimodal(found) and (whole := getattr(transformers, (found.architectures or [""])[0], None)):
                 return whole(found)  # TRL trains this class; AutoModelForCausalLM may be the language model alone
             return AutoModelForCausalLM.from_config(found, trust_remote_code=trust)

@@ -1,4 +1,4 @@
-"""What tests/test_launch.py starts with `accelerate launch`, in one process or several: `launched.py NAME OUT TEACHER STUDENT`.
+"""Script that tests/test_launch.py starts in one or more processes: `accelerate launch launched.py NAME OUT TEACHER STUDENT`.
 
 Every process writes what it saw to OUT/<rank>.json, and the first one writes the student's weights.
 """
@@ -78,7 +78,7 @@ def greedy(out: Path, teacher: str, student: str, engine=None, save="weights", *
 
 
 def off_after_a_sync(trainer):
-    """How far a matrix of the engine's student is from the live one, merged; before a sync, and after it."""
+    """Distance of a matrix of the engine's student from the live one, merged, before and after a sync."""
     name, off = "model.layers.0.mlp.down_proj.weight", []
     live = weights_of(trainer)[name]
     for sync in (lambda: None, trainer.vllm_generation.sync_weights):

@@ -22,7 +22,7 @@ def flags(tiny_pair, tmp_path, monkeypatch):
 
 
 def recorded(monkeypatch, trainer_class):
-    """What every batch of a trainer was, with the record of its completions."""
+    """Return every batch of a trainer with the record of its completions."""
     seen, score = [], trainer_class._generate_and_score_completions
 
     def watched(self, inputs):

@@ -228,7 +228,7 @@ def test_a_server_that_never_answers_ends_the_run(run, start):
 @pytest.mark.parametrize(
     ("options", "given", "message"),
     [
-        ({"mixing": {"alpha_max": 0.5}}, {}, "mixes otherwise than the settings: alpha_max is 0.5, not 1.0"),
+        ({"mixing": {"alpha_max": 0.5}}, {}, "has other mixing settings: alpha_max is 0.5, not 1.0"),
         ({"key": "right"}, {}, "refuses the API key; set api_key or the variable VLLM_API_KEY"),
         ({"key": "right"}, {"api_key": "wrong"}, "refuses the API key"),
         ({}, {"generation_kwargs": {"ignore_eos": True}}, "'ignore_eos', which a server does not take"),

@@ -24,7 +24,7 @@ def make(engine, tiny_pair, tmp_path):
 
 
 def trajectory(trainer, resume=None):
-    """What was sampled at every step, and the weights at the end."""
+    """Return the completions of every step, and the weights at the end."""
     sampled = []
     watch(
         trainer,

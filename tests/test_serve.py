@@ -214,7 +214,7 @@ REFUSED = [
     ({"osd": {"student_prompt": "w7", "student_prompt_token_ids": [7]}}, "give the student's prompt once"),
     ({"osd": {"student_messages": []}}, "/v1/completions takes the student's prompt as osd.student_prompt"),
     ({"osd": {"teacher_only": True, "student_prompt": "w7"}}, "has no effect with teacher_only"),
-    ({"prompt": [[7], [8]], "osd": {"student_prompt": "w7"}}, "one student's prompt for several prompts"),
+    ({"prompt": [[7], [8]], "osd": {"student_prompt": "w7"}}, "one student prompt for several prompts"),
     ({"osd": {"alpha": 1.5}}, "alpha=1.5 is outside [0, 1]"),
     ({"osd": {"alpha": -1}}, "alpha=-1 is outside [0, 1]"),
     ({"osd": {"alpha": float("nan")}}, "alpha=nan is outside [0, 1]"),

@@ -35,7 +35,7 @@ def generation_of(engine, tiny_pair):
 
 
 def gap_after_sync(generation, model):
-    """How far the engine's student is from `model`, in nats."""
+    """Distance of the engine's student from `model`, in nats."""
     generation.sync_weights()
     generation.generate(STUDENT_PROMPTS, None, 1)
     return disagreement(model, STUDENT_PROMPTS, generation.last_batch.completions, "logp_theta")

@@ -59,7 +59,7 @@ class _Done:
 
 
 def generate(settings: GenerateConfig, start_pair: StartPair) -> Counts:
-    """Sample what is left of a run; return the counts of this process over all its starts.
+    """Sample the remaining completions of a run; return the counts of this process over all its starts.
 
     Batches that were finished are written even if an exception or Ctrl-C ends the run.
 

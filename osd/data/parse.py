@@ -119,8 +119,8 @@ def _check_top(path: str, top: Mapping[str, Any], training_keys: Callable[[], It
         known = set(training_keys()) | data_keys()
     except ImportError as error:
         raise ValueError(
-            f"{path} has {', '.join(map(repr, unknown))}, not keys of the data commands; whether they are keys of training "
-            f"cannot be checked without TRL: install the extra `train`, or remove them"
+            f"{path} has keys that the data commands do not know: {', '.join(map(repr, unknown))}. Whether training knows "
+            "them cannot be checked without TRL; install the extra `train`, or remove them"
         ) from error
     for key in unknown:
         if key not in known:

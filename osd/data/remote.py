@@ -167,7 +167,7 @@ class ServerPair:
     def _check_info(self, url: str, info: dict[str, Any]) -> None:
         if info["mixing"] != (wanted := self.mixing.to_dict()):
             raise ValueError(
-                f"server {url} mixes otherwise than the settings: {_difference(info['mixing'], wanted)}; "
+                f"server {url} has other mixing settings: {_difference(info['mixing'], wanted)}; "
                 "change the settings, or start the server with the same options"
             )
         if unknown := sorted(self.settings.sampling().keys() - set(info["fields"])):

@@ -1,4 +1,4 @@
-"""One HTTP request of a pair's server: its options out of the body, the records into the answer."""
+"""One HTTP request of a pair's server: takes the options out of its body, and puts the records into its answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HttpRequest:
         path: its route.
         query: its query string.
         options: the pair's options, once its body was read.
-        calls: how many engine requests it has made: one per prompt.
+        calls: the number of its engine requests, one per prompt.
         records: the records of finished choices, by index.
     """
 
@@ -39,7 +39,7 @@ class HttpRequest:
 
     @contextmanager
     def served(self) -> Iterator[None]:
-        """Make it the current one in the body, and in the tasks that are started there."""
+        """Make this the current request inside the body and in the tasks started there."""
         token = _current.set(self)
         try:
             yield

@@ -283,7 +283,7 @@ class PairEngine:
 
     @property
     def student_is_whole(self) -> bool:
-        """No weight sync was made, or the last one succeeded."""
+        """True if no weight sync was made, or the last one succeeded."""
         return self._state is not EngineState.STALE
 
     def teacher_lm_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:

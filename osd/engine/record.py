@@ -89,13 +89,13 @@ class RecordLog:
         self._steps, self._cached = [], {}
 
     def take(self) -> dict[str, RequestRecord]:
-        """Every record since the last call, by request id, on the host; the log is empty afterwards."""
+        """Return every record since the last call, by request id, on the host, and empty the log."""
         cached, self._cached = self._cached, {}
         steps, self._steps = self._steps, []
         values = _by_request([(step, step.values_BR) for step in steps])
         origins = _by_request([(step, _origin(step)) for step in steps]) if any(s.kept_B is not None for s in steps) else {}
         hidden_of = [(step, step.hidden_BH) for step in steps if step.hidden_BH is not None]
-        for step in steps:  # only `hidden_of` holds them now, which gives them up
+        for step in steps:  # `hidden_of` alone references them now, so `_by_request` can free each
             step.hidden_BH = None
         hidden = _by_request(hidden_of, apart=True)
         empty = torch.empty(0)

@@ -141,7 +141,7 @@ class RemoteEngine:
 
     @property
     def student_is_whole(self) -> bool:
-        """No weight sync was made, or the last one succeeded."""
+        """True if no weight sync was made, or the last one succeeded."""
         return not self._stale
 
     # -- what all processes do together -----------------------------------------------------------------------------

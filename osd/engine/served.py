@@ -66,7 +66,7 @@ class ServedPair:
     def __post_init__(self) -> None:
         url = self.url.rstrip("/").removesuffix("/v1")
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"the server {self.url!r} is not an URL; write http://host:port")
+            raise ValueError(f"the server {self.url!r} is not a URL; write http://host:port")
         if not self.timeout > 0:
             raise ValueError(f"the timeout of {self.timeout} seconds for the server must be positive")
         object.__setattr__(self, "url", url)

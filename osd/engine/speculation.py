@@ -94,7 +94,7 @@ def accept(logp_target_N: torch.Tensor, logp_theta_N: torch.Tensor, uniform_N: t
 def residual(target_BV: torch.Tensor, theta_BV: torch.Tensor) -> torch.Tensor:
     """Return (τ - π_θ)₊ as weights, float64 [B, V], from log τ and log π_θ, which need not be normalised.
 
-    Where both policies are equal up to rounding it is τ: a draft is then refused by rounding alone.
+    Where both policies are equal up to rounding, returns τ: only rounding can refuse a draft there.
     """
     target_BV, theta_BV = target_BV.double().softmax(-1), theta_BV.double().softmax(-1)
     weights_BV = (target_BV - theta_BV).clamp_(min=0)

@@ -126,7 +126,7 @@ def execute(run: Run, engine: PairEngine) -> dict[str, Any]:
 
 
 def make_trainer(run: Run, student: Any, data: Dataset, engine: PairEngine, folder: str) -> Any:
-    """Build the trainer of a run; all arms get the same options but for their own."""
+    """Build the trainer of a run; all arms share its options, except those that define the arm."""
     args = OSDConfig(
         output_dir=folder,
         max_completion_length=TASKS[run.task].max_new_tokens,

@@ -68,7 +68,7 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     """Return the student's own ``VllmConfig``, made to run inside the teacher's workers.
 
     Weights, model, KV cache, compilation and CUDA graphs are the student's. Process group and scheduling mode are the
-    teacher's, and so are the limits of a step where the student sets none.
+    teacher's. So are the limits of a step, unless the student sets its own.
     """
     own = as_text({name: value for name, value in _pair_section(teacher_config)["student"].items() if value is not None})
     config = EngineArgs(**_step_limits(teacher_config.scheduler_config, own) | own).create_engine_config()

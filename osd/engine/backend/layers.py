@@ -130,7 +130,7 @@ def _layers(model: ModelConfig, gpus: int) -> Iterator[LayerCache]:
         elif kind in _FULL or kind == "hybrid":
             yield LayerCache(kind="latent attention" if model.use_mla else "full attention", size=size)
         else:
-            raise ValueError(f"a layer of type {kind!r} is not known")
+            raise ValueError(f"the cache of a layer of type {kind!r} is not known")
 
 
 def _kinds(model: ModelConfig) -> list[str]:

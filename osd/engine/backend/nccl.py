@@ -17,7 +17,7 @@ def init_info(port: int, workers: int) -> dict[str, Any]:
 
 
 def join(info: dict[str, Any], device: torch.device) -> Any:
-    """Meet the workers, which have the same ``info``; return the group."""
+    """Join the group of the workers that got the same ``info``, and return it."""
     with torch.cuda.device(device):
         return trainer_init(info)
 

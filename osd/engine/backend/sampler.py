@@ -290,7 +290,7 @@ def set_prompt_mask(stock: Sampler, slot: int, prompt_token_ids: list[int]) -> N
 
 
 class NoSampler:
-    """The student's sampler: keeps no state, where vLLM's would hold a count of every token of the vocabulary per request."""
+    """Sampler of the student, without state. vLLM's would count every token of the vocabulary for each request."""
 
     def __init__(self, states: Any) -> None:
         self.states = states

@@ -1,10 +1,11 @@
 """`osd serve`: vLLM's own OpenAI server with the pair plugged in.
 
-The engine gets the pair's worker and scheduler as ever. The HTTP side is one ASGI middleware (vLLM's ``--middleware``), which
+The engine gets the pair's worker and scheduler, as in `PairEngine`. The HTTP side is one ASGI
+middleware (vLLM's ``--middleware``), which
 
 - takes the object ``osd`` out of a request's body (:mod:`osd.engine.wire`) and renders the student's prompt,
-- stands before the engine client's ``generate``, which every route of vLLM calls: it checks each request as `PairEngine` does,
-  so that a mistake is answered with 4xx before the engine sees it, and passes the options on,
+- wraps the engine client's ``generate``, which every route of vLLM calls: it checks each request as `PairEngine` does, so that
+  a mistake is answered with 4xx before the engine sees it, and passes the options on,
 - adds the per-token record to the choices of an answer.
 """
 
@@ -327,7 +328,7 @@ class _Server:
 
         Raises:
             ValueError: what vLLM answers with 400.
-            GracefulHTTPError: 503, while the student's weights are not whole, or a trainer mixes otherwise.
+            GracefulHTTPError: 503, while the student's weights are not whole, or while a trainer has set another mixing.
         """
         self.training.check_open()
         request = HttpRequest.current() or HttpRequest("")
@@ -351,7 +352,7 @@ class _Server:
                 raise ValueError(f'vllm_xargs has {name!r}; write the pair\'s options into the object "{FIELD}" of the body')
         options = request.options or returned(PairOptions())
         if request.calls and options.student_prompt_token_ids is not None:
-            raise ValueError("one student's prompt for several prompts; send a request for each")
+            raise ValueError("one student prompt for several prompts; send one request per prompt")
         return options
 
     def _fit_student(self, pair: PairPrompt, params: Any) -> None:

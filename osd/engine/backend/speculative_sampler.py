@@ -35,7 +35,7 @@ from osd.engine.speculation import ACCEPT, CORRECT, DRAFT, stream
 # B requests, S rows of a pass of the student, N positions of all requests, M drafts, V vocabulary, R record fields.
 
 _LOGP_THETA = RECORD_FIELDS.index("logp_theta")
-_FROM_THETA = MixingConfig(alpha_method="fixed", fixed_alpha=1.0)  # of two equal policies
+_FROM_THETA = MixingConfig(alpha_method="fixed", fixed_alpha=1.0)  # of the student twice: π_θ
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,8 @@ class Training:
             raise not_now("an update of the student's weights has begun and not ended; ask again when one has")
         if self.mixing != self._own_mixing:
             raise not_now(
-                f"the trainer {self.trainer} mixes otherwise than this server was started; ask again when it has ended"
+                f"the trainer {self.trainer} has other mixing settings than this server was started with; "
+                "ask again when it has ended"
             )
 
     # -- the teacher's output layer ---------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Tensors(WeightTransferUpdateInfo):
 
 
 class StudentHTTPEngine(WeightTransferEngine[WeightTransferInitInfo, Tensors]):
-    """Engine whose tensors are in the message: for machines without NCCL between trainer and server."""
+    """Weight transfer whose messages carry the tensors, for machines without NCCL between trainer and server."""
 
     init_info_cls = WeightTransferInitInfo
     update_info_cls = Tensors
