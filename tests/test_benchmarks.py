@@ -264,6 +264,26 @@ def test_speculation_benchmark_sets_the_acceptance(tmp_path):
 
 
 @pytest.mark.slow
+def test_speculation_benchmark_measures_a_real_pairs_acceptance(tmp_path, tiny_pair):
+    options = "--pair healed --layers 1 --heal-steps 2 --batch-sizes 8 --new-tokens 33 --drafts 0 2 auto --repeats 4"
+    engine = json.dumps({"kv_cache_memory_bytes": 64 << 20, "block_size": 32, "max_model_len": 512})
+    found = benchmark("speculation.py", tmp_path, *options.split(), "--model", str(tiny_pair[0]), "--engine-kwargs", engine)
+    assert list(found["systems"]) == ["teacher", "student", "0", "2", "auto"]
+    assert found["healing"]["layers"] == 1
+    rows = {name: system["rows"][0] for name, system in found["systems"].items()}
+    assert all(row["acceptance"] is None and len(row["seconds"]["seen"]) == 4 for row in rows.values())
+    seen = rows["2"]["observed"]
+    # Two estimates of 1 - TV(q*, π_θ), each with a standard error of 0.5 / sqrt(n) at most; 5 of them are a chance of 1e-6.
+    error = 0.5 / seen["drafts_verified"] ** 0.5
+    assert error < 0.02
+    assert abs(seen["draft_acceptance"] - seen["record_acceptance"]) < 5 * 2**0.5 * error
+    assert 0.2 < seen["draft_acceptance"] < 0.95
+    for name in ("2", "auto"):
+        low, high = rows[name]["over_no_drafts"]["interval"]
+        assert low <= rows[name]["over_no_drafts"]["ratio"] <= high
+
+
+@pytest.mark.slow
 def test_weight_sync_benchmark_runs(tmp_path):
     found = benchmark("weight_sync.py", tmp_path, "--pair", "small+tiny", "--repeats", "2")
     ways = {name: [row["way"] for row in system["rows"]] for name, system in found["systems"].items()}
