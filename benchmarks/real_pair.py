@@ -82,7 +82,9 @@ _completions: list[Any] = []  # of its turns, for the record
 
 def begin(name: str, job: dict[str, Any]) -> None:
     """Start the engine of this process."""
-    os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)  # set by importing osd.engine, as the main module does; vLLM has its default
+    os.environ.pop(
+        "VLLM_USE_V2_MODEL_RUNNER", None
+    )  # set by importing osd.engine, as the main module does; vLLM has its default
     if name not in ("teacher", "student"):
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     _systems.append(start("paired" if name not in ("teacher", "student") else name, Job(**job))[0])

@@ -140,6 +140,12 @@ class Single:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+def kept(values_NR: torch.Tensor) -> torch.Tensor:
+    """Return min(1, π_θ/q*) of recorded tokens, float64 [N]."""
+    theta_N, q_N = (values_NR[:, RECORD_FIELDS.index(name)].double() for name in ("logp_theta", "logq"))
+    return (theta_N - q_N).exp().clamp(max=1)
+
+
 class Paired:
     """OSD: both models in one vLLM engine, with α solved for every token over the whole vocabulary."""
 
@@ -183,15 +189,14 @@ class Paired:
         means = dict(zip(RECORD_FIELDS, values.double().mean(0).tolist(), strict=True))
         # 1 - TV(q*, π_θ) is the mean of min(1, π_θ/q*) over tokens of q*. Whether a position has a draft that is verified is
         # known before its token, so the mean over such positions is their acceptance, too.
-        kept_N = (values[:, RECORD_FIELDS.index("logp_theta")] - values[:, RECORD_FIELDS.index("logq")]).exp().clamp(max=1)
-        means["record_acceptance"] = kept_N.double().mean().item()
-        origins = [c.record.origin_T for c in self.completions if c.record.origin_T is not None]
-        if origins:
-            origin_N = torch.cat(origins)
+        means["record_acceptance"] = kept(values).mean().item()
+        records = [c.record for c in self.completions if c.record.origin_T is not None]
+        if records:
+            origin_N = torch.cat([record.origin_T for record in records])
             drawn, accepted, corrected, bonus = origin_N.bincount(minlength=len(TOKEN_ORIGINS)).tolist()
             verified_N = (origin_N == ACCEPTED) | (origin_N == CORRECTED)
             if verified_N.any():
-                means["record_acceptance"] = kept_N[verified_N].double().mean().item()
+                means["record_acceptance"] = kept(torch.cat([r.values_TR for r in records])[verified_N]).mean().item()
                 means["drafts_verified"] = float(accepted + corrected)
             means["draft_acceptance"] = accepted / max(accepted + corrected, 1)
             means["tokens_per_cycle"] = (drawn + accepted + corrected + bonus) / (drawn + corrected + bonus)
