@@ -195,6 +195,17 @@ def test_an_ignored_seed_is_found(engine, arm_results, monkeypatch):
         results.check_distinct([arm_results["q*"], ignored])
 
 
+@pytest.mark.parametrize(("arm", "trained_as"), [("q* prefix", "q*"), ("sft", "teacher")])
+def test_an_ignored_option_is_found(engine, arm_results, monkeypatch, arm, trained_as):
+    """These arms sample as another one does, and differ in their loss: the planted error is that they do not."""
+    make = runs.make_trainer
+    monkeypatch.setattr(runs, "make_trainer", lambda run, *rest: make(dataclasses.replace(run, arm=trained_as), *rest))
+    ignored = runs.execute(small(arm), engine)
+    results.check_distinct([arm_results[arm], arm_results[trained_as]])
+    with pytest.raises(RuntimeError, match="two runs have the same losses"):
+        results.check_distinct([arm_results[trained_as], ignored])
+
+
 def test_held_out_rows_in_training_stop_a_run(engine, monkeypatch):
     leaky = ECHO.rows
     monkeypatch.setattr(Task, "rows", lambda self, split, limit=None: leaky("held_out" if split == "train" else split, limit))
