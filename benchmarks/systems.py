@@ -13,6 +13,8 @@ import torch
 from benchmarks.logits import SpreadLogits, spread, spread_logits
 from osd.core import RECORD_FIELDS, TOKEN_ORIGINS, MixingConfig
 
+ACCEPTED, CORRECTED = (TOKEN_ORIGINS.index(name) for name in ("accepted", "corrected"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -138,6 +140,12 @@ class Single:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+def kept(values_NR: torch.Tensor) -> torch.Tensor:
+    """Return min(1, π_θ/q*) of recorded tokens, float64 [N]."""
+    theta_N, q_N = (values_NR[:, RECORD_FIELDS.index(name)].double() for name in ("logp_theta", "logq"))
+    return (theta_N - q_N).exp().clamp(max=1)
+
+
 class Paired:
     """OSD: both models in one vLLM engine, with α solved for every token over the whole vocabulary."""
 
@@ -157,9 +165,15 @@ class Paired:
         self.completions: list[Any] = []
 
     def generate(self, prompts: list[list[int]], new_tokens: int, *, record: bool = True) -> list[list[int]]:
+        return self.generate_pairs([(prompt, prompt) for prompt in prompts], new_tokens, record=record)
+
+    def generate_pairs(
+        self, prompts: list[tuple[list[int], list[int]]], new_tokens: int, *, record: bool = True
+    ) -> list[list[int]]:
+        """Sample from pairs of prompts: the teacher's, the student's."""
         from osd.engine.engine import PairPrompt
 
-        pairs = [PairPrompt(teacher_token_ids=prompt, student_token_ids=prompt) for prompt in prompts]
+        pairs = [PairPrompt(teacher_token_ids=teacher, student_token_ids=student) for teacher, student in prompts]
         completions = self.engine.generate(pairs, sampling=sampling_kwargs(new_tokens), record=record)
         if record:
             self.completions = completions
@@ -173,9 +187,17 @@ class Paired:
         assert all(len(c.record.values_TR) == len(c.token_ids) for c in self.completions), "incomplete record"
         values = torch.cat([c.record.values_TR for c in self.completions])
         means = dict(zip(RECORD_FIELDS, values.double().mean(0).tolist(), strict=True))
-        origins = [c.record.origin_T for c in self.completions if c.record.origin_T is not None]
-        if origins:
-            drawn, accepted, corrected, bonus = torch.cat(origins).bincount(minlength=len(TOKEN_ORIGINS)).tolist()
+        # 1 - TV(q*, π_θ) is the mean of min(1, π_θ/q*) over tokens of q*. Whether a position has a draft that is verified is
+        # known before its token, so the mean over such positions is their acceptance, too.
+        means["record_acceptance"] = kept(values).mean().item()
+        records = [c.record for c in self.completions if c.record.origin_T is not None]
+        if records:
+            origin_N = torch.cat([record.origin_T for record in records])
+            drawn, accepted, corrected, bonus = origin_N.bincount(minlength=len(TOKEN_ORIGINS)).tolist()
+            verified_N = (origin_N == ACCEPTED) | (origin_N == CORRECTED)
+            if verified_N.any():
+                means["record_acceptance"] = kept(torch.cat([r.values_TR for r in records])[verified_N]).mean().item()
+                means["drafts_verified"] = float(accepted + corrected)
             means["draft_acceptance"] = accepted / max(accepted + corrected, 1)
             means["tokens_per_cycle"] = (drawn + accepted + corrected + bonus) / (drawn + corrected + bonus)
         return means

@@ -34,7 +34,7 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
         "text": " ".join(f"w{token}" for token in ids),
         "token_ids": ids,
         "finish_reason": "length" if len(ids) == body["max_tokens"] else "stop",
-        "osd": {**record, "weights_version": [0] * len(ids)},
+        "osd": {**record, "weights_version": [0] * len(ids), "origin": ["drawn"] * len(ids)},
     }
     return {"choices": [choice]}
 

@@ -203,6 +203,22 @@ def test_plot_draws_one_panel_per_pair(tmp_path):
     assert all(path.stat().st_size > 5000 for path in paths)
 
 
+def test_plot_draws_drafts_with_the_line_of_the_theory(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plot import break_even_line, over_teacher, plot_drafts
+
+    drafts, alone = (
+        json.loads(next((ROOT / "benchmarks" / "results").glob(f"{name}_14B+1.5B_*h200*.json")).read_text())
+        for name in ("speculation", "sampling")
+    )
+    assert break_even_line(0.1, 0.9, 10)[10] == (10, pytest.approx(0.306, abs=5e-4))  # theory, section 9
+    points = over_teacher(drafts)
+    assert points[8][0.9] == [(4, pytest.approx(0.61, abs=5e-3))]  # docs/performance.md
+    assert all(path.stat().st_size > 5000 for path in plot_drafts(drafts, [alone], tmp_path / "drafts.svg"))
+    with pytest.raises(ValueError, match=r"pair is '14B\+1.5B' in one and 'c\+d'"):
+        plot_drafts(drafts, [{**alone, "pair": "c+d"}], tmp_path / "drafts.svg")
+
+
 def benchmark(script: str, folder: Path, *options: str) -> dict[str, Any]:
     """Run a benchmark script and return its result."""
     path = folder / "result.json"
@@ -261,6 +277,26 @@ def test_speculation_benchmark_sets_the_acceptance(tmp_path):
         assert abs(values["draft_acceptance"] - rate) < 0.15
         assert values["tokens_per_cycle"] == pytest.approx(1 + rate + rate**2, rel=0.15)
     assert "draft_acceptance" not in found["systems"]["0"]["rows"][0]["observed"]
+
+
+@pytest.mark.slow
+def test_speculation_benchmark_measures_a_real_pairs_acceptance(tmp_path, tiny_pair):
+    options = "--pair healed --layers 1 --heal-steps 2 --batch-sizes 8 --new-tokens 33 --drafts 0 2 auto --repeats 4"
+    engine = json.dumps({"kv_cache_memory_bytes": 64 << 20, "block_size": 32, "max_model_len": 512})
+    found = benchmark("speculation.py", tmp_path, *options.split(), "--model", str(tiny_pair[0]), "--engine-kwargs", engine)
+    assert list(found["systems"]) == ["teacher", "student", "0", "2", "auto"]
+    assert found["healing"]["layers"] == 1
+    rows = {name: system["rows"][0] for name, system in found["systems"].items()}
+    assert all(row["acceptance"] is None and len(row["seconds"]["seen"]) == 4 for row in rows.values())
+    seen = rows["2"]["observed"]
+    # Two estimates of 1 - TV(q*, π_θ), each with a standard error of 0.5 / sqrt(n) at most; 5 of them are a chance of 1e-6.
+    error = 0.5 / seen["drafts_verified"] ** 0.5
+    assert error < 0.02
+    assert abs(seen["draft_acceptance"] - seen["record_acceptance"]) < 5 * 2**0.5 * error
+    assert 0.2 < seen["draft_acceptance"] < 0.95
+    for name in ("2", "auto"):
+        low, high = rows[name]["over_no_drafts"]["interval"]
+        assert low <= rows[name]["over_no_drafts"]["ratio"] <= high
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 
 import httpx
@@ -16,12 +18,13 @@ import pytest
 import torch
 
 from osd import cli
-from osd.core import RECORD_FIELDS
+from osd.core import RECORD_FIELDS, TOKEN_ORIGINS
 from osd.data.generate import generate
 from osd.data.pair import EnginePair
 from osd.data.remote import ServerPair
 from osd.data.settings import GenerateConfig
 from osd.engine.backend import server as backend
+from osd.engine.wire import record_from_json
 from tests.documents import ROOT, blocks, commands
 from tests.exact import completion_logits, mixture, q_star, solve
 from tests.generate_run import content, keys, read_output, write_rows
@@ -150,7 +153,7 @@ def test_the_choices_of_one_request_differ_and_each_has_its_record(server, model
 def test_the_record_has_every_column_of_every_token(server, models):
     [choice] = server.complete(TEACHER, STUDENT, seed=3, top_p=0.9)
     record = choice["osd"]
-    assert set(record) == {*RECORD_FIELDS, "weights_version"}
+    assert set(record) == {*RECORD_FIELDS, "weights_version", "origin"}
     assert {len(column) for column in record.values()} == {24}
     lt, ls = policies(models, [TEACHER, STUDENT], choice)
     alpha = solve("kl_symmetry", ls, lt)
@@ -159,6 +162,7 @@ def test_the_record_has_every_column_of_every_token(server, models):
         np.testing.assert_allclose(record[name], of(logp, choice), atol=1e-3)
     assert all(draw >= logq for draw, logq in zip(record["logp_draw"], record["logq"], strict=True))
     assert record["weights_version"] == [0] * 24
+    assert record["origin"] == ["drawn"] * 24
 
 
 def test_a_stop_string_ends_the_record_with_the_tokens(server):
@@ -456,3 +460,50 @@ def test_written_arguments_reach_both_sides_and_the_teachers_files_only_the_teac
     assert config.student_kwargs == {"max_model_len": 64}
     assert (config.mixing.alpha_method, config.mixing.fixed_alpha) == ("fixed", 0.25)
     assert args.host == "127.0.0.1"
+
+
+# -- drafts -------------------------------------------------------------------------------------------------------------
+
+
+def test_drafts_are_in_the_record_and_in_vllms_metrics(model_paths, models, tmp_path):
+    with served(*model_paths, tmp_path / "log", "--num-speculative-tokens", "3") as client:
+        choices = [choice for seed in range(6) for choice in client.complete(TEACHER, STUDENT, seed=seed, n=2)]
+        *_, last = client.complete(TEACHER, STUDENT, seed=9, stream=True)
+        [alone] = client.complete(TEACHER, osd={"teacher_only": True}, seed=1)
+        counted = drafts_in_metrics(client.http.get("/metrics").text)
+    for choice in choices:
+        assert_drawn(choice, q_star(models, [TEACHER, STUDENT], choice["token_ids"]))
+        assert record_from_json(choice["osd"]).origin_T.tolist() == [TOKEN_ORIGINS.index(o) for o in choice["osd"]["origin"]]
+    assert alone["osd"]["origin"] == ["drawn"] * 24
+    records = [choice["osd"] for choice in [*choices, last["choices"][0]]]
+    assert {len(record["origin"]) for record in records} == {24}
+    origins = Counter(origin for record in records for origin in record["origin"])
+    assert min(origins[name] for name in ("accepted", "corrected", "bonus")) >= 5, origins
+    # A cycle ends with a corrected token or a bonus; the last one of a completion may be cut short by max_tokens.
+    cycles, most = origins["corrected"] + origins["bonus"], len(records)
+    assert cycles <= counted["drafts"] <= cycles + most
+    assert origins["accepted"] <= counted["accepted_tokens"] <= origins["accepted"] + 3 * most
+    assert counted["accepted_tokens"] < counted["draft_tokens"] <= 3 * counted["drafts"]
+    assert 0 < counted["accepted_tokens_per_pos"] == counted["accepted_tokens"]
+    # Among the positions that were verified, drafts are accepted as often as the record of these positions says.
+    kept = [
+        (origin == "accepted", min(1.0, math.exp(theta - q)))
+        for record in records
+        for origin, theta, q in zip(record["origin"], record["logp_theta"], record["logq"], strict=True)
+        if origin in ("accepted", "corrected")
+    ]
+    accepted, expected = np.array(kept, dtype=float).mean(0)
+    assert abs(accepted - expected) < 5 * (0.5 / len(kept)) ** 0.5
+
+
+def drafts_in_metrics(text):
+    """Return vLLM's counters of speculative decoding, summed over their labels."""
+    counted = Counter()
+    for name, value in re.findall(r"^vllm:spec_decode_num_(\w+)_total\{.*\} (\S+)$", text, re.MULTILINE):
+        counted[name] += float(value)
+    return counted
+
+
+def test_without_drafts_vllm_has_no_metrics_of_them(server):
+    assert "vllm:num_requests_running" in server.http.get("/metrics").text
+    assert not drafts_in_metrics(server.http.get("/metrics").text)

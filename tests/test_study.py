@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from scipy import stats
 from transformers import AutoTokenizer
 
 from studies.quality import models, report, results, run, runs
@@ -192,6 +193,17 @@ def test_an_ignored_seed_is_found(engine, arm_results, monkeypatch):
     ignored = runs.execute(small("q*", seed=1), engine)
     with pytest.raises(RuntimeError, match="two runs have the same losses"):
         results.check_distinct([arm_results["q*"], ignored])
+
+
+@pytest.mark.parametrize(("arm", "trained_as"), [("q* prefix", "q*"), ("sft", "teacher")])
+def test_an_ignored_option_is_found(engine, arm_results, monkeypatch, arm, trained_as):
+    """These arms sample as another one does, and differ in their loss: the planted error is that they do not."""
+    make = runs.make_trainer
+    monkeypatch.setattr(runs, "make_trainer", lambda run, *rest: make(dataclasses.replace(run, arm=trained_as), *rest))
+    ignored = runs.execute(small(arm), engine)
+    results.check_distinct([arm_results[arm], arm_results[trained_as]])
+    with pytest.raises(RuntimeError, match="two runs have the same losses"):
+        results.check_distinct([arm_results[trained_as], ignored])
 
 
 def test_held_out_rows_in_training_stop_a_run(engine, monkeypatch):
@@ -408,22 +420,45 @@ def test_best_learning_rates_are_chosen_on_validation_rows():
     assert report.best_rates([*PAIRED, better]) == {"student": 1e-4, "q*": 2e-4}
 
 
-def before_training(margin_of_q):
-    said = {"student": (0.0, 0.0), "linear 0.1": (0.1, 0.2), "q*": (margin_of_q + 0.3, 0.3), "teacher": (1.0, 1.0)}
-    arms = [{"arm": arm, "accuracy": accuracy, "kl_theta": kl} for arm, (accuracy, kl) in said.items()]
+RATINGS = {"student": -3.0, "linear 0.1": -2.5, "q*": -2.0, "teacher": -1.0}  # log π_t
+
+
+def before_training(**ratings):
+    arms = [
+        {"arm": arm, "accuracy": 0.1 * i, "kl_theta": 0.3 * i, "logp_teacher": ratings.get(arm, rating)}
+        for i, (arm, rating) in enumerate(RATINGS.items())
+    ]
     return {"task": "echo", "quality": "accuracy", "arms": arms, "verdict": {"worth_it": "yes"}}
 
 
 def test_rank_correlation_of_the_verdict_with_training():
-    trained = [made("linear 0.1", 0, (0, 0.1, 0.2)), made("teacher", 0, (0, 0.15, 0.25)), *PAIRED]
-    [good] = report.rank_correlations([before_training(0.5)], trained)
-    assert (good["arms"], good["verdict"]) == (4, "yes")
-    # Margins -0.1 (linear), 0, 0, 0.5 (q*); areas 0.1, 0.1375, 0.25, 0.4...: the same order, but for the tie.
-    assert good["margin"] == pytest.approx(0.9486833)
-    [bad] = report.rank_correlations([before_training(-0.5)], trained)
-    assert bad["margin"] < 0
-    [few] = report.rank_correlations([before_training(0.5)], PAIRED)
-    assert np.isnan(few["margin"])
+    ends = {"student": 0.3, "linear 0.1": 0.4, "q*": 0.5, "teacher": 0.6}
+    # Seed 1 is better for all arms; the teacher was not run with it. Unpaired means would rank it third.
+    trained = [made(arm, 0, (0, 0.1, end)) for arm, end in ends.items()]
+    trained += [made(arm, 1, (0, 0.1, 0.3 + end)) for arm, end in ends.items() if arm != "teacher"]
+    [good] = report.rank_correlations([before_training()], trained)
+    assert (good["arms"], good["verdict"], good["seeds"]) == (4, "yes", 1)
+    assert good["gain"] == pytest.approx(0.05)
+    for of in ("area", "final"):
+        assert good["log π_t"][of] == pytest.approx((1, 1 / 24))  # one order of 24
+    [worse] = report.rank_correlations([before_training(teacher=-4.0)], trained)
+    assert worse["log π_t"]["area"] == pytest.approx((-0.2, 15 / 24))  # ranks 2 3 4 1 for 1 2 3 4
+    [few] = report.rank_correlations([before_training()], PAIRED)
+    assert np.isnan(few["log π_t"]["area"].correlation)
+    assert report.rank_correlations([{**before_training(), "task": "another"}], trained) == []
+
+
+def test_the_comparison_with_the_most_arms_and_the_same_models_is_used():
+    trained = [made(arm, 0, (0, 0.1 * i, 0.2 * i)) for i, arm in enumerate(RATINGS)]
+    few = {**before_training(), "arms": before_training()["arms"][:3], "verdict": {"worth_it": "no"}}
+    other = {**before_training(), "models": "others"}
+    [found] = report.rank_correlations([few, before_training(), other], trained)
+    assert (found["arms"], found["verdict"]) == (4, "yes")
+
+
+def test_tied_ranks_and_the_chance_of_a_correlation():
+    rank = report.spearman([0, 0, 1, 2], [1, 2, 3, 4])
+    assert rank == pytest.approx((stats.spearmanr([0, 0, 1, 2], [1, 2, 3, 4]).statistic, 2 / 24))
 
 
 def test_report_of_a_whole_study(study, whole_study, tmp_path):
@@ -440,7 +475,7 @@ def test_report_of_a_whole_study(study, whole_study, tmp_path):
         "## Results: privileged, a-machine\n\nA note.",
         "| q\\* | 1 |",
         "own best learning rate",
-        "Spearman",
+        "beforehand",
         "page/a-machine_echo",
     ):
         assert part in text, part

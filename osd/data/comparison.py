@@ -25,7 +25,7 @@ from osd.data.requests import Request, RequestBuilder
 from osd.data.samples import SCHEMA, Sample, sample_of
 from osd.data.settings import CompareConfig
 from osd.data.strict_json import finite, json_text
-from osd.data.verdict import Marks, linear_at_same_distance, score, scoring, sentence, what_would_change
+from osd.data.verdict import Marks, linear_at_same_distance, on_line, score, scoring, sentence, what_would_change
 from osd.report.charts import FOURTH, INK, STUDENT, TEACHER, THIRD, png, svg
 from osd.report.pages import check_writable, render, write
 
@@ -63,8 +63,13 @@ def arms(settings: CompareConfig) -> list[Arm]:
     return [Arm(name="student", alpha=0.0), *linear, Arm(name="q*"), Arm(name="teacher", alpha=1.0)]
 
 
-def compare(settings: CompareConfig, start_pair: StartPair) -> dict[str, Any]:
+def compare(settings: CompareConfig, start_pair: StartPair, further: Sequence[Arm] = ()) -> dict[str, Any]:
     """Sample, score, and write compare.json, compare.html, compare.png and the completions of every arm; returns the JSON.
+
+    Args:
+        settings: of the command.
+        start_pair: makes the pair.
+        further: more arms for the table; the verdict does not depend on them.
 
     Raises:
         ValueError: settings that do not fit the input; before any model loads.
@@ -76,7 +81,7 @@ def compare(settings: CompareConfig, start_pair: StartPair) -> dict[str, Any]:
         raise NothingUsable(f"all {len(rows.rows)} rows were rejected (the first: {rows.rows[0].error})")
     builder = RequestBuilder(settings, rows.columns)
     run = describe(settings, rows, 1)
-    compared = arms(settings)
+    compared = [*arms(settings), *further]
     with start_pair(settings) as pair:
         builder.use_tokenizers(pair.teacher_tokenizer, pair.student_tokenizer)
         requests, rejected = _requests(settings, builder, rows.rows, pair)
@@ -222,7 +227,7 @@ def _label(arm: str, result: dict[str, Any]) -> str | None:
 
 def _trade_off(axes: Any, *, result: dict[str, Any], quality: str) -> None:
     shown = {row["arm"]: row for row in result["arms"]}
-    line = sorted((row for name, row in shown.items() if name != "q*"), key=lambda row: row["kl_theta"])
+    line = sorted((row for name, row in shown.items() if on_line(name)), key=lambda row: row["kl_theta"])
     xs, ys = ([row[key] for row in line] for key in ("kl_theta", quality))
     axes.plot(xs, ys, color=INK, alpha=0.35, linewidth=1.2, linestyle=(0, (4, 3)))
     for name, row in shown.items():

@@ -1,8 +1,10 @@
 """Scores of the arms of `osd compare`, and the verdict on q*.
 
-Quality is accuracy where there are answers, else the teacher's mean log-probability. Distance is the mean KL(arm ‖ student)
-per token. An arm's *gain* is its share of the teacher's lead in quality over the student, its *distance* the share of the
-teacher's distance, and its *margin* the first minus the second: mixing pays where the margin is positive.
+Quality is accuracy where there are answers, else the teacher's mean log-probability: it says whether the teacher is better. If
+it is, the teacher's log-probability per token judges the arms between student and teacher, and accuracy beside it. Accuracy
+alone cannot: a completion is right if all of its tokens are, so half-way per token is far less than half-way in accuracy.
+Distance is the mean KL(arm ‖ student) per token. It is no price by itself (docs/evidence.md: arms that are further away trained
+no worse); it says which linear mixture q* is compared with.
 
 A arms, P prompts, S sums. Intervals are 95 %: Wilson's for shares, else bootstraps over prompts.
 """
@@ -23,7 +25,7 @@ FEWEST = 10  # prompts; a bootstrap over fewer has intervals that are far too na
 SUMS = ("tokens", "logp_theta", "logp_teacher", "kl_theta", "kl_teacher", "alpha", "finished", "correct", "scored", "samples")
 UNTRAINED = (
     "No student was trained: this compares what the arms sample now, not students trained on it. "
-    "Only training and evaluating a student shows what the data is worth."
+    "Only training shows whether the teacher's samples alone would do as well."
 )
 MEASURES = {"accuracy": "accuracy", "logp_teacher": "log π_t per token"}
 Marks = Sequence[bool | None]  # of each sample: right, wrong, or None without a reference answer
@@ -130,83 +132,87 @@ def _judged(sums_APS: np.ndarray, quality: str) -> int:
 def _verdict(
     names: list[str], estimates: dict[str, np.ndarray], resampled: dict[str, np.ndarray], quality: str, judged: int
 ) -> dict[str, Any]:
-    """Compare q* with the student, with the teacher, and with every linear mixture."""
+    """Compare q* with the student, and with the line through student, linear mixtures and teacher."""
     at = {name: i for i, name in enumerate(names)}
-    linear = [name for name in names if name.startswith("linear ")]
-    one, many = (_shares(at, figures, quality) for figures in ({k: v[None] for k, v in estimates.items()}, resampled))
-    best = max(linear, key=lambda name: one["margin"][0, at[name]]) if linear else None
-    # Each of several linear mixtures has its chance to look better by luck.
-    level = 0.05 / max(len(linear), 1)
-    over = {name: _interval(many["margin"][:, at["q*"]] - many["margin"][:, at[name]], level) for name in linear}
+    one = {key: values[None] for key, values in estimates.items()}
+    # Each of two measures has its chance to differ by luck.
+    measures = sorted({"logp_teacher", quality})
+    compared = {measure: (_differences(at, one, measure), _differences(at, resampled, measure)) for measure in measures}
+
+    def of(measure: str, name: str, level: float = 0.05 / len(measures)) -> dict[str, Any]:
+        value, many = (found[name] for found in compared[measure])
+        return {"value": float(value[0]), "interval": _interval(many, level)}
+
+    lead = of(quality, "lead", 0.05)
+    far_A, ratings_A = estimates["kl_theta"], estimates["logp_teacher"]
+    student, teacher, mixed = (at[name] for name in ("student", "teacher", "q*"))
     found = {
-        "teacher_lead": float(one["lead"][0]),
-        "teacher_lead_interval": _interval(many["lead"]),
-        "student_gain": float(one["gained"][0]),
-        "student_gain_interval": _interval(many["gained"]),
-        "gain_share": float(one["gain"][0, at["q*"]]),
-        "distance_share": float(one["distance"][0, at["q*"]]),
-        "margin_interval": _interval(many["margin"][:, at["q*"]]),
-        "over_linear": float(one["over_line"][0]),
-        "over_linear_interval": _interval(many["over_line"]),
-        "best_linear": best,
-        "best_linear_gain_share": float(one["gain"][0, at[best]]) if best else math.nan,
-        "best_linear_distance_share": float(one["distance"][0, at[best]]) if best else math.nan,
-        "margin_over_linear_intervals": over,
+        "teacher_lead": lead["value"],
+        "teacher_lead_interval": lead["interval"],
+        "over_student": {measure: of(measure, "over_student") for measure in measures},
+        "over_linear": {measure: of(measure, "over_line") for measure in measures},
+        "linear_drawn": any(name.startswith("linear ") for name in names),
+        "gain_share": _share(ratings_A[mixed] - ratings_A[student], ratings_A[teacher] - ratings_A[student]),
+        "distance_share": _share(far_A[mixed], far_A[teacher]),
         "prompts_judged": judged,
     }
-    return {**found, "worth_it": _worth_it(found)}
+    return {**found, "worth_it": _worth_it(found, quality)}
 
 
-def _shares(at: dict[str, int], figures: dict[str, np.ndarray], quality: str) -> dict[str, np.ndarray]:
-    """Return lead, gains, distances, margins and q*'s height over the line through the other arms, of R sets of figures."""
-    worth_RA, far_RA = figures[quality], figures["kl_theta"]
+def _differences(at: dict[str, int], figures: dict[str, np.ndarray], measure: str) -> dict[str, np.ndarray]:
+    """Return the teacher's lead, and q*'s height over the student and over the line, of R sets of figures."""
+    worth_RA, far_RA = figures[measure], figures["kl_theta"]
     student, teacher, mixed = (at[name] for name in ("student", "teacher", "q*"))
-    lead_R, reach_R = worth_RA[:, teacher] - worth_RA[:, student], far_RA[:, teacher]
-    gain_RA, distance_RA = _over(worth_RA - worth_RA[:, [student]], lead_R), _over(far_RA, reach_R)
-    others = [i for name, i in at.items() if name != "q*"]
+    ends = [i for name, i in at.items() if on_line(name)]
     line_R = []
     for worth, far in zip(worth_RA, far_RA, strict=True):
-        order = sorted(others, key=lambda i: far[i])
+        order = sorted(ends, key=lambda i: far[i])
         line_R.append(np.interp(far[mixed], far[order], worth[order]))
     return {
-        "lead": lead_R,
-        "gained": worth_RA[:, mixed] - worth_RA[:, student],
-        "gain": gain_RA,
-        "distance": distance_RA,
-        "margin": gain_RA - distance_RA,
+        "lead": worth_RA[:, teacher] - worth_RA[:, student],
+        "over_student": worth_RA[:, mixed] - worth_RA[:, student],
         "over_line": worth_RA[:, mixed] - np.array(line_R),
     }
 
 
-def _over(part_RA: np.ndarray, whole_R: np.ndarray) -> np.ndarray:
-    """Divide; NaN where the whole is zero."""
-    return part_RA / np.where(whole_R == 0, math.nan, whole_R)[:, None]
+def on_line(arm: str) -> bool:
+    """Return whether an arm is one of those that q* is compared with at its own distance."""
+    return arm in ("student", "teacher") or arm.startswith("linear ")
 
 
-def _worth_it(v: dict[str, Any]) -> str:
+def _share(part: float, whole: float) -> float:
+    return float(part / whole) if whole else math.nan
+
+
+def _worth_it(v: dict[str, Any], quality: str) -> str:
     """Return the outcome: a key of `HEADLINES`."""
     if v["prompts_judged"] < FEWEST:
         return "too few"
     if not v["teacher_lead_interval"][0] > 0:
-        return "no lead, but q*" if v["student_gain_interval"][0] > 0 else "no lead"
-    if v["margin_interval"][1] < 0:
-        return "no"
-    margins = v["margin_over_linear_intervals"].values()
-    if v["over_linear_interval"][1] < 0 or any(high < 0 for _, high in margins):
-        return "linear"
-    if not v["margin_interval"][0] > 0:
-        return "undecided"
-    beats_linear = v["over_linear_interval"][0] > 0 and all(low > 0 for low, _ in margins)
-    return "yes" if beats_linear or not margins else "mixing"
+        return "no lead, but q*" if v["over_student"][quality]["interval"][0] > 0 else "no lead"
+    better = _better(v["over_student"])
+    if better is not True:
+        return "undecided" if better is None else "no"
+    if not v["linear_drawn"]:
+        return "yes"
+    return {True: "yes", None: "mixing", False: "linear"}[_better(v["over_linear"])]
+
+
+def _better(by_measure: dict[str, dict[str, Any]]) -> bool | None:
+    """Return whether q* is better: False if any measure is measurably lower, True if one is higher, else None."""
+    intervals = [of["interval"] for of in by_measure.values()]
+    if any(high < 0 for _, high in intervals):
+        return False
+    return True if any(low > 0 for low, _ in intervals) else None
 
 
 HEADLINES = {
-    "yes": "Worth it: q* gains more in quality than in distance from the student, and no linear mixture does as well",
-    "mixing": "Worth it to mix, undecided how: q* gains more in quality than in distance from the student, but is not "
-    "measurably better than a linear mixture",
-    "linear": "Not worth it: a linear mixture is measurably better than q*",
-    "no": "Not worth it: q* gains less in quality than in distance from the student",
-    "undecided": "Undecided: q* gains about as much in quality as in distance from the student",
+    "yes": "Worth it: q* samples better than the student alone, and better than linear mixtures at the same distance",
+    "mixing": "Worth it to mix, undecided how: q* samples better than the student alone, but not measurably better than "
+    "linear mixtures at the same distance",
+    "linear": "Worth it to mix, but not with q*: linear mixtures are measurably better at the same distance",
+    "no": "Not worth it: q* samples worse than the student alone",
+    "undecided": "Undecided: q* is not measurably better than the student alone",
     "no lead": "The teacher is not measurably better than the student here",
     "no lead, but q*": "The teacher is not measurably better than the student here, but q* is",
     "too few": f"Undecided: fewer than {FEWEST} prompts could be judged",
@@ -215,31 +221,36 @@ HEADLINES = {
 
 def sentence(result: dict[str, Any]) -> tuple[str, str]:
     """Return the verdict in words: a headline, and the figures behind it."""
-    v, measure = result["verdict"], MEASURES[result["quality"]]
-    lead = f"{v['teacher_lead']:+.3f} {measure} ({_between(v['teacher_lead_interval'], '+.3f')})"
+    v, quality = result["verdict"], result["quality"]
+    lead = f"{v['teacher_lead']:+.3f} {MEASURES[quality]} ({_between(v['teacher_lead_interval'])})"
     said = [f"The teacher's lead over the student is {lead} on {result['prompts']} prompts."]
-    if result["quality"] != "accuracy" and result["arms"][0]["accuracy"] == 0:
+    if quality != "accuracy" and result["arms"][0]["accuracy"] == 0:
         said.insert(0, "No completion has the right answer, so the teacher's log-probability judges.")
     if v["worth_it"] == "too few":
         said.append("Give more prompts (100 are read by default).")
     elif v["worth_it"].startswith("no lead"):
-        said.append(f"q* scores {v['student_gain']:+.3f} over the student ({_between(v['student_gain_interval'], '+.3f')}).")
+        said.append(f"q* scores {_in_words({quality: v['over_student'][quality]})} over the student.")
         if v["worth_it"] == "no lead":
             said.append("There is nothing to gain here, or there are too few prompts to see it.")
     else:
-        said += _shares_in_words(v)
+        line = "student, linear mixtures and teacher" if v["linear_drawn"] else "student and teacher (no mixture was drawn)"
+        said += [
+            f"q* scores {_in_words(v['over_student'])} over the student.",
+            f"It has {v['gain_share']:.0%} of the teacher's lead in log π_t at {v['distance_share']:.0%} of its distance.",
+            f"Over the line through {line} at the same distance, it scores {_in_words(v['over_linear'])}.",
+        ]
     headline = HEADLINES[v["worth_it"]]
-    if v["worth_it"] == "yes" and v["best_linear"] is None:
-        headline = headline.partition(",")[0] + " (no linear mixture was drawn)"
+    if v["worth_it"] == "yes" and not v["linear_drawn"]:
+        headline = headline.partition(",")[0]
     return headline, " ".join([*said, UNTRAINED])
 
 
 CHANGES = {
-    "yes": "a linear mixture that gains as much, or an interval that reaches zero on other prompts.",
-    "mixing": "more prompts: the interval of q* against the linear mixtures still contains zero.",
-    "linear": "other values of alpha_method, alpha_min or alpha_max, or a teacher's prompt that gives less away.",
-    "no": "a smaller alpha_max (nearer to the student), or a teacher's prompt that helps more.",
-    "undecided": "more prompts or samples (limit, num_samples): the interval of q*'s margin contains zero.",
+    "yes": "a linear mixture that is as good at the same distance, or an interval that reaches zero on other prompts.",
+    "mixing": "more prompts: the interval of q* over the linear mixtures still contains zero.",
+    "linear": "other values of alpha_method, alpha_min or alpha_max.",
+    "no": "another teacher or another prompt for it: half-way to this one, answers get worse.",
+    "undecided": "more prompts or samples (limit, num_samples): the interval of q* over the student contains zero.",
     "no lead": "a teacher that is better here: a larger one, or one that reads the answer; or more prompts.",
     "no lead, but q*": "a teacher that is better here: a larger one, or one that reads the answer; or more prompts.",
     "too few": f"at least {FEWEST} prompts, better 100.",
@@ -250,13 +261,14 @@ def scoring(result: dict[str, Any]) -> str:
     """Return how completions were judged, and the rule of the verdict."""
     how = result["settings"]["answer_match"]
     judged = (
-        f"A completion is right if its answer matches the reference (answer_match={how})."
+        f"A completion is right if its answer matches the reference (answer_match={how}). If the teacher leads in accuracy, "
+        "two measures compare the other arms: accuracy, and mean log π_t per token with the teacher's prompt."
         if result["quality"] == "accuracy"
         else "No completion could be called right, so quality is the mean of log π_t per token, with the teacher's prompt."
     )
     return (
-        f"{judged} q* is worth it if its share of the teacher's lead in quality is larger than its share of the teacher's "
-        "distance from the student, and no linear mixture does as well; both by 95 % intervals over prompts."
+        f"{judged} q* is worth it if it is measurably better than the student, and than linear mixtures at the same distance: "
+        "higher in one measure and lower in none, by 95 % intervals over prompts."
     )
 
 
@@ -268,29 +280,15 @@ def what_would_change(result: dict[str, Any]) -> str:
 def linear_at_same_distance(result: dict[str, Any]) -> float:
     """Return the quality of the line through student, linear mixtures and teacher at the distance of q*."""
     [mixed] = [row for row in result["arms"] if row["arm"] == "q*"]
-    return float(mixed[result["quality"]]) - float(result["verdict"]["over_linear"])
+    return float(mixed[result["quality"]]) - float(result["verdict"]["over_linear"][result["quality"]]["value"])
 
 
-def _shares_in_words(v: dict[str, Any]) -> list[str]:
-    said = [
-        f"q* has {v['gain_share']:.0%} of it at {v['distance_share']:.0%} of the teacher's distance from the student "
-        f"(difference, {_between(v['margin_interval'], '+.0%')})."
-    ]
-    if v["best_linear"]:
-        said.append(
-            f"The best linear mixture ({v['best_linear'].split()[1]}) has {v['best_linear_gain_share']:.0%} at "
-            f"{v['best_linear_distance_share']:.0%}."
-        )
-    side = "above" if v["over_linear"] >= 0 else "below"
-    said.append(
-        f"q* is {abs(v['over_linear']):.3f} {side} the line through student, linear mixtures and teacher at the same distance "
-        f"({_between(v['over_linear_interval'], '+.3f')})."
-    )
-    return said
+def _in_words(by_measure: dict[str, dict[str, Any]]) -> str:
+    return " and ".join(f"{of['value']:+.3f} {MEASURES[name]} ({_between(of['interval'])})" for name, of in by_measure.items())
 
 
-def _between(interval: Sequence[float], form: str) -> str:
-    return f"95 %: {interval[0]:{form}} to {interval[1]:{form}}"
+def _between(interval: Sequence[float]) -> str:
+    return f"95 %: {interval[0]:+.3f} to {interval[1]:+.3f}"
 
 
 def _interval(values: np.ndarray, level: float = 0.05) -> list[float]:

@@ -398,7 +398,12 @@ def _completion(prompt: PairPrompt, of: dict[str, Any], tensors: dict[str, torch
         finish_reason=of["finish_reason"],
         stop_reason=None if failed else of["stop_reason"],
         error=str(reason).removeprefix("osd: ") if failed else None,
-        record=TokenRecord(values_TR=values_TR, teacher_hidden_TH=tensors.get("hidden"), weights_version=of["version"]),
+        record=TokenRecord(
+            values_TR=values_TR,
+            teacher_hidden_TH=tensors.get("hidden"),
+            weights_version=of["version"],
+            origin_T=tensors.get("origin"),
+        ),
         weights_version=of["version"],
         teacher_prompt_tokens=len(prompt.teacher_token_ids),
         student_prompt_tokens=len(prompt.student_token_ids),

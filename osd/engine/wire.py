@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from osd.core import RECORD_FIELDS, TokenRecord
+from osd.core import RECORD_FIELDS, TOKEN_ORIGINS, TokenRecord
 from osd.engine.request import PairOptions, check_names
 
 FIELD = "osd"  # of a request's body, and of each choice of an answer
@@ -31,8 +31,8 @@ STATE_ROUTE, TRAINER_ROUTE, WEIGHTS_ROUTE, HEAD_ROUTE, SAMPLE_ROUTE = (
 )
 STUDENT_PROMPTS = ("student_prompt", "student_messages", "student_prompt_token_ids")
 REQUEST_OPTIONS = (*STUDENT_PROMPTS, "alpha", "mix_tokens", "teacher_only", "record")
-VERSION_COLUMN = "weights_version"
-CACHED_COLUMN = len(RECORD_FIELDS) + 1  # of a returned row; see `split_rows`
+VERSION_COLUMN, ORIGIN_COLUMN = "weights_version", "origin"
+CACHED_COLUMN = len(RECORD_FIELDS) + 2  # of a returned row; see `split_rows`
 FIRST_HIDDEN_COLUMN = CACHED_COLUMN + 1
 _MINUS_INFINITY = "-inf"  # JSON has none; null is NaN
 
@@ -97,21 +97,24 @@ class ReturnedRows:
     Attributes:
         values_TR: float32, columns as in ``osd.core.RECORD_FIELDS``.
         version_T: the version of the student's weights that drew each token, int64.
+        origin_T: how each token came to be, uint8, an index into ``osd.core.TOKEN_ORIGINS``.
         cached: tokens of the student's prompt that were in its prefix cache.
         bits_TX: the teacher's final hidden states, as float32 of the same bits; no columns if they were not asked for.
     """
 
     values_TR: np.ndarray
     version_T: np.ndarray
+    origin_T: np.ndarray
     cached: int
     bits_TX: np.ndarray
 
 
 def split_rows(rows_TW: np.ndarray) -> ReturnedRows:
-    """Split rows, float32: the record's columns, the version, the cached tokens, the bits of the hidden state."""
+    """Split rows, float32: the record's columns, the version, the origin, the cached tokens, the bits of the hidden state."""
     return ReturnedRows(
         values_TR=rows_TW[:, : len(RECORD_FIELDS)],
         version_T=rows_TW[:, len(RECORD_FIELDS)].astype(np.int64),
+        origin_T=rows_TW[:, len(RECORD_FIELDS) + 1].astype(np.uint8),
         cached=int(rows_TW[0, CACHED_COLUMN]) if len(rows_TW) else 0,
         bits_TX=rows_TW[:, FIRST_HIDDEN_COLUMN:],
     )
@@ -124,17 +127,20 @@ def record_to_json(rows_TW: np.ndarray) -> dict[str, list[Any]]:
     """
     rows = split_rows(rows_TW)
     columns = {name: [_number(value) for value in rows.values_TR[:, i]] for i, name in enumerate(RECORD_FIELDS)}
-    return {**columns, VERSION_COLUMN: rows.version_T.tolist()}
+    origins = [TOKEN_ORIGINS[index] for index in rows.origin_T]
+    return {**columns, VERSION_COLUMN: rows.version_T.tolist(), ORIGIN_COLUMN: origins}
 
 
 def record_from_json(columns: Mapping[str, Any]) -> TokenRecord:
-    """Return the record of a choice's ``osd`` object, bit for bit as the engine made it."""
+    """Return the record of a choice's ``osd`` object, bit for bit as the engine made it; no origins without drafts."""
+    origins = [TOKEN_ORIGINS.index(origin) for origin in columns[ORIGIN_COLUMN]]
     values = [[math.nan if x is None else float(x) for x in columns[name]] for name in RECORD_FIELDS]
     versions = columns[VERSION_COLUMN]
     return TokenRecord(
         values_TR=torch.tensor(values, dtype=torch.float32).T.contiguous(),
         teacher_hidden_TH=None,
         weights_version=versions[-1] if versions else 0,
+        origin_T=torch.tensor(origins, dtype=torch.uint8) if any(origins) else None,
     )
 
 

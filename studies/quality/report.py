@@ -13,8 +13,9 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations, permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -128,33 +129,42 @@ def best_rates(runs: Sequence[Result]) -> dict[str, float]:
 def rank_correlations(compared: Sequence[Result], runs: Sequence[Result]) -> list[dict[str, Any]]:
     """Compare what `osd compare` says of the arms before training with their results, per task and loss.
 
-    Returns for each: task, loss, arms; Spearman's rank correlation of the margin (share of the teacher's lead minus share
-    of its distance) and of the quality with the mean area under the learning curve; the verdict; and q*'s area minus the
-    student's. A correlation is NaN if fewer than three arms have both, or all are equal.
+    Arms are ranked by their results minus the on-policy arm's, paired by seed. Of several comparisons of the same task and
+    models the one with the most arms is used.
+
+    Returns for each: task, loss, arms; of every name in `PREDICTIONS` a `Rank` with the area under the learning curve (`area`)
+    and with the final accuracy (`final`); `seeds`, the rank correlation of the areas of two seeds, the mean over pairs;
+    the verdict; and q*'s area minus the student's (`gain`).
     """
     found = []
-    for before in compared:
+    for (task, loss), group in grouped(runs).items():
+        same = [before for before in compared if before["task"] == task and before.get("models") == group[0].get("models")]
+        if not same or BASELINE not in by_arm(group):
+            continue
+        before = max(same, key=lambda result: len(result["arms"]))
         said = {row["arm"]: row for row in before["arms"]}
-        for loss, group in grouped(run for run in runs if run["run"]["task"] == before["task"]).items():
-            areas = {
-                arm: float(np.mean([area(run) for run in of.values()])) for arm, of in by_arm(group).items() if arm in said
+        table = {arm: of for arm, of in figures(group).items() if arm in said}
+        gains = {name: [of[f"{name}_gain"][0] for of in table.values()] for name in ("area", "final")}
+        predicted = {name: predict(said, before["quality"]) for name, predict in PREDICTIONS.items()}
+        found.append(
+            {
+                "task": task,
+                "loss": loss,
+                "arms": len(table),
+                **{
+                    name: {of: spearman([worth[arm] for arm in table], gains[of]) for of in gains}
+                    for name, worth in predicted.items()
+                },
+                "seeds": seeds_agree(group, set(table)),
+                "verdict": before["verdict"]["worth_it"],
+                "gain": table["q*"]["area_gain"][0] if "q*" in table else np.nan,
             }
-            predicted = {"margin": margins(said, before["quality"]), "quality": {a: said[a][before["quality"]] for a in said}}
-            found.append(
-                {
-                    "task": before["task"],
-                    "loss": loss[1],
-                    "arms": len(areas),
-                    **{name: spearman([of[a] for a in areas], list(areas.values())) for name, of in predicted.items()},
-                    "verdict": before["verdict"]["worth_it"],
-                    "gain": areas["q*"] - areas[BASELINE] if {"q*", BASELINE} <= areas.keys() else np.nan,
-                }
-            )
+        )
     return found
 
 
 def margins(said: dict[str, Any], quality: str) -> dict[str, float]:
-    """Return each arm's share of the teacher's lead minus its share of the teacher's distance, as `osd.data.verdict` does."""
+    """Return each arm's share of the teacher's lead minus its share of the teacher's distance."""
     student, teacher = said["student"], said["teacher"]
     lead, reach = teacher[quality] - student[quality], teacher["kl_theta"]
     return {
@@ -163,10 +173,42 @@ def margins(said: dict[str, Any], quality: str) -> dict[str, float]:
     }
 
 
-def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
+def of_column(name: str) -> Callable[[dict[str, Any], str], dict[str, float]]:
+    return lambda said, quality: {arm: row[name] for arm, row in said.items()}
+
+
+# From the rows of `osd compare` and its measure of quality to a number per arm: what ranks the arms beforehand.
+PREDICTIONS = {"log π_t": of_column("logp_teacher"), "accuracy": of_column("accuracy"), "margin": margins}
+
+
+class Rank(NamedTuple):
+    """Spearman's rank correlation, and the share of all orders of the arms that have at least this one."""
+
+    correlation: float
+    chance: float
+
+
+def spearman(xs: Sequence[float], ys: Sequence[float]) -> Rank:
+    """Correlate ranks, with an exact one-sided permutation test; NaN from fewer than three values, or if all are equal."""
     if len(xs) < 3 or len(set(xs)) < 2 or len(set(ys)) < 2 or not np.isfinite([*xs, *ys]).all():
-        return np.nan
-    return float(stats.spearmanr(xs, ys).statistic)
+        return Rank(np.nan, np.nan)
+    ranks_x, ranks_y = (stats.rankdata(values) - (len(xs) + 1) / 2 for values in (xs, ys))
+    scale = np.sqrt((ranks_x**2).sum() * (ranks_y**2).sum())
+    every = np.array([ranks_x @ np.array(order) for order in permutations(ranks_y)]) / scale
+    found = ranks_x @ ranks_y / scale
+    return Rank(float(found), float((every >= found - 1e-9).mean()))
+
+
+def seeds_agree(runs: Iterable[Result], arms: set[str]) -> float:
+    """Return the mean rank correlation of the areas of two seeds, over the arms that both have: no prediction does better."""
+    areas = {arm: {seed: area(run) for seed, run in of.items()} for arm, of in by_arm(runs).items() if arm in arms}
+    seeds = sorted({seed for of in areas.values() for seed in of})
+    found = []
+    for one, other in combinations(seeds, 2):
+        shared = [of for of in areas.values() if one in of and other in of]
+        found.append(spearman([of[one] for of in shared], [of[other] for of in shared]).correlation)
+    known = [value for value in found if not np.isnan(value)]
+    return float(np.mean(known)) if known else np.nan
 
 
 def grouped(runs: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
@@ -187,13 +229,18 @@ def results_text(folder: Path, plots: Path) -> str:
     there = [f"{study} on {machine.name} ({count} training runs)" for (study, machine), count in counts.items()]
     missing = [study for study in STUDIES if not any(count for (name, _), count in counts.items() if name == study)]
     head = f"Results exist of: {', '.join(there) or 'nothing'}. Studies without a training run: {', '.join(missing) or 'none'}."
-    return "\n\n".join([head, *(study_text(study, machine, plots) for study, machine in counts)])
+    parts = [head, *(study_text(study, machine, plots) for study, machine in counts)]
+    compared = {study: [result for m in machines for result in load(m / study / "compare")] for study in STUDIES}
+    ranks = [
+        {"machine": m.name, **rank} for study, m in counts for rank in rank_correlations(compared[study], main_only(m / study))
+    ]
+    return "\n\n".join([*parts, ranks_text(ranks)] if ranks else parts)
 
 
 def study_text(study: str, machine: Path, plots: Path) -> str:
     """Return the section of one study on one kind of machine."""
     folder = machine / study
-    checks, compared, runs, tuning = (load(folder / name) for name in ("check", "compare", "runs", "tune"))
+    checks, runs, tuning = (load(folder / name) for name in ("check", "runs", "tune"))
     check_distinct(runs)
     check_distinct(tuning)
     check_comparable(runs)
@@ -212,9 +259,13 @@ def study_text(study: str, machine: Path, plots: Path) -> str:
             own = [run for run in group if run["run"]["learning_rate"] == best[run["run"]["arm"]]]
             rates = ", ".join(f"{arm} {rate:g}" for arm, rate in best.items())
             parts.append(f"Each arm at its own best learning rate ({rates}):\n\n{table_text(figures(own))}")
-    if ranks := rank_correlations(compared, runs):
-        parts.append(ranks_text(ranks))
     return "\n\n".join([f"## Results: {study}, {machine.name}", *parts])
+
+
+def main_only(folder: Path) -> list[Result]:
+    """Return the runs of a study at the learning rate and length of its main table."""
+    chosen = frozen(load(folder / "tune"))
+    return [run for key, group in grouped(load(folder / "runs")).items() for run in main_runs(group, chosen.get(key))]
 
 
 def main_runs(group: list[Result], chosen: dict[str, Any] | None) -> list[Result]:
@@ -277,21 +328,15 @@ def checks_text(checks: list[Result]) -> str:
 
 
 def ranks_text(ranks: list[dict[str, Any]]) -> str:
-    lines = [
-        "| task | loss | arms | margin | quality | verdict | q\\* − student |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {r['task']} | {r['loss']} | {r['arms']} | {shown((r['margin'], np.nan), digits=2)} | "
-        f"{shown((r['quality'], np.nan), digits=2)} | {r['verdict']} | {shown((r['gain'], np.nan), 100, '+')} |"
-        for r in ranks
-    ]
-    means = {name: mean(r[name] for r in ranks if not np.isnan(r[name])) for name in ("margin", "quality")}
-    total = ", ".join(f"{name} {value:.2f}" for name, value in means.items() if value is not None) or "none could be computed"
-    return (
-        "### `osd compare` beforehand\n\nSpearman's rank correlation of what `osd compare` says of the arms before training "
-        f"with the areas under their learning curves (means: {total}):\n\n" + "\n".join(lines)
-    )
+    """Return the table of rank correlations with the area under the curve, and of one with the final accuracy."""
+    header = ["machine", "task", "loss", "arms", *PREDICTIONS, "log π_t, final", "two seeds", "verdict", "q\\* − student"]
+    rows = [header, ["---"] * len(header)]
+    for rank in ranks:
+        cells = [*(rank[name]["area"] for name in PREDICTIONS), rank["log π_t"]["final"]]
+        found = ["–" if np.isnan(cell.correlation) else f"{cell.correlation:.2f} ({cell.chance:.2f})" for cell in cells]
+        ends = [shown((rank["seeds"], np.nan), digits=2), rank["verdict"], shown((rank["gain"], np.nan), 100, "+")]
+        rows.append([rank["machine"], rank["task"], rank["loss"], str(rank["arms"]), *found, *ends])
+    return "## `osd compare` beforehand\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # -- the plot ----------------------------------------------------------------------------------------------------------------

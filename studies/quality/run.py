@@ -44,13 +44,13 @@ silence_libraries()  # before vLLM and transformers are imported
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the trainer passes tensors by reference
 
 from benchmarks.process import commit, hardware, versions
-from osd.data.comparison import compare
+from osd.data.comparison import Arm, compare
 from osd.data.pair import EnginePair
 from osd.data.settings import CompareConfig
 from osd.data.strict_json import finite, json_text
 from osd.report.pages import write
 from studies.quality import models, results, runs
-from studies.quality.arms import ARMS, LOSSES, STUDENT
+from studies.quality.arms import ARMS, LOSSES, STUDENT, mixing_at
 from studies.quality.runs import Run
 from studies.quality.tasks import SPLITS, TASKS
 
@@ -59,6 +59,7 @@ STUDIES = {"privileged": ("bookings", "shifts", "contacts"), "capacity": ("long_
 # A worse teacher has nothing to teach.
 TEACHER_AT_LEAST = {"privileged": 0.5, "capacity": 0.85}
 PHASES = ("check", "compare", "tune", "main", "sweep")
+FURTHER = ("fixed 0.5", "ess_balance")  # arms that `osd compare` draws for the study alone
 TUNING_SEEDS = 1000  # the first seed of tuning, which no other run has
 
 
@@ -319,7 +320,8 @@ def compared(task: str, rows: int, engine: Any) -> dict[str, Any]:
             limit=rows,
             quiet=True,
         )
-        result = compare(settings, lambda settings: EnginePair(settings, engine=engine))
+        further = [Arm(name=name, mixing=mixing_at(name, 0, 1)) for name in FURTHER]
+        result = compare(settings, lambda settings: EnginePair(settings, engine=engine), further)
     return {"task": task, **{key: result[key] for key in ("prompts", "quality", "arms", "verdict")}}
 
 

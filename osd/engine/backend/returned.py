@@ -37,10 +37,20 @@ def row_width(model_config: Any, hidden: bool) -> int:
 
 
 def append_record(
-    logprobs: LogprobsTensors | None, values_BR: torch.Tensor, version: int, hidden_BH: torch.Tensor | None
+    logprobs: LogprobsTensors | None,
+    values_BR: torch.Tensor,
+    version: int,
+    hidden_BH: torch.Tensor | None,
+    origin_B: torch.Tensor | None = None,
 ) -> LogprobsTensors:
-    """Return a step's logprobs (None: nobody asked for them) with the rows of the record as their last columns."""
-    parts = [values_BR, values_BR.new_tensor([[version, 0]]).expand(len(values_BR), 2)]
+    """Return a step's logprobs (None: nobody asked for them) with the rows of the record as their last columns.
+
+    Without drafts ``origin_B`` is None.
+    """
+    own_B3 = values_BR.new_tensor([[version, 0, 0]]).repeat(len(values_BR), 1)  # the last is known to the scheduler
+    if origin_B is not None:
+        own_B3[:, 1] = origin_B
+    parts = [values_BR, own_B3]
     if hidden_BH is not None:
         odd = hidden_BH.shape[1] * hidden_BH.element_size() % 4 != 0
         parts.append((torch.nn.functional.pad(hidden_BH, (0, 1)) if odd else hidden_BH.contiguous()).view(torch.float32))

@@ -70,12 +70,14 @@ class StepOutputs:
         values_BR: the record, float32; NaN in rows that are not sampled.
         bad_side_B: sides whose logits are not numbers (0: neither, 1: student, 2: teacher, 3: both), or ``NO_TOKEN``; int32.
         logprobs: the logprobs that requests asked for, of q*.
+        origin_B: how each token came to be, an index into ``osd.core.TOKEN_ORIGINS``; None without drafts.
     """
 
     token_B: torch.Tensor
     values_BR: torch.Tensor
     bad_side_B: torch.Tensor
     logprobs: LogprobsTensors | None = None
+    origin_B: torch.Tensor | None = None
 
 
 class PairSampler:

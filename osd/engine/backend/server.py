@@ -18,6 +18,7 @@ from argparse import SUPPRESS, Namespace
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -32,10 +33,11 @@ from vllm.exceptions import GenerationError
 from vllm.logger import configure_logging_from_args
 from vllm.renderers import renderer_from_config
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_option
 from osd.engine.asgi import HttpRequest, Sender, reading
-from osd.engine.backend.configuration import mixing_config, side_limits, student_vllm_config
+from osd.engine.backend.configuration import mixing_config, most_drafts, side_limits, student_vllm_config
 from osd.engine.backend.language_model import as_text
 from osd.engine.backend.training import Training, not_now
 from osd.engine.config import PairConfig
@@ -264,6 +266,7 @@ class _Server:
             raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
         server = cls(app)
         client.generate = server.generate
+        _count_drafts(client, app_state.vllm_config)
         return server
 
     def allows(self, path: str, headers: Headers) -> bool:
@@ -375,6 +378,16 @@ class _Server:
                         request.records[first + completion.index] = record_to_json(completion.routed_experts)
                         completion.routed_experts = None
                 yield output
+
+
+def _count_drafts(client: Any, config: Any) -> None:
+    """Let vLLM's metrics of speculative decoding count the pair's drafts; vLLM has them only with its own draft models."""
+    drafts = most_drafts(config)
+    for logger in client.logger_manager.stat_loggers if drafts and client.logger_manager is not None else ():
+        if isinstance(logger, PrometheusStatLogger):
+            labels = {index: [config.model_config.served_model_name, str(index)] for index in logger.engine_indexes}
+            as_vllm = SimpleNamespace(num_speculative_tokens=drafts)
+            logger.spec_decoding_prom = logger._spec_decoding_cls(as_vllm, ["model_name", "engine"], labels)
 
 
 def _failure(reason: Any) -> Exception:

@@ -133,7 +133,13 @@ class SpeculativeSampler(PairSampler):
         values_NR = self._record(inputs.teacher, parts, verdict.token_N, logp_draw_N)
         bad_side_B = self._bad_side(parts, target_NV, verdict.final_B)
         logprobs = None if plain else self._logprobs(logq_NV, target_NV, verdict.token_N, inputs.batch)
-        positions = StepOutputs(token_B=verdict.token_N, values_BR=values_NR, bad_side_B=bad_side_B, logprobs=logprobs)
+        positions = StepOutputs(
+            token_B=verdict.token_N,
+            values_BR=values_NR,
+            bad_side_B=bad_side_B,
+            logprobs=logprobs,
+            origin_B=verdict.origin_N,
+        )
         return CycleOutputs(positions=positions, verdict=verdict)
 
     def _limited_alpha(self, batch: InputBatch, rows: Alignment, length_N: torch.Tensor, limit_N: torch.Tensor) -> torch.Tensor:

@@ -274,6 +274,8 @@ class Training:
         if completion.routed_experts is not None:
             rows = split_rows(completion.routed_experts[: len(completion.token_ids)])
             tensors["values"], cached = torch.from_numpy(np.ascontiguousarray(rows.values_TR)), rows.cached
+            if rows.origin_T.any():
+                tensors["origin"] = torch.from_numpy(rows.origin_T)
             if rows.bits_TX.shape[1]:
                 bits_TX = torch.from_numpy(np.ascontiguousarray(rows.bits_TX))
                 tensors["hidden"] = bits_TX.view(self.dtype)[:, : self.hidden_size].contiguous()

@@ -373,7 +373,8 @@ class PairWorker(Worker):
         """Return the logprobs of a step with the record that is returned with its tokens."""
         assert self._step is not None
         wide = any(self.requests[i].options.hidden for i in self._step.returned)
-        return append_record(outputs.logprobs, outputs.values_BR, self.weights_version, hidden_BH if wide else None)
+        hidden = hidden_BH if wide else None
+        return append_record(outputs.logprobs, outputs.values_BR, self.weights_version, hidden, outputs.origin_B)
 
     def collect_records(self) -> dict[str, RequestRecord]:
         """Return every request's record since the last call."""
