@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -52,13 +52,21 @@ def environment(caches: Path) -> dict[str, str]:
 
 
 def run_worker(
-    spec: dict[str, Any], env: dict[str, str], folder: Path, seconds: float | None, module: str = "benchmarks.worker"
+    spec: dict[str, Any],
+    env: dict[str, str],
+    folder: Path,
+    seconds: float | None,
+    module: str = "benchmarks.worker",
+    launcher: Sequence[str] = (),
 ) -> Written:
-    """Run one system in a separate process. Returns its result, with an error if it did not finish."""
+    """Run one system in a separate process, or in those of a launcher (see `accelerate`).
+
+    Returns its result, with an error if it did not finish.
+    """
     paths = {name: folder / f"{spec['system']}.{name}" for name in ("job.json", "out.json", "log")}
     paths["job.json"].write_text(json.dumps(spec))
     paths["out.json"].unlink(missing_ok=True)
-    command = [sys.executable, "-m", module, str(paths["job.json"]), str(paths["out.json"])]
+    command = [sys.executable, *launcher, "-m", module, str(paths["job.json"]), str(paths["out.json"])]
     with paths["log"].open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         error = None
@@ -68,12 +76,19 @@ def run_worker(
         except subprocess.TimeoutExpired:
             error = "stopped at the time limit"
         finally:
-            _end_group(process)  # the engine core may be another process that still holds GPU memory
+            end_group(process)  # the engine core may be another process that still holds GPU memory
     result = json.loads(paths["out.json"].read_text()) if paths["out.json"].exists() else nothing()
     if result["status"] != "ok":
         result["error"] = result["error"] or error or "the worker process wrote no result"
         result["log"] = paths["log"].read_text(errors="replace")[-20000:]
     return result
+
+
+def accelerate(config: str, processes: int) -> list[str]:
+    """Return the arguments of Python that start a module in several processes, by a file of configs/accelerate."""
+    file = ROOT / "configs" / "accelerate" / f"{config}.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0"]
+    return [*launch, "--num_processes", str(processes)]
 
 
 def exit_on_sigterm() -> None:
@@ -86,7 +101,8 @@ def nothing(error: str | None = None) -> Written:
     return {"status": "failed", "error": error, "start": None, "settings": None, "rows": []}
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process and every process of its group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -100,6 +116,8 @@ def serve(run: Callable[[dict[str, Any], Callable[[Written], None]], Written]) -
     spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 
     def write(result: Written) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return
         part = out.with_suffix(".part")
         part.write_text(json.dumps(result))
         part.replace(out)

@@ -5,6 +5,7 @@ python -m benchmarks.sync_worker job.json out.json        (started by benchmarks
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.process import Written, guarded, serve
+from benchmarks.serving import SERVER
 
 RAW = "raw copy"
 Ways = dict[str, Callable[[], Any]]
@@ -29,6 +31,7 @@ class SyncJob:
         gpu: run on CUDA.
         dtype, student_dtype: dtypes of the engine's weights and of the trainer's weights.
         repeats: counted repeats of every method, after one that is not counted.
+        tensor_parallel_size: processes that hold an engine together; each has a whole live student.
     """
 
     teacher: str
@@ -37,11 +40,13 @@ class SyncJob:
     dtype: str
     student_dtype: str
     repeats: int
+    tensor_parallel_size: int = 1
 
     def engine_kwargs(self) -> dict[str, Any]:
         kwargs = dict(load_format="dummy", skip_tokenizer_init=True, dtype=self.dtype, max_model_len=256, max_num_seqs=4)
         # vLLM requires this share to be free beside the trainer's model. The last argument limits its KV cache.
-        return kwargs | dict(enforce_eager=True, gpu_memory_utilization=0.3, kv_cache_memory_bytes=1 << 28)
+        kwargs |= dict(enforce_eager=True, gpu_memory_utilization=0.3, kv_cache_memory_bytes=1 << 28)
+        return kwargs | ({"tensor_parallel_size": self.tensor_parallel_size} if self.tensor_parallel_size > 1 else {})
 
     def live_student(self) -> Any:
         with torch.device("cuda" if self.gpu else "cpu"):
@@ -55,11 +60,12 @@ class SyncJob:
 
 
 def osd(job: SyncJob, model: Any) -> Ways:
-    from osd.engine.engine import PairConfig, PairEngine
+    from osd.engine.engine import PairConfig
     from osd.generation import OSDGeneration
 
-    engine = PairEngine(PairConfig(teacher=job.teacher, student=job.student, engine_kwargs=job.engine_kwargs()))
-    generation = OSDGeneration(model, job.accelerator(), None, pair=engine, check_sync=False)
+    pair = PairConfig(teacher=job.teacher, student=job.student, engine_kwargs=job.engine_kwargs())
+    generation = OSDGeneration(model, job.accelerator(), None, pair=pair, check_sync=False)
+    engine = generation.engine
     named = [(name, p.data) for name, p in model.named_parameters()]
     worker = engine._frontend.worker
     assert worker is not None, "the engine must run in this process"
@@ -89,7 +95,17 @@ def trl(job: SyncJob, model: Any) -> Ways:
         return {"trl": VLLMGeneration(model, job.accelerator(), None, mode="colocate", **given).sync_weights}
 
 
-SYSTEMS: dict[str, Callable[[SyncJob, Any], Ways]] = {"osd": osd, "trl": trl}
+def server(job: SyncJob, model: Any) -> Ways:
+    from osd.engine.config import PairConfig
+    from osd.engine.served import ServedPair
+    from osd.generation import OSDGeneration
+
+    pair = ServedPair(config=PairConfig(teacher=job.teacher, student=job.student), url=os.environ[SERVER])
+    generation = OSDGeneration(model, job.accelerator(), None, pair=pair, check_sync=False)
+    return {"server": generation.sync_weights}
+
+
+SYSTEMS: dict[str, Callable[[SyncJob, Any], Ways]] = {"osd": osd, "trl": trl, "server": server}
 
 
 def raw(job: SyncJob, model: Any) -> Ways:

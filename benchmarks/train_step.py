@@ -41,6 +41,7 @@ from benchmarks.process import (
     MULTIPROCESSING,
     ROOT,
     Written,
+    accelerate,
     environment,
     exit_on_sigterm,
     header,
@@ -79,14 +80,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=1e-6)
     add("--logit-std", type=float, default=4.0, help="standard deviation of the logits of the random weights")
     add("--engine-kwargs", type=json.loads, default={}, metavar="JSON", help="vLLM engine arguments for both")
+    add("--models", type=Path, help="folder for the random models, used again by the next run with the same --pair")
+    add("--processes", type=int, default=1, help="that train, one per GPU (default: %(default)s)")
+    add("--tensor-parallel-size", type=int, default=1, help="processes that hold one engine together (default: %(default)s)")
+    add("--accelerate-config", default="fsdp2" if GPU else "cpu_ddp", help="of configs/accelerate, for several processes")
     add("--time-limit", type=float, help="seconds for the whole run; finished results are kept")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder, or the path of the JSON")
     args = parser.parse_args(argv)
     teacher, student = parse_pair(args.pair)
     if config(teacher)["vocab_size"] != config(student)["vocab_size"]:
         parser.error(f"--pair {args.pair}: TRL's trainer needs two models of one vocabulary size")
-    if args.completions % args.micro_batch:
-        parser.error(f"--completions {args.completions} must be a multiple of --micro-batch {args.micro_batch}")
+    if args.completions % (args.micro_batch * args.processes):
+        processes = f" times --processes {args.processes}" if args.processes > 1 else ""
+        parser.error(f"--completions {args.completions} must be a multiple of --micro-batch {args.micro_batch}{processes}")
+    if args.processes % args.tensor_parallel_size:
+        parser.error(f"--tensor-parallel-size {args.tensor_parallel_size} must divide --processes {args.processes}")
     if min(args.steps, args.warm_up) < 1:
         parser.error("--steps and --warm-up must be at least 1")
     return args
@@ -95,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def job(args: argparse.Namespace, models: Path, output: Path) -> dict[str, Any]:
     """Return the job of a worker (see benchmarks.train_worker.TrainJob)."""
     same = ("dtype", "student_dtype", "prompt_tokens", "new_tokens", "completions", "micro_batch", "warm_up", "steps")
-    same += ("gradient_checkpointing", "sleep", "learning_rate", "engine_kwargs")
+    same += ("gradient_checkpointing", "sleep", "learning_rate", "engine_kwargs", "processes", "tensor_parallel_size")
     return {
         "teacher": str(models / "teacher"),
         "student": str(models / "student"),
@@ -106,8 +114,19 @@ def job(args: argparse.Namespace, models: Path, output: Path) -> dict[str, Any]:
     }
 
 
+def launcher(args: argparse.Namespace) -> list[str]:
+    """Return the launcher of a worker in several processes, or nothing for one."""
+    return accelerate(args.accelerate_config, args.processes) if args.processes > 1 else []
+
+
 def make_models(args: argparse.Namespace, folder: Path) -> Path:
-    """Save random checkpoints of both models. The files are then in the page cache, so no system waits for the disk."""
+    """Save random checkpoints of both models. The files are then in the page cache, so no system waits for the disk.
+
+    Those of --models are used as they are.
+    """
+    if args.models is not None and (args.models / "student" / "config.json").exists():
+        return args.models
+    folder = args.models or folder
     teacher, student = parse_pair(args.pair)
     command = [sys.executable, "-m", "benchmarks.checkpoints", str(folder), "--teacher", teacher, "--student", student]
     command += ["--dtype", args.dtype, "--logit-std", str(args.logit_std)]
@@ -164,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
             env = environment(folder / f"caches-{system}") | {MULTIPROCESSING: "0", "HF_HUB_OFFLINE": "1"}
             none_left = left is not None and left <= 0
             result["systems"][system] = (
-                nothing("no time was left") if none_left else run_worker(spec, env, folder, left, "benchmarks.train_worker")
+                nothing("no time was left")
+                if none_left
+                else run_worker(spec, env, folder, left, "benchmarks.train_worker", launcher(args))
             )
             result["summary"] = summarise(result["systems"])
             path.write_text(json.dumps(result, indent=1) + "\n")

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoConfig, TrainerCallback
 
@@ -51,6 +52,8 @@ class TrainJob:
         warm_up, steps: see the module docstring.
         sleep: engines sleep between `generate` calls. OSD's engine also holds the teacher's weights; TRL's does not.
         engine_kwargs: further ``vllm.LLM`` arguments for all engines.
+        processes: that train; ``completions`` are of all together.
+        tensor_parallel_size: processes that hold one engine together.
     """
 
     teacher: str
@@ -70,6 +73,8 @@ class TrainJob:
     learning_rate: float
     output_dir: str
     engine_kwargs: dict[str, Any]
+    processes: int = 1
+    tensor_parallel_size: int = 1
 
     def trainer_kwargs(self) -> dict[str, Any]:
         """Return the arguments of TRL's `DistillationConfig`, equal for all trainers. All others keep TRL's defaults."""
@@ -82,7 +87,7 @@ class TrainJob:
             learning_rate=self.learning_rate,
             lr_scheduler_type="constant",
             per_device_train_batch_size=self.micro_batch,
-            gradient_accumulation_steps=self.completions // self.micro_batch,
+            gradient_accumulation_steps=self.completions // self.micro_batch // self.processes,
             max_steps=self.warm_up + 2 * self.steps,
             max_completion_length=self.new_tokens,
             vllm_enable_sleep_mode=self.sleep,
@@ -95,8 +100,10 @@ class TrainJob:
         )
 
     def llm_kwargs(self, *models: str) -> dict[str, Any]:
-        """Return the arguments of an engine with these models, each with a KV cache of ``kv_tokens`` tokens."""
-        size = sum(kv_bytes_per_token(model, self.dtype) for model in models) * self.kv_tokens
+        """Return the arguments of an engine with these models, each with a KV cache for its share of ``kv_tokens`` tokens."""
+        engines = self.processes // self.tensor_parallel_size
+        size = sum(kv_bytes_per_token(model, self.dtype, self.tensor_parallel_size) for model in models)
+        size *= -(-self.kv_tokens // engines)
         kwargs = {"dtype": self.dtype, "kv_cache_memory_bytes": size}
         return kwargs | ({} if self.gpu else {"enforce_eager": True}) | self.engine_kwargs
 
@@ -106,10 +113,11 @@ class TrainJob:
         return Dataset.from_list([{"prompt": text_of(rng.choices(range(10), k=self.prompt_tokens))} for _ in range(count)])
 
 
-def kv_bytes_per_token(model: str, dtype: str) -> int:
+def kv_bytes_per_token(model: str, dtype: str, ranks: int) -> int:
+    """Return the bytes of KV cache per token on each of the ``ranks`` of an engine."""
     config = AutoConfig.from_pretrained(model)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * getattr(torch, dtype).itemsize
+    return 2 * config.num_hidden_layers * max(1, config.num_key_value_heads // ranks) * head * getattr(torch, dtype).itemsize
 
 
 def trl(job: TrainJob) -> tuple[Any, dict[str, Any]]:
@@ -119,7 +127,11 @@ def trl(job: TrainJob) -> tuple[Any, dict[str, Any]]:
     from benchmarks.trl_engine import engine_arguments
 
     args = DistillationConfig(
-        **job.trainer_kwargs(), use_vllm=True, vllm_mode="colocate", teacher_model_init_kwargs={"dtype": job.dtype}
+        **job.trainer_kwargs(),
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_tensor_parallel_size=job.tensor_parallel_size,
+        teacher_model_init_kwargs={"dtype": job.dtype},
     )
     with engine_arguments(**job.llm_kwargs(job.student)):
         trainer = DistillationTrainer(model=job.student, teacher_model=job.teacher, args=args, train_dataset=job.rows())
@@ -146,7 +158,8 @@ def osd(job: TrainJob) -> tuple[Any, dict[str, Any]]:
     """Build OSD's trainer, with both models in one engine. Returns it with the engine settings of both sides."""
     from osd.train import OSDConfig, OSDTrainer
 
-    args = OSDConfig(**job.trainer_kwargs(), engine_kwargs=job.llm_kwargs(job.teacher, job.student))
+    kwargs = job.llm_kwargs(job.teacher, job.student)
+    args = OSDConfig(**job.trainer_kwargs(), engine_kwargs=kwargs, vllm_tensor_parallel_size=job.tensor_parallel_size)
     trainer = OSDTrainer(model=job.student, teacher_model=job.teacher, args=args, train_dataset=job.rows())
     worker = trainer.vllm_generation.engine._frontend.worker
     assert worker is not None, "the engine must run in this process"
@@ -280,10 +293,12 @@ def run(spec: dict[str, Any], write: Callable[[Written], None]) -> Written:
         trainer.add_callback(clock)
         trainer.train()
         check_lengths(trainer.state.log_history, job.new_tokens)
+        ranks = gather_object([memory.bytes])
         result |= {
             "step_s": clock.seconds,
             "parts_s": clock.parts,
-            "memory_bytes": memory.bytes,
+            "memory_bytes": {name: max(rank[name] for rank in ranks) for name in memory.bytes},
+            "memory_bytes_of_ranks": ranks,
             "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
             "alpha": [entry["osd/alpha/mean"] for entry in trainer.state.log_history if "osd/alpha/mean" in entry],
             "optimizer": type(trainer.optimizer.optimizer).__name__,

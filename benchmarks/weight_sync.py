@@ -2,6 +2,8 @@
 
     python benchmarks/weight_sync.py --pair 3B+1.5B
     python benchmarks/weight_sync.py --student-dtype float32     # the dtype in which TRL loads a model for training
+    python benchmarks/weight_sync.py --tensor-parallel-size 4    # four processes hold one pair, each with a whole student
+    python benchmarks/weight_sync.py --systems --servers http nccl --server-tensor-parallel-size 2   # into a server
     python benchmarks/weight_sync.py --pair small+tiny           # short run on a CPU
 
 sync            OSD: `OSDGeneration.sync_weights()`, the whole sync of a training step
@@ -9,6 +11,7 @@ engine          OSD: `PairEngine.load_student_weights` alone
 load_weights    one `load_weights` call of vLLM for all tensors
 per tensor      one `load_weights` call for each tensor, into the pair's engine
 trl             TRL: `VLLMGeneration.sync_weights()` in colocate mode, into an engine with the student only
+server          OSD: `OSDGeneration.sync_weights()` into an `osd serve` process, on the GPUs after the trainer's (--servers)
 raw, at once    one torch call that copies all tensors of the trainer's model on the device, to the engine's dtype
 raw copy        the same tensor by tensor: the floor
 
@@ -29,18 +32,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
+from benchmarks.checkpoints import save_tokenizer
 from benchmarks.process import (
     GPU,
     MULTIPROCESSING,
     ROOT,
     Written,
+    accelerate,
     environment,
     exit_on_sigterm,
     header,
+    nothing,
     result_path,
     run_worker,
 )
-from benchmarks.shapes import parse_pair, write_model
+from benchmarks.serving import server
+from benchmarks.shapes import config, parse_pair, write_model
+from benchmarks.sync_worker import SyncJob
+from osd.engine.config import WEIGHT_TRANSFERS
 
 SYSTEMS = ("osd", "trl")
 
@@ -49,7 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pair", default="3B+1.5B", help="TEACHER+STUDENT as Qwen2.5 shapes (default: %(default)s)")
-    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    add("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
+    add("--servers", nargs="*", choices=WEIGHT_TRANSFERS, default=[], help="ways into an `osd serve` process")
+    add("--tensor-parallel-size", type=int, default=1, help="processes that hold an engine together (default: %(default)s)")
+    add("--server-tensor-parallel-size", type=int, default=1, help="GPUs of the server (default: %(default)s)")
     add("--repeats", type=int, default=20)
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if GPU else "float32", help="dtype of the engine")
     add("--student-dtype", choices=("bfloat16", "float32"), help="dtype of the trainer's weights (default: as the engine)")
@@ -62,13 +74,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def measure(system: str, args: argparse.Namespace, folder: Path) -> Written:
     teacher, student = (str(write_model(name, folder / "models")) for name in parse_pair(args.pair))
-    same = {name: getattr(args, name) for name in ("dtype", "student_dtype", "repeats")}
+    same = {name: getattr(args, name) for name in ("dtype", "student_dtype", "repeats", "tensor_parallel_size")}
     spec = {"system": system, "job": {"teacher": teacher, "student": student, "gpu": GPU, **same}}
-    env = environment(folder / f"caches-{system}") | {
-        MULTIPROCESSING: "0",
-        "HF_HUB_OFFLINE": "1",
-    }  # one process, as in training
-    return run_worker(spec, env, folder, None, "benchmarks.sync_worker")
+    env = environment(folder / f"caches-{system}") | {"HF_HUB_OFFLINE": "1"}
+    worker = "benchmarks.sync_worker"
+    if system in args.servers:
+        for path, name in zip((teacher, student), parse_pair(args.pair), strict=True):
+            save_tokenizer(Path(path), config(name)["vocab_size"])
+        spec["job"]["tensor_parallel_size"] = 1
+        given = SyncJob(**spec["job"]).engine_kwargs()
+        del given["skip_tokenizer_init"]  # the trainer reads the tokenizers
+        given |= {"tensor_parallel_size": args.server_tensor_parallel_size, "weight_transfer_config": {"backend": system}}
+        try:
+            with server(teacher, student, given, env, folder / f"{system}-server.log", first_gpu=1) as of_trainer:
+                return run_worker({**spec, "system": "server"}, env | of_trainer, folder, None, worker)
+        except RuntimeError as error:
+            return nothing(str(error))
+    env |= {MULTIPROCESSING: "0"}  # the engine lives in the trainer's process
+    several = accelerate("ddp" if GPU else "cpu_ddp", args.tensor_parallel_size) if args.tensor_parallel_size > 1 else []
+    return run_worker(spec, env, folder, None, worker, several)
 
 
 def table(systems: dict[str, Written]) -> str:
@@ -86,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = {**header(command, vars(args)), "systems": {}}
     path = result_path(args.output, f"weight_sync_{args.pair}", result["hardware"]["device"])
     with tempfile.TemporaryDirectory(prefix="osd-bench-") as scratch:
-        for name in args.systems:
+        for name in [*args.systems, *args.servers]:
             result["systems"][name] = system = measure(name, args, Path(scratch))
             path.write_text(json.dumps(result, indent=1) + "\n")
             if system["error"]:

@@ -207,9 +207,10 @@ def planted(trainer):
 
 
 def shared(out: Path, teacher: str, student: str) -> None:
-    """A sampled run of pairs that two processes hold each; the teacher's output layer; in two processes, planted errors."""
+    """A sampled run of pairs that OSD_TEST_RANKS processes hold each; the teacher's output layer; in two, planted errors."""
+    ranks = int(os.environ.get("OSD_TEST_RANKS", "2"))
     sleep = {"vllm_enable_sleep_mode": True} if torch.cuda.is_available() else {}
-    trainer, steps, seed = sampled(out / "run", teacher, student, vllm_tensor_parallel_size=2, **sleep)
+    trainer, steps, seed = sampled(out / "run", teacher, student, vllm_tensor_parallel_size=ranks, **sleep)
     rank, head = trainer.accelerator.process_index, trainer._teacher.head.weight_VH.cpu()
     shard = trainer.vllm_generation.engine._frontend.worker.student_runner.get_model()
     seen = {

@@ -23,7 +23,10 @@ from osd.data.generate import generate
 from osd.data.pair import EnginePair
 from osd.data.remote import ServerPair
 from osd.data.settings import GenerateConfig
+from osd.engine.backend import arguments
 from osd.engine.backend import server as backend
+from osd.engine.config import PairConfig
+from osd.engine.engine import PairEngine
 from osd.engine.wire import record_from_json
 from tests.documents import ROOT, blocks, commands
 from tests.exact import completion_logits, mixture, q_star, solve
@@ -361,8 +364,8 @@ def test_the_blocks_of_the_page_run(server, here, capsys):
             [(words, _)] = commands(text)
             ran.add(" ".join(words[:2]))
             if words[1] == "serve":
-                args = backend._parser().parse_args(words[2:])
-                assert backend.pair_config(args, backend._given(words[2:])).engine_kwargs == {"max_model_len": 4096}
+                args = arguments.parser().parse_args(words[2:])
+                assert arguments.pair_config(args, arguments.given(words[2:])).engine_kwargs == {"max_model_len": 4096}
             else:
                 cli.main([*words[1:], "--max_completion_length", "8", "--shard_size", "4"])
                 assert "samples of" in capsys.readouterr().out
@@ -450,11 +453,82 @@ def test_wrong_arguments_are_refused(flags, message):
         backend.serve(flags)
 
 
+def refusal(flags, *models):
+    """Return the one line that ends `osd serve` with these flags."""
+    teacher, student = models or ("t", "s")
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        backend.serve(["--teacher", str(teacher), "--student", str(student), *flags.split("|")])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--weight-transfer-config|http",
+            """--weight-transfer-config: 'http' is not JSON; write --weight-transfer-config '{"key": "value"}', or a key""",
+        ),
+        ('--weight-transfer-config|{"bakend": "http"}', "bakend='http': Unexpected keyword argument"),
+        ('--weight-transfer-config|{"backend": "htp"}', "has the backend 'htp'; use one of nccl, http"),
+        ("--weight-transfer-config", "--weight-transfer-config: expected one argument"),
+        ("-cc.mode|x", "mode='x': Invalid compilation mode: x. Valid modes are: NONE"),
+        ("--student-engine-kwargs|x", "--student-engine-kwargs: 'x' is not JSON"),
+        ("--student-engine-kwargs|[1]", "'[1]' is refused: it is not a JSON object"),
+        ("--max-model-len|x", "--max-model-len: 'x' is not a whole number"),
+        ("--max-num-queued-reqs|x", "--max-num-queued-reqs: 'x' is not a whole number"),
+        ("--alpha-min|x", "--alpha-min: 'x' is not a number"),
+        ("--dtype|x", "--dtype: invalid choice: 'x' (choose from"),
+        ("--max-modl-len=5", "--max-modl-len=5 (did you mean '--max-model-len'?)"),
+        ("--config|none.yaml", "--config='none.yaml' cannot be read"),
+        ("--port|99999999", "--port=99999999 is not a port"),
+        ("--api-server-count|0", "--api-server-count=0 serves nothing"),
+        ("--ssl-keyfile|none.pem", "--ssl-keyfile='none.pem' is not a file"),
+        ("--middleware|nope.x", "--middleware='nope.x' cannot be imported (No module named 'nope')"),
+        ("--seed|-5", "['seed']=-5 is too small; use 0 or more"),
+        ("--additional-config|x", "['additional_config']='x' is not a mapping"),
+        ("--distributed-executor-backend|x", "['distributed_executor_backend']='x' is unknown; use one of mp, ray"),
+    ],
+)
+def test_a_bad_value_ends_in_one_line(flags, message):
+    assert message in refusal(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gpu-memory-utilization|7", "gpu_memory_utilization=7.0: Input should be less than or equal to 1"),
+        ("--max-num-seqs|0", "max_num_seqs=0: Input should be greater than or equal to 1"),
+        ("--load-format|x", "Load format `x` is not supported"),
+        ("--enable-auto-tool-choice", "--enable-auto-tool-choice requires --tool-call-parser"),
+        ("--enable-auto-tool-choice|--tool-call-parser|x", "invalid tool call parser: x"),
+        ("--reasoning-parser|x", "Reasoning parser 'x' not found"),
+        ("--chat-template|none.jinja", "none.jinja"),
+        ('--student-engine-kwargs|{"max_model_len": "many"}', "the student's engine arguments: max_model_len='many'"),
+        ('--student-engine-kwargs|{"load_format": "x"}', "the student's engine arguments: Load format `x`"),
+    ],
+)
+def test_a_value_that_only_vllm_refuses_ends_in_one_line_before_a_model_loads(model_paths, flags, message):
+    assert message in refusal(flags, *model_paths)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"engine_kwargs": {"gpu_memory_utilization": 7}}, "gpu_memory_utilization=7: Input should be less than or equal to 1"),
+        ({"student_kwargs": {"load_format": "x"}}, "the student's engine arguments: Load format `x` is not supported"),
+    ],
+)
+def test_an_engine_without_a_server_refuses_them_alike(model_paths, kwargs, message):
+    teacher, student = map(str, model_paths)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        PairEngine(PairConfig(teacher=teacher, student=student, **kwargs))
+
+
 def test_written_arguments_reach_both_sides_and_the_teachers_files_only_the_teacher():
     argv = ["--teacher", "t", "--student", "s", "--max-model-len", "4k", "--revision", "main", "-cc.mode", "0"]
     argv += ["--student-engine-kwargs", '{"max_model_len": 64}', "--fixed-alpha", "0.25", "--alpha-method", "fixed"]
-    args = backend._parser().parse_args(argv)
-    config = backend.pair_config(args, backend._given(argv))
+    args = arguments.parser().parse_args(argv)
+    config = arguments.pair_config(args, arguments.given(argv))
     assert config.engine_kwargs == {"max_model_len": 4000, "compilation_config": {"mode": 0}}
     assert config.teacher_kwargs["revision"] == "main"
     assert config.student_kwargs == {"max_model_len": 64}

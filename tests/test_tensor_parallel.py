@@ -25,9 +25,12 @@ from tests.training import logged
 
 @pytest.fixture(scope="module")
 def model_paths(tmp_path_factory):
-    """A vocabulary that no number of ranks divides: the last rank's shard is padded."""
-    root = tmp_path_factory.mktemp("odd")
-    return tiny_model(root / "teacher", vocab=101, seed=1), tiny_model(root / "student", vocab=101, seed=2)
+    """A vocabulary that no number of ranks divides: the last rank's shard is padded. Four heads, for up to four ranks."""
+    root, shape = (
+        tmp_path_factory.mktemp("odd"),
+        {"vocab": 101, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32},
+    )
+    return tiny_model(root / "teacher", seed=1, **shape), tiny_model(root / "student", seed=2, **shape)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,9 @@ def test_two_processes_hold_one_pair(alone, model_paths, models, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_hold_two_pairs(alone, model_paths, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_four_processes_hold_two_pairs_or_one(alone, model_paths, tmp_path, monkeypatch, ranks):
+    monkeypatch.setenv("OSD_TEST_RANKS", str(ranks))
     config = in_float32("cpu_ddp", tmp_path / "four.yaml", num_processes=4)
     done = launch(config, "tests/launched.py", "shared", tmp_path, *model_paths)
     check_shared(tmp_path, done, alone, model_paths, 4)
@@ -124,13 +129,16 @@ def test_sharded_students_reach_the_shards_of_a_pair(alone, model_paths, tmp_pat
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_two_gpus_hold_one_pair(alone, model_paths, tmp_path, name):
+def test_gpus_hold_one_pair(alone, model_paths, tmp_path, monkeypatch, name, ranks):
     """With sleep."""
-    config = in_float32(name, tmp_path / f"{name}.yaml", num_processes=2)
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    monkeypatch.setenv("OSD_TEST_RANKS", str(ranks))
+    config = in_float32(name, tmp_path / f"{name}.yaml", num_processes=ranks)
     done = launch(config, "tests/launched.py", "shared", tmp_path, *model_paths)
-    check_shared(tmp_path, done, alone, model_paths, 2)
+    check_shared(tmp_path, done, alone, model_paths, ranks)
 
 
 # -- refused before a model loads -----------------------------------------------------------------------------------------
@@ -159,7 +167,7 @@ def test_groups_that_cannot_be(model_paths, config, processes, message):
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        (4, "tensor_parallel_size=4 does not divide the 2 attention heads of teacher="),
+        (3, "tensor_parallel_size=3 does not divide the 4 attention heads of teacher="),
         (0, "tensor_parallel_size=0 (in training vllm_tensor_parallel_size) is not a number of ranks"),
         ("2", "tensor_parallel_size='2' (in training vllm_tensor_parallel_size) is not a number of ranks"),
     ],

@@ -71,13 +71,13 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 from vllm.v1.worker.worker_base import WorkerBase
 
-from osd.engine.backend import cpu, server, versions
+from osd.engine.backend import arguments, cpu, versions
 from osd.engine.backend.worker import PairWorker, Worker
 from osd.engine.request import _ACTING
 from tests.vllm_names import Names, attributes, imports
 
 # What vLLM's parser and its server's state have.
-Arguments = type("Arguments", (), {"subparser": None} | {action.dest: None for action in server._parser()._actions})
+Arguments = type("Arguments", (), {"subparser": None} | {action.dest: None for action in arguments.parser()._actions})
 AppState = type("AppState", (), dict.fromkeys(re.findall(r"state\.(\w+) = ", inspect.getsource(app_states))))
 # The classes of variables; of several, one must have the attribute.
 OWNERS: dict[str, tuple[Any, ...]] = {

@@ -83,9 +83,12 @@ def plan(
     if not isinstance(student, PreTrainedTokenizerBase):
         raise ValueError(f"processing_class is a {type(student).__name__}; give the student's tokenizer")
     check_same_ids(teacher.get_vocab(), student.get_vocab())
-    lengths = context_lengths(config)
     if isinstance(pair, ServedPair):
         lengths = {side: limits.max_model_len for side, limits in pair.limits().items()}
+        longer = "restart the server with a larger --max-model-len"
+    else:
+        lengths = context_lengths(config)
+        longer = "raise vllm_max_model_length" if pair is config else "start the engine with a larger max_model_len"
     checkpoint = resolve(args.resume_from_checkpoint, args.output_dir)
     started = start_of(checkpoint)
     run = run_of(model, pair, args, started)
@@ -97,19 +100,20 @@ def plan(
             student_tokenizer=student,
             teacher_tokenizer=teacher,
             args=args,
-            context=_context(lengths, args),
+            context=_context(lengths, args, longer),
+            longer=longer,
             started=started,
         ),
         run=run,
     )
 
 
-def _context(lengths: dict[str, int], args: OSDConfig) -> dict[str, int]:
+def _context(lengths: dict[str, int], args: OSDConfig, longer: str) -> dict[str, int]:
     for side, length in lengths.items():
         if args.max_completion_length >= length:  # type: ignore[operator]  # checked by OSDConfig
             raise ValueError(
                 f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the {side}'s context of "
-                f"{length} tokens; lower it, or raise vllm_max_model_length"
+                f"{length} tokens; lower it, or {longer}"
             )
     return lengths
 

@@ -42,6 +42,7 @@ class Renderer:
         student_tokenizer, teacher_tokenizer: each side's own, with its chat template.
         args: the options for prompts and lengths.
         context: the longest sequence of "teacher" and "student", in tokens.
+        longer: what to do for a longer one.
         started: when the run began; chat templates that print a date print this one.
     """
 
@@ -49,6 +50,7 @@ class Renderer:
     teacher_tokenizer: Any
     args: OSDConfig
     context: Mapping[str, int]
+    longer: str = "raise vllm_max_model_length"
     started: datetime = field(default_factory=datetime.now)
     _warned: bool = field(default=False, init=False)
     _private: frozenset[str] | None = field(default=None, init=False)  # columns that only the teacher reads, of the first row
@@ -160,7 +162,7 @@ class Renderer:
             return None
         return (
             f"the {side}'s prompt has {len(ids)} tokens, and with max_completion_length={length} that is over its context of "
-            f"{self.context[side]} tokens; shorten it, lower max_completion_length or raise vllm_max_model_length"
+            f"{self.context[side]} tokens; shorten it, lower max_completion_length or {self.longer}"
         )
 
     def _warn_about_templates(self, rows: Sequence[Row], prompts: list[Prompt], student: Any, teacher: Any) -> None:

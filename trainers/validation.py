@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 import torch
 
-from osd.engine.served import ServedPair
+from osd.engine.served import ServedPair, without_engine
 from osd.prompt_checks import check_template_kwargs
 from osd.prompts import privileged_template_for, template_fields
 from osd.sampling_args import FIELDS, TRAINING, checked_fields
@@ -146,10 +146,10 @@ def _sampling(args: OSDConfig) -> None:
 
 
 def _combinations(args: OSDConfig) -> None:
-    if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
-        raise ValueError("vllm_enable_sleep_mode=True needs an NVIDIA GPU, and there is none; leave it false")
     if args.vllm_enable_sleep_mode and args.vllm_mode == "server":
         raise ValueError("vllm_enable_sleep_mode=True with vllm_mode='server': a server does not sleep; leave it false")
+    if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
+        raise ValueError("vllm_enable_sleep_mode=True needs an NVIDIA GPU, and there is none; leave it false")
     if args.teacher_signal == "recorded" and args.teacher_init_kwargs():
         raise ValueError(
             f"teacher_model_init_kwargs={args.teacher_model_init_kwargs!r} cannot be used: no transformers teacher is "
@@ -254,6 +254,8 @@ def planned_pair(
     from osd.validate_models import check_models, check_student_can_train
 
     kwargs: dict[str, Any] = args.pair_kwargs()
+    if args.vllm_mode == "server":
+        kwargs = without_engine(kwargs)
     pair = PairConfig(teacher=teacher, student=_student_path(model), mixing=args.mixing(), **kwargs)
     check_models(pair)
     check_student_can_train(pair)

@@ -21,7 +21,7 @@ import httpx
 from osd.data.requests import Request
 from osd.data.settings import GenerateConfig
 from osd.engine.request import PairPrompt, SideLimits, check_request
-from osd.engine.served import weights_digest
+from osd.engine.served import weights_digest, without_engine
 from osd.engine.wire import FIELD, INFO_ROUTE, record_from_json
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ServerPair:
 
         self.settings, self.mixing = settings, settings.mixing()
         self.urls = settings.server_urls()
-        kwargs: dict[str, Any] = settings.pair_kwargs()
+        kwargs: dict[str, Any] = without_engine(settings.pair_kwargs())
         config = PairConfig(
             teacher=str(settings.teacher_model_name_or_path),
             student=str(settings.model_name_or_path),

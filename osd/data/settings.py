@@ -366,6 +366,10 @@ class GenerateConfig(_Run, Output, Filters, Servers):
             if getattr(self, name):
                 warnings.warn(f"{name} has no effect with server, whose engine is running already", stacklevel=5)
 
+    def _check_room(self) -> None:
+        if not self.server_urls():  # a server has its own context
+            super()._check_room()
+
     def _check_filters(self) -> None:
         """Refuse filters that no completion can pass."""
         _check_choice("filter_answer", self.filter_answer, (None, *ANSWER_FILTERS))

@@ -13,6 +13,10 @@ SCHEDULER_CLS = "osd.engine.backend.scheduler.PairScheduler"
 SPECULATIVE_WORKER_CLS = "osd.engine.backend.speculative_worker.SpeculativeWorker"
 SPECULATIVE_SCHEDULER_CLS = "osd.engine.backend.speculative_scheduler.SpeculativeScheduler"
 WEIGHT_TRANSFERS = ("nccl", "http")  # backends of weight_transfer_config
+# Values that vLLM does not check until its workers have started.
+_EXECUTORS = ("mp", "ray", "uni", "external_launcher")
+_MAPPINGS = ("additional_config", "hf_overrides", "weight_transfer_config")
+_SMALLEST = {"seed": 0, "kv_cache_memory_bytes": 1}
 MOST_CHOSEN = 8  # drafts with num_speculative_tokens="auto"
 
 # The pair sets these itself.
@@ -94,6 +98,17 @@ class PairConfig:
                 raise ValueError(f"{name}[{key!r}] is set by the pair itself; remove it")
             if key in UNSUPPORTED_KWARGS and value:
                 raise ValueError(f"{name}[{key!r}]={value!r} is not supported: {UNSUPPORTED_KWARGS[key]}; remove it")
+            if key in _MAPPINGS and isinstance(value, str):
+                raise ValueError(f"{name}[{key!r}]={value!r} is not a mapping; write {{'key': 'value'}}")
+            if key in _SMALLEST and isinstance(value, int) and value < _SMALLEST[key]:
+                raise ValueError(f"{name}[{key!r}]={value!r} is too small; use {_SMALLEST[key]} or more")
+            if (
+                key == "distributed_executor_backend"
+                and isinstance(value, str)
+                and value not in _EXECUTORS
+                and "." not in value
+            ):
+                raise ValueError(f"{name}[{key!r}]={value!r} is unknown; use one of {', '.join(_EXECUTORS)}")
             if key == "weight_transfer_config" and value:
                 backend = value.get("backend", "nccl") if isinstance(value, dict) else value.backend
                 if backend not in WEIGHT_TRANSFERS:

@@ -222,7 +222,7 @@ def check_request(
         if len(ids) + params.max_tokens > longest:
             raise ValueError(
                 f"{name}the {side}'s prompt has {len(ids)} tokens, and with max_tokens={params.max_tokens} that "
-                f"is over its max_model_len={longest}; shorten one of them or raise max_model_len"
+                f"is over its max_model_len={longest}; shorten one or raise max_model_len (of a server: --max-model-len)"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
@@ -42,6 +43,13 @@ def weights_digest(model: str) -> str | None:
                 data.seek(place)
                 digest.update(data.read(_PART))
     return digest.hexdigest() if files else None
+
+
+def without_engine(pair_kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return those arguments of `PairConfig` that have an effect where a server holds the engine: seed, code, revisions."""
+    own = {"seed", "trust_remote_code", "revision"}
+    kinds = ("engine_kwargs", "teacher_kwargs", "student_kwargs")
+    return {kind: {name: value for name, value in pair_kwargs[kind].items() if name in own} for kind in kinds}
 
 
 @dataclass(frozen=True, kw_only=True)

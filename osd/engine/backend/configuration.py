@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from pydantic import ValidationError
 from vllm import ModelRegistry, envs
 from vllm.config import CacheConfig, SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMError
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -38,10 +43,48 @@ def context_lengths(config: PairConfig) -> dict[str, int]:
     """
     models = {"teacher": config.teacher, "student": config.student}
     with mock.patch.object(envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, create=True):  # no engine: no warning about its seed
-        return {
-            side: EngineArgs(**as_text({**config.side_kwargs(side), "model": model})).create_model_config().max_model_len
-            for side, model in models.items()
-        }
+        lengths = {}
+        for side, model in models.items():
+            with refusals(f"{side}_kwargs: " if getattr(config, f"{side}_kwargs") else ""):
+                arguments = EngineArgs(**as_text({**config.side_kwargs(side), "model": model}))
+                lengths[side] = arguments.create_model_config().max_model_len
+        return lengths
+
+
+def check_engine_args(arguments: EngineArgs, *, headless: bool = False) -> None:
+    """Make both sides' configurations from the pair's ``arguments``; load no weights.
+
+    Raises:
+        ValueError: an engine argument that vLLM refuses, in one line.
+    """
+    with refusals():
+        config = arguments.create_engine_config(headless=headless)
+        get_model_loader(config.load_config)
+    with refusals("the student's engine arguments: "):
+        get_model_loader(student_vllm_config(config).load_config)
+
+
+@contextmanager
+def refusals(of: str = "") -> Iterator[None]:
+    """Raise what vLLM's checks refuse, by whatever exception, as a `ValueError` of one line that begins with ``of``."""
+    try:
+        yield
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError, VLLMError) as error:
+        raise ValueError(of + refusal(error)) from error
+
+
+def refusal(error: BaseException) -> str:
+    """Return in one line why vLLM refuses an argument: its name, value and reason, as far as the error has them."""
+    text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    if isinstance(error, ValidationError):
+        text = "; ".join(_described(fault) for fault in error.errors())
+    return " ".join(text.split()) or "vLLM refuses it by an assertion"
+
+
+def _described(fault: Any) -> str:
+    """Return one of pydantic's findings as "name=value: reason"; a finding about a whole configuration has neither."""
+    reason, name = fault["msg"].removeprefix("Value error, "), ".".join(map(str, fault["loc"]))
+    return f"{name}={fault['input']!r:.100}: {reason}" if name else reason
 
 
 def mixing_config(teacher_config: VllmConfig) -> MixingConfig:

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory, get_tp_group
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -22,7 +23,7 @@ from vllm.v1.engine import core
 from vllm.v1.engine import utils as engine_utils
 
 from osd.engine.backend import cpu
-from osd.engine.backend.configuration import side_limits, student_vllm_config
+from osd.engine.backend.configuration import check_engine_args, refusal, side_limits, student_vllm_config
 from osd.engine.backend.language_model import as_text
 from osd.engine.backend.worker import workers
 from osd.engine.config import PairConfig
@@ -50,8 +51,10 @@ class Frontend:
         self._groups_are_ours = not torch.distributed.is_initialized()
         self.llm: LLM | None = None
         try:
+            arguments = as_text(config.teacher_engine_args())
+            check_engine_args(EngineArgs(**arguments))
             with mock.patch.object(engine_utils, "zmq_socket_ctx", _handshake):
-                self.llm = LLM(**as_text(config.teacher_engine_args()))
+                self.llm = LLM(**arguments)
             self._watch_outputs()
             self._check_active()
             self.limits = side_limits(self.engine.vllm_config, student_vllm_config(self.engine.vllm_config))
@@ -266,6 +269,4 @@ def checked_params(kwargs: dict[str, Any]) -> SamplingParams:
         # Each request has its own parameters, which vLLM need not copy.
         return SamplingParams(**{"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True, **kwargs})
     except (AssertionError, TypeError, ValueError, VLLMValidationError) as error:
-        raise ValueError(
-            f"sampling: {error}" if str(error) else f"sampling {kwargs}: vLLM refuses it by an assertion"
-        ) from error
+        raise ValueError(f"sampling: {refusal(error)}" if str(error) else f"sampling {kwargs}: {refusal(error)}") from error

@@ -14,6 +14,7 @@ from vllm.config import CacheConfig, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from osd.engine.backend.configuration import refusals
 from osd.engine.backend.language_model import as_text
 from osd.engine.config import PairConfig
 
@@ -81,6 +82,7 @@ def model_facts(config: PairConfig, side: str, gpus: int) -> ModelFacts:
     with (
         mock.patch.object(envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, create=True),  # no engine: no warning about its seed
         mock.patch.object(type(current_platform), "verify_quantization"),
+        refusals(),
     ):
         model = EngineArgs(**arguments).create_model_config()
     layers, unknown = None, ""

@@ -14,33 +14,26 @@ from __future__ import annotations
 import copy
 import json
 import os
-from argparse import SUPPRESS, Namespace
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from vllm import envs
-from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.exceptions import GenerationError
-from vllm.logger import configure_logging_from_args
 from vllm.renderers import renderer_from_config
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_option
 from osd.engine.asgi import HttpRequest, Sender, reading
+from osd.engine.backend.arguments import server_arguments
 from osd.engine.backend.configuration import mixing_config, most_drafts, side_limits, student_vllm_config
-from osd.engine.backend.language_model import as_text
 from osd.engine.backend.training import Training, not_now
-from osd.engine.config import PairConfig
 from osd.engine.request import EXTRA_ARGS_KEY, PairOptions, PairPrompt, check_request
 from osd.engine.served import weights_digest
 from osd.engine.wire import (
@@ -52,132 +45,24 @@ from osd.engine.wire import (
     returned,
     take_options,
 )
-from osd.validate_models import check_models
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OPEN_ROUTES = ("/health", "/ping")  # need no API key
-# The neutral values of what vLLM would take from the teacher's generation_config.json where a request names none.
-NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-# Engine arguments that describe the teacher's files; the student has its own in --student-engine-kwargs.
-_OF_TEACHER = {"revision", "code_revision", "tokenizer", "tokenizer_revision", "hf_config_path", "served_model_name"}
-_OF_TEACHER |= {"quantization", "quantization_config", "hf_overrides", "override_generation_config", "reasoning_parser"}
 
 # -- the command --------------------------------------------------------------------------------------------------------
 
 
 def serve(argv: Sequence[str]) -> None:
-    """Run `osd serve` until a signal ends it.
-
-    Raises:
-        ValueError: arguments or models that the pair cannot take; before any weights load.
-        SystemExit: `--help`, or an argument that vLLM's parser refuses.
-    """
+    """Run `osd serve` until a signal ends it. Raises as `server_arguments`."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command line does
-    parser = _parser()
-    args = parser.parse_args(list(argv))
-    args.subparser = "serve"  # vLLM's checks ask for it
-    config = pair_config(args, _given(list(argv)))
-    if args.grpc or envs.VLLM_USE_RUST_FRONTEND:
-        raise ValueError("--grpc and vLLM's Rust front end take no middleware, which the pair needs; leave them out")
-    if config.engine_kwargs.get("weight_transfer_config"):
-        _check_takes_weights(args)
-    args.student_chat_template = _template(args.student_chat_template)
-    check_models(config)
-    for name, value in as_text(config.teacher_engine_args()).items():
-        setattr(args, name, value)
+    args = server_arguments(list(argv))
     args.osd = _Imported()
     args.middleware = [*args.middleware, f"{PairMiddleware.__module__}.{PairMiddleware.__name__}"]
-    configure_logging_from_args(args)
-    command = ServeSubcommand()
-    command.validate(args)
-    command.cmd(args)
-
-
-def _check_takes_weights(args: Namespace) -> None:
-    """Refuse a server whose student anyone could replace, or whose weights one of several front ends would not know of."""
-    if not (args.api_key or envs.VLLM_API_KEY or envs.VLLM_SERVER_DEV_MODE):
-        raise ValueError(
-            "--weight-transfer-config without --api-key: whoever reaches the port could replace the student's weights; set "
-            "--api-key or VLLM_API_KEY (or VLLM_SERVER_DEV_MODE=1 where nobody else does)"
-        )
-    if (args.api_server_count or 1) > 1:
-        raise ValueError(f"--api-server-count={args.api_server_count} with --weight-transfer-config; use 1")
-    args.api_server_count = 1  # vLLM would start one per data parallel replica
+    ServeSubcommand().cmd(args)
 
 
 class _Imported:
     """Imports this package where it is unpickled: in vLLM's further front end processes, before they read a configuration."""
-
-
-def pair_config(args: Namespace, given: Mapping[str, Any]) -> PairConfig:
-    """Return the pair of parsed arguments; ``given`` holds those that were written.
-
-    Raises:
-        ValueError: no teacher or student, a model given vLLM's way, or what `PairConfig` and `MixingConfig` refuse.
-    """
-    for side in ("teacher", "student"):
-        if not getattr(args, side):
-            raise ValueError(f"--{side} is not set; give its path or model id")
-    if args.model_tag is not None or "model" in given:
-        raise ValueError(f"{args.model_tag or given['model']!r}: a pair has two models; give --teacher and --student")
-    engine = {name: value for name, value in given.items() if name in EngineArgs.__dataclass_fields__}
-    teacher = {name: engine.pop(name) for name in _OF_TEACHER & engine.keys()}
-    return PairConfig(
-        teacher=args.teacher,
-        student=args.student,
-        mixing=MixingConfig(**{name: getattr(args, name) for name in MIXING_OPTIONS}),
-        engine_kwargs=engine,
-        teacher_kwargs={"override_generation_config": NEUTRAL, **teacher},
-        student_kwargs=args.student_engine_kwargs,
-        num_speculative_tokens=args.num_speculative_tokens,
-    )
-
-
-def _parser() -> FlexibleArgumentParser:
-    """Make the parser of `vllm serve` with the pair's arguments."""
-    commands = FlexibleArgumentParser(prog="osd").add_subparsers()
-    parser = ServeSubcommand().subparser_init(commands)
-    parser.usage = "osd serve --teacher MODEL --student MODEL [any option of vllm serve]"
-    parser.description = (
-        "Serve the OpenAI API from a pair: every token is drawn from q*. vLLM's own arguments act on both models; see "
-        "docs/serving.md."
-    )
-    group = parser.add_argument_group("Pair", "The two models and their mixture.")
-    group.add_argument("--teacher", help="The teacher: model id or local path.")
-    group.add_argument("--student", help="The student: model id or local path, with the teacher's tokenizer.")
-    for name in MIXING_OPTIONS:
-        option = mixing_option(name)
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=type(option.default), default=option.default, help=option.metadata["help"])
-    group.add_argument("--num-speculative-tokens", default="0", help=SPECULATION_HELP)
-    group.add_argument(
-        "--student-engine-kwargs", type=_mapping, default={}, help="vLLM engine arguments of the student only, as JSON."
-    )
-    group.add_argument(
-        "--student-chat-template",
-        default=None,
-        help="Chat template of the student: a Jinja file, or its text. Default: its own tokenizer's.",
-    )
-    parser.set_defaults(host="127.0.0.1")
-    return parser
-
-
-def _given(argv: list[str]) -> dict[str, Any]:
-    """Return the arguments that were written, with configurations as plain mappings."""
-    parser = _parser()
-    parser._defaults.clear()
-    for action in parser._actions:
-        action.default = SUPPRESS
-        if getattr(action.type, "__name__", "") == "parse_dataclass":  # would fill in vLLM's defaults
-            action.type = _mapping
-    return vars(parser.parse_args(argv))
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is not a JSON object")
-    return value
 
 
 # -- the middleware -----------------------------------------------------------------------------------------------------
@@ -398,12 +283,3 @@ def _failure(reason: Any) -> Exception:
 
 def _chat_template(renderer: Any) -> Any:
     return renderer.chat_template or getattr(renderer.renderer.tokenizer, "chat_template", None)
-
-
-def _template(given: str | None) -> str | None:
-    """Return the text of a chat template that was given as text or as a file."""
-    if given is None or "{" in given:
-        return given
-    if not Path(given).is_file():
-        raise ValueError(f"--student-chat-template={given!r} is neither a file nor the text of a chat template")
-    return Path(given).read_text(encoding="utf-8")
