@@ -40,7 +40,7 @@ WHOLE: dict[str, Callable[[list[float]], float]] = {
     "completions/min_terminated_length": lambda lengths: min(filter(None, lengths), default=0),  # TRL's 0: none ended
     "completions/max_terminated_length": max,
 }
-OVER_BATCHES = {**WHOLE, "osd/alpha/min": min, "osd/alpha/max": max}
+OVER_BATCHES: dict[str, Callable[[list[float]], float]] = {**WHOLE, "osd/alpha/min": min, "osd/alpha/max": max}
 _MEANS = ("kl_theta", "kl_teacher", "entropy_q", "ess_ratio")
 _CACHE = ("teacher_prompt_tokens", "teacher_cached_tokens", "student_prompt_tokens", "student_cached_tokens")
 
@@ -102,7 +102,7 @@ def end_metrics(completions: list[PairCompletion], accelerator: Any) -> dict[str
     }
 
 
-def take_reduced(metrics: dict[str, list[float]]) -> dict[str, float | None]:
+def take_reduced(metrics: dict[str, list[float]]) -> dict[str, Any]:
     """Remove the metrics in `OVER_BATCHES` from the lists that TRL averages, and return their values for the log.
 
     A value is None if no batch has one. Those in `WHOLE` are of type int.

@@ -405,7 +405,8 @@ class OSDTrainer(DistillationTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
-        logs |= {f"{prefix}{name}": value for name, value in take_reduced(self._metrics[mode]).items()}  # TRL averages the rest
+        # TRL averages the rest.
+        logs = logs | {f"{prefix}{name}": value for name, value in take_reduced(self._metrics[mode]).items()}
         wanted, self.log_completions = self.log_completions, False
         try:
             super().log(logs, start_time)
