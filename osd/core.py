@@ -1,7 +1,7 @@
 """Basic data types of the project: the mixing configuration and the per-token record.
 
 Imports no other module of the project, and torch only when a record is made. Shape suffixes: T tokens of one completion,
-R record columns (RECORD_FIELDS), H the teacher's hidden size. All logarithms are natural.
+R record columns (RECORD_FIELDS), H the teacher's hidden size, X columns of its top-k rows. All logarithms are natural.
 """
 
 from __future__ import annotations
@@ -192,6 +192,8 @@ class TokenRecord:
     Attributes:
         values_TR: [T, R] float32, columns in RECORD_FIELDS order.
         teacher_hidden_TH: the teacher's final hidden states, [T, H], or None when they were not asked for.
+        teacher_topk_TX: the teacher's k largest log-probabilities, tempered, over the shared vocabulary: float32 [T, 2k + 1],
+            with k ids, their log π_t in descending order, and that of all other ids together. None when not asked for.
         weights_version: number of weight syncs the student had received when it sampled these tokens.
         origin_T: how each token came to be, uint8 [T], an index into ``TOKEN_ORIGINS``; None without speculation.
     """
@@ -200,6 +202,7 @@ class TokenRecord:
     teacher_hidden_TH: torch.Tensor | None
     weights_version: int
     origin_T: torch.Tensor | None = None
+    teacher_topk_TX: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         import torch
@@ -212,6 +215,9 @@ class TokenRecord:
             )
         if hidden is not None and (hidden.ndim != 2 or len(hidden) != len(values)):
             raise ValueError(f"teacher_hidden_TH is {tuple(hidden.shape)}; use [T, H] with T = {len(values)} as in values_TR")
+        topk = self.teacher_topk_TX
+        if topk is not None and (topk.ndim != 2 or len(topk) != len(values) or topk.shape[1] % 2 == 0):
+            raise ValueError(f"teacher_topk_TX is {tuple(topk.shape)}; use [T, 2k + 1] with T = {len(values)} as in values_TR")
 
     alpha = _column("alpha")
     logq = _column("logq")

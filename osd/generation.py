@@ -82,6 +82,7 @@ class OSDGeneration(LiveStudent):
         enable_sleep_mode: free the GPU memory of both models and their caches after every `generate` call, and restore both
             with the next call or sync. Needs a GPU; both prefix caches are lost every time.
         hidden: record the teacher's final hidden states (recorded supervision needs them).
+        topk: or so many of the teacher's largest log-probabilities and the mass of the rest (top-k supervision); 0: neither.
         on_error: "raise" for a completion that ended in an error (NaN logits), or "keep" it for a caller that masks it (at
             least one token is returned, and its `error` is the reason).
         temperature, top_p, top_k, min_p, repetition_penalty, max_completion_length, generation_kwargs: as in TRL; they
@@ -104,6 +105,7 @@ class OSDGeneration(LiveStudent):
         check_sync: bool = True,
         enable_sleep_mode: bool = False,
         hidden: bool = False,
+        topk: int = 0,
         on_error: str = "raise",
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -121,7 +123,7 @@ class OSDGeneration(LiveStudent):
         self.pair = pair
         self.mix_tokens = mix_tokens
         self.check_sync = check_sync
-        self.hidden = hidden
+        self.hidden, self.topk = hidden, topk
         self.on_error = on_error
         self.last_batch: GeneratedBatch | None = None
         self._stays_awake = False
@@ -302,6 +304,7 @@ class OSDGeneration(LiveStudent):
                 alpha=alpha,
                 mix_tokens=self.mix_tokens,
                 hidden=self.hidden,
+                topk=self.topk,
             )
         self.last_batch = GeneratedBatch(
             completions=completions,

@@ -159,7 +159,7 @@ def cramped(out: Path, teacher: str, student: str) -> None:
     with pairs.start((teacher, student), config) as engine, pytest.MonkeyPatch.context() as patch:
         seen = pairs.watch(engine, patch)
         own = range(rank, len(prompts), accelerator.num_processes)
-        completions = engine.generate([prompts[i] for i in own], sampling={"max_tokens": 30, "ignore_eos": True})
+        completions = engine.generate([prompts[i] for i in own], sampling={"max_tokens": 30, "ignore_eos": True}, topk=5)
         torch.save({"seen": dict(seen), "completions": dict(zip(own, completions, strict=True))}, out / f"{rank}.pt")
 
 

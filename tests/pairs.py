@@ -77,11 +77,11 @@ def cramped(teacher_tokens: int, student_tokens: int, blocks: int = 13) -> dict[
 
 
 def run_with_random_arrivals(
-    engine: PairEngine, schedule: int, mix_tokens: int | None = None, count: int = 24, **sampling: Any
+    engine: PairEngine, schedule: int, mix_tokens: int | None = None, count: int = 24, topk: int = 0, **sampling: Any
 ) -> dict[int, tuple[Any, TokenRecord]]:
     """Submit `hard_prompts` in random order and at random times; return each one's completion and record, by its index."""
     rng, prompts = random.Random(schedule), hard_prompts(count)
-    order, options = rng.sample(range(count), count), PairOptions(record=True, mix_tokens=mix_tokens)
+    order, options = rng.sample(range(count), count), PairOptions(record=True, mix_tokens=mix_tokens, topk=topk)
     pending, names, finished = list(order), {}, {}
     while pending or engine._frontend.busy:
         for _ in range(min(rng.randint(0, 3), len(pending))):

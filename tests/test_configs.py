@@ -186,7 +186,21 @@ def test_mixing_is_what_was_configured(tmp_path):
         ({"max_tool_calling_iterations": 3}, "tools are not supported"),
         ({"privileged_template": "{}"}, "a literal brace is written twice"),
         ({"beta": 2.0}, "beta must be in"),
-        ({"teacher_signal": "topk"}, "teacher_signal='topk' is unknown; use one of recorded, recompute"),
+        ({"teacher_signal": "top_k"}, "teacher_signal='top_k' is unknown; use one of recorded, topk, recompute"),
+        (
+            {"teacher_signal": "topk", "teacher_topk": 0},
+            "teacher_topk=0 is out of range; use a whole number, from 1 to the size",
+        ),
+        ({"teacher_signal": "topk", "teacher_topk": 1.5}, "teacher_topk=1.5 is out of range"),
+        (
+            {"teacher_signal": "topk", "generation_kwargs": {"temperature": 0.7}},
+            r"temperature=1.0 and generation_kwargs temperature=0.7: .* set temperature=0.7, or teacher_signal='recorded'",
+        ),
+        (
+            {"teacher_signal": "topk", "temperature": 0.7, "generation_kwargs": {"temperature": 0}},
+            r"generation_kwargs temperature=0: log-probabilities of temperature 1 are recorded.* set temperature=1, or",
+        ),
+        ({"teacher_signal": "topk", "teacher_model_init_kwargs": {"dtype": "auto"}}, "use teacher_engine_kwargs"),
         ({"divergence": "skewkl"}, "divergence='skewkl' is unknown; use one of jsd, skew_kl, skew_reverse_kl"),
         ({"divergence": "skew_kl", "skew": 1.0}, "skew=1.0 is out of range; use a number between 0 and 1"),
         ({"kl_clip": 0.0}, "kl_clip=0.0 is out of range; use a positive number of nats"),
@@ -226,6 +240,7 @@ def test_a_weight_without_effect_warns(tmp_path):
     [
         ({"divergence": "skew_kl", "beta": 0.5}, "beta=0.5 has no effect without divergence='jsd'"),
         ({"skew": 0.2}, "skew=0.2 has no effect without divergence='skew_kl'"),
+        ({"teacher_topk": 8}, "teacher_topk=8 has no effect without teacher_signal='topk'"),
         ({"importance_clip": 3.0}, "importance_clip=3.0 has no effect without importance_correction"),
         ({"alpha_max_end": 0.0}, "alpha_max_end=0.0 has no effect without alpha_schedule"),
         ({"privilege_gap_tokens": 8}, "privilege_gap_tokens=8 has no effect without privilege_gap_steps"),
@@ -242,6 +257,7 @@ def test_what_has_no_effect_or_stays_biased_warns(tmp_path, given, message):
 def test_what_is_in_order_does_not_warn(tmp_path, recwarn):
     config(tmp_path, importance_correction="prefix", importance_clip=None, num_iterations=2, generation_kwargs={"top_k": -1})
     config(tmp_path, teacher_signal="recompute", teacher_model_init_kwargs={"dtype": "bfloat16"})
+    config(tmp_path, teacher_signal="topk", teacher_topk=8, generation_kwargs={"temperature": 0})
     config(tmp_path, alpha_schedule="cosine", alpha_max_end=0.0, divergence="skew_reverse_kl", skew=0.2, kl_clip=4.0)
     assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
 

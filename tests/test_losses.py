@@ -9,7 +9,7 @@ import torch
 from osd.train import divergence as divergence_module
 from osd.train.divergence import DIVERGENCES, Divergence, token_logprobs
 from osd.train.lm_head import Head, head_of, logit_scale
-from osd.train.losses import batch_loss, pad_column, pad_hidden
+from osd.train.losses import batch_loss, pad_column, pad_rows
 
 B, T, V, H_S, H_T = 3, 5, 11, 8, 6
 
@@ -108,10 +108,10 @@ def test_logit_scale_under_every_name(config, scale):
 
 def test_hidden_states_are_padded_and_errors_become_zeros():
     kept = [torch.ones(2, H_T), None, torch.full((4, H_T), 2.0)]
-    padded = pad_hidden(kept, T, torch.empty(V, H_T), torch.device("cpu"))
+    padded = pad_rows(kept, T, torch.empty(V, H_T), torch.device("cpu"))
     assert padded.shape == (3, T, H_T)
     assert padded.sum(-1).tolist() == [[6, 6, 0, 0, 0], [0] * 5, [12, 12, 12, 12, 0]]
-    nothing = pad_hidden([None, None], T, torch.empty(V, H_T, dtype=torch.bfloat16), torch.device("cpu"))
+    nothing = pad_rows([None, None], T, torch.empty(V, H_T, dtype=torch.bfloat16), torch.device("cpu"))
     assert torch.equal(nothing, torch.zeros(2, T, H_T, dtype=torch.bfloat16))
 
 
@@ -120,7 +120,7 @@ def test_a_masked_error_leaves_loss_and_gradient_finite(hidden):
     recorded = [hidden[1][0], None, hidden[1][2]]
     student = hidden[0].clone().requires_grad_()
     heads = head(V, H_S, seed=1), head(V, H_T, seed=2)
-    padded = pad_hidden(recorded, T, heads[1].weight_VH, torch.device("cpu"))
+    padded = pad_rows(recorded, T, heads[1].weight_VH, torch.device("cpu"))
     loss = batch_loss(student, padded, *heads, mask, of=Divergence(beta=0.5)).loss
     loss.backward()
     assert loss.isfinite()

@@ -59,6 +59,10 @@ def weightless(tmp_path):
             {"vllm_tensor_parallel_size": 2, "max_completion_length": 8},
             "tensor_parallel_size=2 .*: 1 training processes do not make groups of 2",
         ),
+        (
+            {"teacher_signal": "topk", "teacher_topk": 65},
+            "teacher_topk=65 is out of range: both models share 64 token ids; use 1 to 64",
+        ),
         ({"vllm_tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide the 2 attention heads of teacher="),
     ],
 )

@@ -15,13 +15,16 @@ def test_rows_are_returned_by_request_and_in_order():
     log = RecordLog(weights_version=4)
     expected: dict[str, list[torch.Tensor]] = {}
     hidden: dict[str, list[torch.Tensor]] = {}
+    topk: dict[str, list[torch.Tensor]] = {}
     torch.manual_seed(0)
     for ids in BATCHES:
         values_BR, hidden_BH = torch.randn(len(ids), R), torch.randn(len(ids), H, dtype=torch.bfloat16)
-        log.append(ids, values_BR, hidden_BH)
+        topk_BX = torch.randn(len(ids), 7)
+        log.append(ids, values_BR, hidden_BH, topk_BX)
         for row, request_id in enumerate(ids):
             expected.setdefault(request_id, []).append(values_BR[row])
             hidden.setdefault(request_id, []).append(hidden_BH[row])
+            topk.setdefault(request_id, []).append(topk_BX[row])
     log.admitted("teacher", "a", 7)
     log.admitted("student", "d", 2)  # admitted but never sampled
     records = load_records(dump_records(log.take()))
@@ -29,6 +32,7 @@ def test_rows_are_returned_by_request_and_in_order():
     for request_id, rows in expected.items():
         assert torch.equal(records[request_id].values_TR, torch.stack(rows))
         assert torch.equal(records[request_id].hidden_TH, torch.stack(hidden[request_id]))
+        assert torch.equal(records[request_id].topk_TX, torch.stack(topk[request_id]))
         assert records[request_id].weights_version == 4
     assert (records["a"].teacher_cached_tokens, records["d"].student_cached_tokens) == (7, 2)
     assert records["d"].hidden_TH is None
@@ -55,7 +59,7 @@ def test_positions_of_rejected_drafts_are_left_out():
         kept = torch.rand(len(ids), generator=rng) < 0.6
         origin = torch.randint(1, 4, (len(ids), 1), generator=rng).to(torch.uint8)
         drafts = {} if ids == ["b", "a"] else dict(kept_B=kept, origin_B1=origin)
-        log.append(ids, values, values[:, :1].repeat(1, H), **drafts)
+        log.append(ids, values, values[:, :1].repeat(1, H), values[:, :1].repeat(1, 7), **drafts)
         for row, request_id in enumerate(ids):
             if not drafts or kept[row]:
                 expected[request_id].append((number + row, int(origin[row]) if drafts else 0))
@@ -64,4 +68,4 @@ def test_positions_of_rejected_drafts_are_left_out():
     for request_id, rows in expected.items():
         record = records[request_id]
         assert list(zip(record.values_TR[:, 0].tolist(), record.origin_T1[:, 0].tolist(), strict=True)) == rows
-        assert record.hidden_TH[:, 0].tolist() == [value for value, _ in rows]
+        assert record.hidden_TH[:, 0].tolist() == record.topk_TX[:, 6].tolist() == [value for value, _ in rows]

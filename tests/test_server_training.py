@@ -123,11 +123,15 @@ def assert_same_run(one, other):
         assert (a.token_ids, a.finish_reason, a.error) == (b.token_ids, b.finish_reason, b.error)
         torch.testing.assert_close(a.record.values_TR, b.record.values_TR, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a.record.teacher_hidden_TH, b.record.teacher_hidden_TH, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.record.teacher_topk_TX, b.record.teacher_topk_TX, atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_is_that_of_an_engine_in_the_process(tiny_pair, server, tmp_path):
+@pytest.mark.parametrize("signal", [{}, {"teacher_signal": "topk", "teacher_topk": 9}], ids=["recorded", "topk"])
+def test_a_run_is_that_of_an_engine_in_the_process(tiny_pair, server, tmp_path, monkeypatch, signal):
     """With a schedule of α, evaluation and measured privilege, which take the engine's other paths."""
-    fields = {**SCHEDULE, "privilege_gap_steps": 2, "privilege_gap_tokens": 3}
+    fields = {**SCHEDULE, "privilege_gap_steps": 2, "privilege_gap_tokens": 3, **signal}
+    if signal:
+        monkeypatch.setattr(RemoteEngine, "teacher_lm_head", None)  # it is not asked for
     here = run(tiny_pair, tmp_path, **fields)
     through = run(tiny_pair, tmp_path, server, **fields)
     assert_same_run(through, here)
@@ -193,6 +197,10 @@ def test_completions_are_of_q_star_under_the_pushed_weights(connect, tiny_pair):
     logits = completion_logits(models[0], PROMPTS[0].teacher_token_ids, completion.token_ids)
     hidden = completion.record.teacher_hidden_TH
     torch.testing.assert_close((hidden @ weight.T).log_softmax(-1), logits.log_softmax(-1).float(), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="topk=65 is out of range: both models share 64 token ids"):
+        engine.generate(PROMPTS, sampling={"max_tokens": 8}, topk=65)
+    with pytest.raises(ValueError, match="topk=3 with hidden=True: the record has one of them"):
+        engine.generate(PROMPTS, sampling={"max_tokens": 8}, topk=3, hidden=True)
 
 
 # -- whose weights ------------------------------------------------------------------------------------------------------
@@ -254,7 +262,7 @@ def test_bodies_that_are_none_are_answered_with_400(server):
         "sampling": [{"max_tokens": 2}],
         "alpha": [None],
     }
-    whole |= {"seeds": [1], "mix_tokens": None, "teacher_only": False, "hidden": False}
+    whole |= {"seeds": [1], "mix_tokens": None, "teacher_only": False, "hidden": False, "topk": 0}
     wrong = [b"", b"{", [], {}, *({**whole, name: "x"} for name in whole if name not in ("trainer", "sync"))]
     wrong += [{**whole, "sampling": [{"nothing": 1}]}, {**whole, "prompts": [[[7], [9999]]]}, {**whole, "seeds": []}]
     for body in wrong:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from osd.core import RECORD_FIELDS
 from osd.engine.engine import PairConfig
+from osd.engine.topk import ids_and_logprobs
 from osd.generation import check_groups
 from osd.validate_models import check_models
 from tests.exact import completion_logits, log_probabilities
@@ -111,6 +112,9 @@ def test_ranks_schedule_alike(model_paths, models, tmp_path, drafts):
     for logp, name in zip(log_probabilities(models, prompts, in_order), ("logp_theta", "logp_teacher"), strict=True):
         recorded = torch.cat([getattr(c.record, name) for c in in_order])
         torch.testing.assert_close(recorded.double(), logp.gather(-1, token_N1)[:, 0], atol=1e-3, rtol=0)
+    id_N5, topk_N6 = ids_and_logprobs(torch.cat([c.record.teacher_topk_TX for c in in_order]))
+    rest_N1 = logp.scatter(-1, id_N5, -torch.inf).logsumexp(-1, keepdim=True)
+    torch.testing.assert_close(topk_N6.double(), torch.cat([logp.topk(5).values, rest_N1], -1), atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow

@@ -17,10 +17,11 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from osd.engine.topk import top_k
 from osd.generation import OSDGeneration
 from osd.train import divergence as divergence_module
 from osd.train.divergence import DIVERGENCES, Divergence, token_divergence, token_logprobs
-from osd.train.lm_head import on_shared_vocabulary
+from osd.train.lm_head import TopK, on_shared_vocabulary
 from osd.validate_models import student_layout
 from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, perturb
 from tests.test_losses import H_S, H_T, V, head
@@ -70,19 +71,22 @@ def hidden():
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_student_in_shards_and_the_engines_teacher(zero3, kind, bias):
+@pytest.mark.parametrize("topk", [False, True])
+def test_a_student_in_shards_and_the_engines_teacher(zero3, kind, bias, topk):
     student, teacher = head(V, H_S, seed=1, bias=bias), head(V, H_T, seed=2, bias=bias)
+    row_NX = top_k(hidden()[1] @ teacher.weight_VH.T, torch.ones(6), 3)
     with pytest.MonkeyPatch.context() as plainly:
         plainly.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: False)
         plainly.setattr(divergence_module, "is_deepspeed_zero3_enabled", lambda: False)
         whole = replace(student, weight_VH=student.weight_VH.clone().requires_grad_())
         theta, pi_t = hidden()
+        pi_t, teacher = (row_NX, TopK(vocab_size=V)) if topk else (pi_t, teacher)
         expected, _ = token_divergence(theta, pi_t, whole, teacher, Divergence(kind=kind, beta=0.5))
         expected.sum().backward()
         wanted = theta.grad
 
     sharded = replace(student, weight_VH=in_shards(student.weight_VH), bias_V=in_shards(student.bias_V) if bias else None)
-    theta, pi_t = hidden()
+    theta, _ = hidden()
     got, _ = token_divergence(theta, pi_t, sharded, teacher, Divergence(kind=kind, beta=0.5))
     assert sharded.weight_VH.numel() == 0  # in shards again
     got.sum().backward()

@@ -118,9 +118,15 @@ class OSDConfig(DistillationConfig):
     teacher_signal: str = field(
         default="recorded",
         metadata={
-            "help": "Source of the teacher in the loss: 'recorded' (computed by the engine while sampling; no second "
-            "teacher) or 'recompute' (a transformers teacher in the trainer, loaded with teacher_model_init_kwargs)."
+            "help": "Source of the teacher in the loss: 'recorded' (hidden states of the engine's teacher; no second "
+            "teacher), 'topk' (the `teacher_topk` largest log-probabilities of the engine's teacher and the mass of the rest: "
+            "fewer bytes, a lower bound of the divergence) or 'recompute' (a transformers teacher in the trainer, loaded with "
+            "teacher_model_init_kwargs)."
         },
+    )
+    teacher_topk: int = field(
+        default=64,
+        metadata={"help": "Log-probabilities kept of each token with teacher_signal='topk', from 1 to the whole vocabulary."},
     )
     divergence: str = field(
         default="jsd",

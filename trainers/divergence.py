@@ -1,12 +1,19 @@
 """The divergence of each token between teacher and student, from hidden states, in chunks: no [N, V] tensor is kept.
 
-Shape suffixes: N tokens, V vocabulary shared by both models, H hidden size of the model in question. With p the teacher's
+Shape suffixes: N tokens, C tokens of a chunk, V vocabulary shared by both models, H hidden size of the model in question, X
+numbers that give the teacher at a token (its hidden state, or a top-k row), O outcomes that are compared. With p the teacher's
 and q the student's next-token distribution, both softmax(logits / temperature) (no factor temperature², as in TRL):
 
     "jsd"              TRL's generalised Jensen-Shannon divergence: β KL(p‖m) + (1-β) KL(q‖m) with m = β p + (1-β) q;
                        at its ends β = 0 the forward KL(p‖q), and β = 1 the reverse KL(q‖p)
     "skew_kl"          KL(p ‖ s p + (1-s) q), the skew KL of DistiLLM (arXiv:2402.03898); at most log 1/s
     "skew_reverse_kl"  KL(q ‖ s q + (1-s) p), its skew reverse KL
+
+The outcomes are the ids of the vocabulary. Of a teacher given by its k largest log-probabilities they are these k ids and "any
+other id", with both models' probability of each: a lower bound, because merging outcomes never increases a divergence. It falls
+short by the weight of the merged outcome times the divergence inside it: p' and q' are both distributions given an id outside
+the k, P and Q their masses there, and for KL(p‖q) the gap is P KL(p'‖q'). docs/distillation.md has the other gaps and those of
+the gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +29,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from osd.train.lm_head import Head
+from osd.engine.topk import ids_and_logprobs
+from osd.train.lm_head import Head, TopK
 
 DIVERGENCES = ("jsd", "skew_kl", "skew_reverse_kl")
 _CHUNK_LOGITS = 1 << 25  # logits of one model that exist at a time; 128 MiB in float32
@@ -48,20 +56,22 @@ class Divergence:
 
 
 def token_divergence(
-    student_hidden_NH: Tensor, teacher_hidden_NH: Tensor, student: Head, teacher: Head, of: Divergence
+    student_hidden_NH: Tensor, teacher_NX: Tensor, student: Head, teacher: Head | TopK, of: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """Return the unclipped divergence [N], differentiable in the student, and the student's entropy [N]; both in nats."""
-    if of.kind != "jsd":
-        return _SkewedDivergence.apply(
-            student_hidden_NH, student.weight_VH, student.bias_V, teacher_hidden_NH, student, teacher, of
-        )
+    """Return the unclipped divergence [N], differentiable in the student, and the student's entropy [N]; both in nats.
+
+    Args:
+        teacher_NX: hidden states, or top-k rows at `of.temperature`, as ``teacher`` says.
+    """
+    if isinstance(teacher, TopK) or of.kind != "jsd":
+        return _ChunkedDivergence.apply(student_hidden_NH, student.weight_VH, student.bias_V, teacher_NX, student, teacher, of)
     # Under ZeRO-3 TRL's function reads the DeepSpeed status of every weight. The engine's own head has none.
     _say_whole(teacher.weight_VH, teacher.bias_V)
     return ChunkedDivergenceFunction.apply(
         student_hidden_NH,
         student.weight_VH,
         student.bias_V,
-        teacher_hidden_NH,
+        teacher_NX,
         teacher.weight_VH,
         teacher.bias_V,
         of.beta,
@@ -85,14 +95,41 @@ def token_logprobs(hidden_NH: Tensor, head: Head, token_N: Tensor, temperature: 
     return logp_N
 
 
-def _skewed(logp_theta_NV: Tensor, logp_teacher_NV: Tensor, of: Divergence) -> Tensor:
-    pair = (logp_teacher_NV, logp_theta_NV) if of.kind == "skew_kl" else (logp_theta_NV, logp_teacher_NV)
-    mixed_NV = torch.logaddexp(pair[0] + math.log(of.skew), pair[1] + math.log1p(-of.skew))
-    return (pair[0].exp() * (pair[0] - mixed_NV)).sum(-1)
+def _divergence(q_CO: Tensor, p_CO: Tensor, of: Divergence) -> Tensor:
+    """Return the divergence of log-probabilities, student and teacher, [C]."""
+    if of.kind == "skew_kl":
+        return _kl(p_CO, _mixed(p_CO, q_CO, of.skew))
+    if of.kind == "skew_reverse_kl":
+        return _kl(q_CO, _mixed(q_CO, p_CO, of.skew))
+    if of.beta in (0, 1):
+        return _kl(q_CO, p_CO) if of.beta else _kl(p_CO, q_CO)
+    mixed_CO = _mixed(p_CO, q_CO, of.beta)
+    return of.beta * _kl(p_CO, mixed_CO) + (1 - of.beta) * _kl(q_CO, mixed_CO)
 
 
-class _SkewedDivergence(torch.autograd.Function):
-    """The skewed divergences. Chunks are projected twice, in forward and backward, and their logits are not kept.
+def _kl(first_CO: Tensor, second_CO: Tensor) -> Tensor:
+    return (first_CO.exp() * (first_CO - second_CO)).sum(-1)
+
+
+def _mixed(first_CO: Tensor, second_CO: Tensor, share: float) -> Tensor:
+    return torch.logaddexp(first_CO + math.log(share), second_CO + math.log1p(-share))
+
+
+def _outcomes(theta_CV: Tensor, row_CX: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of student and teacher over the ids of a top-k row and the rest, [C, O]."""
+    id_Ck, teacher_CO = ids_and_logprobs(row_CX)
+    if id_Ck.shape[1] == theta_CV.shape[1]:  # there is no rest, whose log-probability is minus infinity
+        return theta_CV.gather(-1, id_Ck), _finite(teacher_CO[:, :-1], theta_CV.dtype)
+    rest_C1 = theta_CV.scatter(-1, id_Ck, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([theta_CV.gather(-1, id_Ck), rest_C1], -1), _finite(teacher_CO, theta_CV.dtype)
+
+
+def _finite(logp_CO: Tensor, dtype: torch.dtype) -> Tensor:
+    return logp_CO.clamp(min=torch.finfo(logp_CO.dtype).min).to(dtype)  # exp gives the same zero, and 0 * -inf would be NaN
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """A divergence by chunks, which are projected twice, in forward and backward; their logits are not kept.
 
     Gradients are summed in float32.
     """
@@ -103,39 +140,39 @@ class _SkewedDivergence(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
-        teacher_hidden_NH: Tensor,
+        teacher_NX: Tensor,
         student: Head,
-        teacher: Head,
+        teacher: Head | TopK,
         of: Divergence,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, teacher_hidden_NH)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, teacher_NX)
         ctx.student, ctx.teacher, ctx.of = student, teacher, of
-        ctx.dtypes = _compute_dtype(hidden_NH), _compute_dtype(teacher_hidden_NH)
+        ctx.dtypes = _compute_dtype(hidden_NH), _compute_dtype(teacher_NX)
         divergence_N = hidden_NH.new_zeros(len(hidden_NH), dtype=_at_least_float32(hidden_NH.dtype))
         entropy_N = torch.zeros_like(divergence_N)
-        with _gathered(weight_VH, bias_V, teacher.weight_VH, teacher.bias_V), _no_autocast(hidden_NH):
+        with _gathered(weight_VH, bias_V, *_tensors(teacher)), _no_autocast(hidden_NH):
             for rows in _chunks(hidden_NH, weight_VH):
                 theta_CV = _logp(_project(hidden_NH[rows], weight_VH, ctx.dtypes[0]), bias_V, student, of.temperature)
-                teacher_CV = _teacher_logp(teacher_hidden_NH[rows], teacher, of, ctx.dtypes[1])
-                divergence_N[rows] = _skewed(theta_CV, teacher_CV, of)
+                divergence_N[rows] = _divergence(*_compared(theta_CV, teacher_NX[rows], teacher, of, ctx.dtypes[1]), of)
                 entropy_N[rows] = -(theta_CV.exp() * theta_CV).sum(-1)
         ctx.mark_non_differentiable(entropy_N)
         return divergence_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden_NH, weight_VH, bias_V, teacher_hidden_NH = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, teacher_NX = ctx.saved_tensors
         given = (hidden_NH, weight_VH, bias_V)
-        with _gathered(weight_VH, bias_V, ctx.teacher.weight_VH, ctx.teacher.bias_V), _no_autocast(hidden_NH):
+        with _gathered(weight_VH, bias_V, *_tensors(ctx.teacher)), _no_autocast(hidden_NH):
             grads = [
                 torch.zeros(x.shape, dtype=_at_least_float32(x.dtype), device=x.device) if needed else None
                 for x, needed in zip(given, ctx.needs_input_grad, strict=False)
             ]
             for rows in _chunks(hidden_NH, weight_VH):
                 logits_CV = _project(hidden_NH[rows], weight_VH, ctx.dtypes[0]).requires_grad_()
-                teacher_CV = _teacher_logp(teacher_hidden_NH[rows], ctx.teacher, ctx.of, ctx.dtypes[1])
                 with torch.enable_grad():
-                    divergence_C = _skewed(_logp(logits_CV, bias_V, ctx.student, ctx.of.temperature), teacher_CV, ctx.of)
+                    theta_CV = _logp(logits_CV, bias_V, ctx.student, ctx.of.temperature)
+                    compared = _compared(theta_CV, teacher_NX[rows], ctx.teacher, ctx.of, ctx.dtypes[1])
+                    divergence_C = _divergence(*compared, ctx.of)
                 [grad_CV] = torch.autograd.grad(divergence_C, logits_CV, grad_N[rows])
                 if grads[0] is not None:
                     _add_product(grads[0][rows], grad_CV, weight_VH, ctx.dtypes[0])
@@ -146,8 +183,18 @@ class _SkewedDivergence(torch.autograd.Function):
         return (*(None if g is None else g.to(x.dtype) for g, x in zip(grads, given, strict=True)), *(None,) * 4)
 
 
-def _teacher_logp(hidden_CH: Tensor, teacher: Head, of: Divergence, dtype: torch.dtype) -> Tensor:
-    return _logp(_project(hidden_CH, teacher.weight_VH, dtype), teacher.bias_V, teacher, of.temperature)
+def _compared(
+    theta_CV: Tensor, teacher_CX: Tensor, teacher: Head | TopK, of: Divergence, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of student and teacher over the same outcomes, [C, O]."""
+    if isinstance(teacher, TopK):
+        return _outcomes(theta_CV, teacher_CX)
+    with torch.no_grad():
+        return theta_CV, _logp(_project(teacher_CX, teacher.weight_VH, dtype), teacher.bias_V, teacher, of.temperature)
+
+
+def _tensors(teacher: Head | TopK) -> tuple[Tensor | None, ...]:
+    return () if isinstance(teacher, TopK) else (teacher.weight_VH, teacher.bias_V)
 
 
 def _logp(logits_CV: Tensor, bias_V: Tensor | None, head: Head, temperature: float) -> Tensor:

@@ -30,6 +30,17 @@ class Head:
     softcap: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """Stands in the place of the teacher's `Head` where the teacher is given by its top-k rows (`osd.engine.topk`).
+
+    Attributes:
+        vocab_size: the number of ids that they are of, which both models share.
+    """
+
+    vocab_size: int
+
+
 def head_of(weight_VH: Tensor, bias_V: Tensor | None, config: Any) -> Head:
     """Make the head of a model with this (transformers) configuration."""
     text = config.get_text_config()
@@ -54,7 +65,7 @@ def logit_scale(text_config: Any) -> float:
     return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
 
 
-def on_shared_vocabulary(student: Head, teacher: Head) -> tuple[Head, Head]:
+def on_shared_vocabulary(student: Head, teacher: Head | TopK) -> tuple[Head, Head | TopK]:
     """Cut both heads to the ids that both models have.
 
     One tokenizer may be padded to different vocabulary sizes (Qwen2.5: 151,936 or 152,064). The ids past the shorter one
@@ -63,24 +74,27 @@ def on_shared_vocabulary(student: Head, teacher: Head) -> tuple[Head, Head]:
     Raises:
         ValueError: a head would have to be cut while DeepSpeed ZeRO-3 keeps it in shards.
     """
-    shared = min(_rows(student.weight_VH), _rows(teacher.weight_VH))
-    for side, head in (("student", student), ("teacher", teacher)):
-        if hasattr(head.weight_VH, "ds_shape") and _rows(head.weight_VH) != shared:
+    heads = [("student", student), ("teacher", teacher)] if isinstance(teacher, Head) else [("student", student)]
+    shared = min(_rows(student), _rows(teacher))
+    for side, head in heads:
+        if hasattr(head.weight_VH, "ds_shape") and _rows(head) != shared:
             raise ValueError(
-                f"the {side}'s lm_head has {_rows(head.weight_VH)} rows, and both models share {shared}; under DeepSpeed "
+                f"the {side}'s lm_head has {_rows(head)} rows, and both models share {shared}; under DeepSpeed "
                 f"ZeRO-3 the larger one cannot be the {side}'s. Resize its embeddings, or train without ZeRO-3"
             )
-    return first_rows(student, shared), first_rows(teacher, shared)
+    return first_rows(student, shared), first_rows(teacher, shared) if isinstance(teacher, Head) else teacher
 
 
-def _rows(weight_VH: Tensor) -> int:
+def _rows(head: Head | TopK) -> int:
+    if isinstance(head, TopK):
+        return head.vocab_size
     # ZeRO-3 leaves a placeholder of no elements and keeps the real shape beside it.
-    return getattr(weight_VH, "ds_shape", weight_VH.shape)[0]
+    return getattr(head.weight_VH, "ds_shape", head.weight_VH.shape)[0]
 
 
 def first_rows(head: Head, rows: int) -> Head:
     """Cut a head to the first ids of its vocabulary."""
-    if _rows(head.weight_VH) == rows:
+    if _rows(head) == rows:
         return head
     bias_V = None if head.bias_V is None else head.bias_V[:rows]
     return replace(head, weight_VH=head.weight_VH[:rows], bias_V=bias_V)

@@ -1,9 +1,10 @@
 """Supervision: the divergence between the student and the teacher distribution, over the tokens of a batch.
 
-Shape suffixes: B completions, T completion tokens (padded), N unmasked tokens, H hidden size of the model in question.
+Shape suffixes: B completions, T completion tokens (padded), N unmasked tokens, H hidden size of the model in question, X
+numbers that give the teacher at a token.
 
 To draw y_n from q* the engine has computed π_t(· | teacher's prompt, y_<n), so no second teacher runs here. The record has the
-teacher's final hidden state h_t; its distribution is softmax(head_t(h_t) / temperature).
+teacher's final hidden state h_t, and its distribution is softmax(head_t(h_t) / temperature); or its largest log-probabilities.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from osd.train.divergence import Divergence, token_divergence
-from osd.train.lm_head import Head, gathered, on_shared_vocabulary
+from osd.train.lm_head import Head, TopK, gathered, on_shared_vocabulary
 
 
 class BatchLoss(NamedTuple):
@@ -32,9 +33,9 @@ class BatchLoss(NamedTuple):
 
 def batch_loss(
     student_hidden_BTH: Tensor,
-    teacher_hidden_BTH: Tensor,
+    teacher_BTX: Tensor,
     student: Head,
-    teacher: Head,
+    teacher: Head | TopK,
     loss_mask_BT: Tensor,
     *,
     of: Divergence,
@@ -44,18 +45,21 @@ def batch_loss(
     """Sum and divide the (weighted) divergence of every unmasked token; full logits are never materialised.
 
     Args:
-        student_hidden_BTH, teacher_hidden_BTH: final hidden states, aligned to the completion's tokens.
+        student_hidden_BTH: final hidden states, aligned to the completion's tokens.
+        teacher_BTX: the teacher's hidden states, or its top-k rows (`osd.engine.topk`), as ``teacher`` says.
         loss_mask_BT: not 0 where a token is trained on.
         of: the divergence, its temperature and its clip.
         weight_BT: importance weights (osd.train.importance); they multiply the divergence after it was clipped.
         num_items_in_batch: the loss is the sum divided by it; None divides by the number of unmasked tokens. Weights do not
             enter the divisor.
     """
-    student, teacher = gathered(student, student_hidden_BTH.dtype), gathered(teacher, teacher_hidden_BTH.dtype)
+    student = gathered(student, student_hidden_BTH.dtype)
+    if isinstance(teacher, Head):
+        teacher = gathered(teacher, teacher_BTX.dtype)
     student, teacher = on_shared_vocabulary(student, teacher)
     kept_BT = loss_mask_BT.to(student_hidden_BTH.device) != 0
-    teacher_hidden_NH = teacher_hidden_BTH.to(student_hidden_BTH.device)[kept_BT]
-    divergence_N, entropy_N = token_divergence(student_hidden_BTH[kept_BT], teacher_hidden_NH, student, teacher, of)
+    teacher_NX = teacher_BTX.to(student_hidden_BTH.device)[kept_BT]
+    divergence_N, entropy_N = token_divergence(student_hidden_BTH[kept_BT], teacher_NX, student, teacher, of)
     tokens, clipped = kept_BT.sum(), torch.zeros_like(kept_BT.sum())
     if of.clip is not None:
         clipped = (divergence_N > of.clip).sum()
@@ -67,17 +71,17 @@ def batch_loss(
     return BatchLoss(loss, entropy_N.sum().detach(), tokens, clipped)
 
 
-def pad_hidden(hidden_TH: Sequence[Tensor | None], length: int, weight_VH: Tensor, device: torch.device) -> Tensor:
-    """Stack recorded hidden states to `[B, length, H]`, right-padded with zeros, in the dtype of their layer `weight_VH`.
+def pad_rows(rows_TX: Sequence[Tensor | None], length: int, like_X: Tensor, device: torch.device) -> Tensor:
+    """Stack the recorded rows of every completion to `[B, length, X]`, right-padded with zeros, in the dtype of `like_X`.
 
     None (a completion that ended in an error) becomes zeros too. A NaN that is masked in the loss would still reach the
     gradient: 0 × NaN is NaN.
     """
-    padded_BTH = torch.zeros(len(hidden_TH), length, weight_VH.size(1), dtype=weight_VH.dtype, device=device)
-    for row, h in zip(padded_BTH, hidden_TH, strict=True):
-        if h is not None:
-            row[: h.size(0)].copy_(h, non_blocking=True)
-    return padded_BTH
+    padded_BTX = torch.zeros(len(rows_TX), length, like_X.size(-1), dtype=like_X.dtype, device=device)
+    for row, recorded in zip(padded_BTX, rows_TX, strict=True):
+        if recorded is not None:
+            row[: recorded.size(0)].copy_(recorded, non_blocking=True)
+    return padded_BTX
 
 
 def pad_column(column_T: Sequence[Tensor | None], length: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@
 `osd/engine/...` seconds of sync and sampling, cached share of each side's prompt tokens, version of the student's weights; with
                  num_speculative_tokens: draft_acceptance, the share of verified drafts that were accepted, and tokens_per_cycle
 `osd/loss/clipped`    share of tokens whose divergence was above kl_clip
+`osd/loss/topk_rest`  with top-k supervision: the teacher's probability of all ids but the k, mean over tokens
 `osd/importance/...`  of the weights as used: mean_weight; ess, the effective sample size (Σw)² / Σw² as a share of the tokens;
              truncated, the share of tokens at importance_clip. The means over the passes of a step.
 `osd/schedule/...`, `osd/privilege/...`  see osd.train.alpha_schedule and osd.train.privilege_gap
@@ -71,6 +72,7 @@ def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, floa
         "osd/engine/student_cache_hit": _ratio(*(of[f"student_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
         "osd/engine/weights_version": of["weights_version"].min().item(),
         "osd/completions/failed": of["failed"].sum().item(),
+        **({"osd/loss/topk_rest": _ratio(of["topk_rest"].sum().item(), tokens)} if generation.topk else {}),
         **_draft_metrics(*(of[name].sum().item() for name in TOKEN_ORIGINS)),
     }
 
@@ -139,6 +141,7 @@ def _totals(batch: GeneratedBatch) -> dict[str, float]:
     }
     token_N["ess_ratio"] = token_N["ess_theta"] / token_N["ess_teacher"]
     alpha_N = token_N["alpha"]
+    rest_N = [record.teacher_topk_TX[:, -1].double().exp() for record in good if record.teacher_topk_TX is not None]
     origins = [record.origin_T for record in good if record.origin_T is not None]
     counts = torch.cat(origins).bincount(minlength=len(TOKEN_ORIGINS)) if origins else torch.zeros(len(TOKEN_ORIGINS))
     return {
@@ -149,6 +152,7 @@ def _totals(batch: GeneratedBatch) -> dict[str, float]:
         "alpha_max": alpha_N.max().item() if len(alpha_N) else float("-inf"),
         **{name: token_N[name].sum().item() for name in _MEANS},
         **{name: float(sum(getattr(c, name) for c in batch.completions)) for name in _CACHE},
+        "topk_rest": float(sum(rest.sum() for rest in rest_N)),
         "failed": float(sum(c.error is not None for c in batch.completions)),
         "sync_seconds": batch.sync_seconds,
         "seconds": batch.seconds,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from osd.train.divergence import token_logprobs
 from osd.train.importance import importance_weights
-from osd.train.lm_head import Head, gathered, on_shared_vocabulary
+from osd.train.lm_head import Head, TopK, gathered, on_shared_vocabulary
 
 if TYPE_CHECKING:
     from osd.train.trainer import OSDTrainer
@@ -35,7 +35,7 @@ class Pass:
 
 
 def weigh(
-    trainer: OSDTrainer, hidden_BTH: Tensor, student: Head, teacher: Head, inputs: dict[str, Tensor]
+    trainer: OSDTrainer, hidden_BTH: Tensor, student: Head, teacher: Head | TopK, inputs: dict[str, Tensor]
 ) -> tuple[Tensor | None, Pass]:
     """Return importance weights [B, T] towards the current student, or None, and the pass with their sums.
 
@@ -66,7 +66,7 @@ def weigh(
 
 
 @torch.no_grad()
-def _logprobs(hidden_BTH: Tensor, student: Head, teacher: Head, inputs: dict[str, Any], temperature: float) -> Tensor:
+def _logprobs(hidden_BTH: Tensor, student: Head, teacher: Head | TopK, inputs: dict[str, Any], temperature: float) -> Tensor:
     """Return log π_θ of the completions' tokens under the weights being trained, tempered as in sampling, [B, T]."""
     student, _ = on_shared_vocabulary(gathered(student, hidden_BTH.dtype), teacher)
     kept_BT = inputs["loss_mask"] != 0

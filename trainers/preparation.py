@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
+from osd.engine.request import check_topk
 from osd.engine.served import ServedPair
 from osd.prompt_checks import forget_warnings
 from osd.train.checkpointing import check_same_run, resolve, run_of, start_of
@@ -73,9 +74,11 @@ def plan(
     pair = planned_pair(model, teacher_model, args, engine)
     check_outputs(args)
     from osd.engine.backend.configuration import context_lengths
-    from osd.validate_models import check_same_ids, load_tokenizer
+    from osd.validate_models import check_same_ids, load_tokenizer, shared_vocabulary
 
     config: Any = getattr(pair, "config", pair)  # a running engine has one
+    if args.teacher_signal == "topk":
+        check_topk(args.teacher_topk, shared_vocabulary(config), "teacher_topk")
     teacher = getattr(pair, "tokenizer", None) or load_tokenizer(config, "teacher")  # of the running engine
     student = processing_class if processing_class is not None else _student_tokenizer(model, args)
     if isinstance(student, ProcessorMixin):

@@ -1,7 +1,7 @@
-"""Two sources of the teacher's distribution for the loss: the record, or a second teacher in transformers.
+"""Three sources of the teacher's distribution for the loss: hidden states or top-k rows of the record, or a second teacher.
 
-Both give final hidden states, aligned to the completion's tokens, and the teacher's output layer. Shape suffixes:
-B completions, T completion tokens (padded), N tokens, H the teacher's hidden size.
+Each gives a tensor aligned to the completion's tokens, and what makes a distribution of it: the teacher's output layer, or
+`TopK`. Shape suffixes: B completions, T completion tokens (padded), N tokens, H the teacher's hidden size, X numbers per token.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from transformers import AutoConfig
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path, pad
 
+from osd.engine.topk import columns
 from osd.train.divergence import token_logprobs
-from osd.train.lm_head import Head, first_rows, head_of
-from osd.train.losses import pad_hidden
+from osd.train.lm_head import Head, TopK, first_rows, head_of
+from osd.train.losses import pad_rows
 from osd.validate_models import shared_vocabulary
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Teacher(Protocol):
     ) -> dict[str, Any]:
         """Return the columns that `supervision` reads: tensors, batch first, or lists. `prompts` are the teacher's."""
 
-    def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
-        """Return the teacher's hidden states [B, T, H] for a batch with these `columns`, and its output layer."""
+    def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head | TopK]:
+        """Return the teacher [B, T, X] at a batch with these `columns`: hidden states and output layer, or top-k rows."""
 
 
 class RecordedTeacher:
@@ -80,13 +81,30 @@ class RecordedTeacher:
             raise RuntimeError(
                 f"the teacher's recorded hidden states and its output layer give log-probabilities that differ from those it "
                 f"sampled with by {gap:.3g} nats on average: its architecture changes the logits in a way that OSD does not "
-                "know. Use teacher_signal='recompute'"
+                "know. Use teacher_signal='topk' or 'recompute'"
             )
 
     def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
         completion_BT = inputs["completion_ids"]
-        padded = pad_hidden(inputs["teacher_hidden"], completion_BT.size(1), self.head.weight_VH, completion_BT.device)
+        padded = pad_rows(inputs["teacher_hidden"], completion_BT.size(1), self.head.weight_VH, completion_BT.device)
         return padded, self.head
+
+
+class TopKTeacher:
+    """The k largest log-probabilities that the engine computed to draw each token, and the mass of the rest."""
+
+    def __init__(self, engine: PairEngine | RemoteEngine, k: int) -> None:
+        self.of = TopK(vocab_size=shared_vocabulary(engine.config))
+        self.like_X = torch.empty(columns(k))
+
+    def columns(
+        self, completions: list[PairCompletion], prompts: list[list[int]], completion_mask_BT: Tensor
+    ) -> dict[str, Any]:
+        return {"teacher_topk": [None if c.error or c.record is None else c.record.teacher_topk_TX for c in completions]}
+
+    def supervision(self, inputs: dict[str, Any]) -> tuple[Tensor, TopK]:
+        completion_BT = inputs["completion_ids"]
+        return pad_rows(inputs["teacher_topk"], completion_BT.size(1), self.like_X, completion_BT.device), self.of
 
 
 class RecomputedTeacher:
@@ -139,4 +157,6 @@ def start_teacher(trainer: OSDTrainer, engine: PairEngine | RemoteEngine) -> Tea
     """Return the source that `teacher_signal` names; the engine must be awake."""
     if trainer.args.teacher_signal == "recompute":
         return RecomputedTeacher(trainer, engine.config.teacher)
+    if trainer.args.teacher_signal == "topk":
+        return TopKTeacher(engine, trainer.args.teacher_topk)
     return RecordedTeacher(engine, trainer.args, trainer.vllm_generation.sampling_temperature)

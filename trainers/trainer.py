@@ -175,6 +175,7 @@ class OSDTrainer(DistillationTrainer):
             mix_tokens=self.args.mix_tokens,
             enable_sleep_mode=self.args.vllm_enable_sleep_mode,
             hidden=self.args.teacher_signal == "recorded",
+            topk=self.args.teacher_topk if self.args.teacher_signal == "topk" else 0,
             on_error="keep",
             temperature=self.temperature,
             top_p=self.top_p,
@@ -303,11 +304,11 @@ class OSDTrainer(DistillationTrainer):
         lm_head = unwrapped_student.get_output_embeddings()
         student_hidden_BTH = student_hidden_BTH.to(lm_head.weight.device)
         student = head_of(lm_head.weight, getattr(lm_head, "bias", None), unwrapped_student.config)
-        teacher_hidden_BTH, teacher = self._teacher.supervision(inputs)
+        teacher_BTX, teacher = self._teacher.supervision(inputs)
         weight_BT, self._pass = weigh(self, student_hidden_BTH, student, teacher, inputs)
         result = batch_loss(
             student_hidden_BTH,
-            teacher_hidden_BTH,
+            teacher_BTX,
             student,
             teacher,
             inputs["loss_mask"],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from osd.engine.engine import PairConfig, PairEngine
     from osd.train.config import OSDConfig
 
-TEACHER_SIGNALS = ("recorded", "recompute")
+TEACHER_SIGNALS = ("recorded", "topk", "recompute")
 MODES = ("colocate", "server")
 
 
@@ -60,6 +60,11 @@ def _ranges(args: OSDConfig) -> None:
         ("kl_clip", args.kl_clip is None or args.kl_clip > 0, "use a positive number of nats, or null for no limit"),
         ("importance_clip", args.importance_clip is None or args.importance_clip > 0, "use a positive weight, or null"),
         ("num_iterations", args.num_iterations >= 1, "use at least 1"),
+        (
+            "teacher_topk",
+            isinstance(args.teacher_topk, int) and args.teacher_topk >= 1,
+            "use a whole number, from 1 to the size of the vocabulary",
+        ),
         ("privilege_gap_steps", args.privilege_gap_steps >= 0, "use a number of steps, or 0 for never"),
         ("privilege_gap_tokens", args.privilege_gap_tokens >= 1, "use at least 1; privilege_gap_steps=0 turns it off"),
         ("mix_tokens", args.mix_tokens is None or args.mix_tokens >= 0, "use a number of tokens, or null for all"),
@@ -111,6 +116,7 @@ def _no_effect(args: OSDConfig) -> None:
         ("fixed_alpha_end", args.alpha_schedule != "constant", "alpha_schedule"),
         ("alpha_schedule_steps", args.alpha_schedule != "constant", "alpha_schedule"),
         ("privilege_gap_tokens", args.privilege_gap_steps > 0, "privilege_gap_steps"),
+        ("teacher_topk", args.teacher_signal == "topk", "teacher_signal='topk'"),
     ):
         if not used and changed(args, name):
             warnings.warn(f"{name}={getattr(args, name)!r} has no effect without {unless}", stacklevel=5)
@@ -150,10 +156,17 @@ def _combinations(args: OSDConfig) -> None:
         raise ValueError("vllm_enable_sleep_mode=True with vllm_mode='server': a server does not sleep; leave it false")
     if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
         raise ValueError("vllm_enable_sleep_mode=True needs an NVIDIA GPU, and there is none; leave it false")
-    if args.teacher_signal == "recorded" and args.teacher_init_kwargs():
+    if args.teacher_signal != "recompute" and args.teacher_init_kwargs():
         raise ValueError(
             f"teacher_model_init_kwargs={args.teacher_model_init_kwargs!r} cannot be used: no transformers teacher is "
             "loaded; use teacher_engine_kwargs, or teacher_signal='recompute'"
+        )
+    sampled = args.sampling_kwargs().get("temperature", args.temperature) or 1.0  # a greedy record is that of temperature 1
+    if args.teacher_signal == "topk" and sampled != args.temperature:
+        raise ValueError(
+            f"teacher_signal='topk' with temperature={args.temperature} and generation_kwargs temperature="
+            f"{args.sampling_kwargs()['temperature']}: log-probabilities of temperature {sampled:g} are recorded, and the loss "
+            f"is of another; set temperature={sampled:g}, or teacher_signal='recorded'"
         )
     if args.privileged_template is not None:
         template_fields(args.privileged_template)

@@ -31,6 +31,8 @@ class Alignment:
             sampled); None: the same rows.
         recorded_ids, recorded_rows: requests whose record is kept, and their rows (None: all, in order).
         hidden: some recorded request wants the teacher's hidden state.
+        topk: how many of the teacher's largest log-probabilities some requests want, or 0.
+        topk_rows: their rows (None: all, in order).
     """
 
     num_ready: int
@@ -49,6 +51,8 @@ class Alignment:
     recorded_ids: list[Any]
     recorded_rows: torch.Tensor | None
     hidden: bool
+    topk: int
+    topk_rows: torch.Tensor | None
 
 
 class Aligner:
@@ -95,6 +99,7 @@ class Aligner:
         paired = [row for row in sampled if not of_row[row].options.teacher_only]
         solo = [row for row in sampled if of_row[row].options.teacher_only]
         recorded = [row for row in sampled if of_row[row].options.record]
+        topk = [row for row in sampled if of_row[row].options.topk]
         alpha = [0.0 if teacher_ids[row] in unmixed else of_row[row].options.alpha for row in paired]
         return Alignment(
             num_ready=len(sampled),
@@ -113,6 +118,8 @@ class Aligner:
             recorded_ids=[teacher_ids[row] for row in recorded],
             recorded_rows=self._index(recorded, len(teacher_ids)),
             hidden=any(of_row[row].options.hidden for row in recorded),
+            topk=of_row[topk[0]].options.topk if topk else 0,
+            topk_rows=self._index(topk, len(teacher_ids)) if topk else None,
         )
 
     def _rejected(self, ids: list[Any], ready: set[Any]) -> torch.Tensor | None:

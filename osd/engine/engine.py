@@ -119,6 +119,7 @@ class PairEngine:
         teacher_only: bool = False,
         record: bool = True,
         hidden: bool = False,
+        topk: int = 0,
         progress: bool = False,
         on_finished: Callable[[int], None] | None = None,
     ) -> list[PairCompletion]:
@@ -134,11 +135,13 @@ class PairEngine:
             teacher_only: sample from the teacher, and leave the student idle.
             record: return the per-token record.
             hidden: with the teacher's final hidden state.
+            topk: or with so many of the teacher's largest log-probabilities and the mass of the rest; 0: without.
             progress: show a progress bar.
             on_finished: called with the number of tokens of every completion that finishes, while the others go on.
 
         Raises:
-            ValueError: an empty prompt, one too long for either model, another number of α; nothing has been sampled then.
+            ValueError: an empty prompt, one too long for either model, another number of α, a ``topk`` out of range; nothing
+                has been sampled then.
             RuntimeError: the engine is asleep or closed, or the last weight sync failed; in a tensor parallel group, another
                 rank's call failed, or the ranks drew different tokens.
         """
@@ -146,7 +149,7 @@ class PairEngine:
         def requests() -> list[Request]:
             self._check_samples()
             options = [
-                PairOptions(alpha=a, mix_tokens=mix_tokens, teacher_only=teacher_only, record=record, hidden=hidden)
+                PairOptions(alpha=a, mix_tokens=mix_tokens, teacher_only=teacher_only, record=record, hidden=hidden, topk=topk)
                 for a in one_each("alpha", alpha, len(prompts))
             ]
             params = self._params(prompts, sampling, options)
@@ -187,7 +190,7 @@ class PairEngine:
             params.append(checked_params({**kwargs, "extra_args": extra_args}))
             if (n := params[-1].n) != 1:
                 raise ValueError(f"sampling n={n}: give each prompt {n} times instead")
-            check_request(prompt, params[-1], self.limits, teacher_only=option.teacher_only, name=f"prompt {index}: ")
+            check_request(prompt, params[-1], self.limits, options=option, name=f"prompt {index}: ")
         return params
 
     def _run(self, total: int, progress: bool, on_finished: Callable[[int], None] | None) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class RankGroup:
             if refused is not None:
                 raise RuntimeError(f"rank {rank} of this tensor parallel group cannot sample: {refused}")
             for _, params in requested if rank != self.rank else ():
-                for kept in ("record", "hidden"):
+                for kept in ("record", "hidden", "topk"):
                     params.extra_args[EXTRA_ARGS_KEY].pop(kept, None)
         start = sum(len(requested) for requested, _ in gathered[: self.rank])
         return [request for requested, _ in gathered for request in requested], slice(start, start + len(own))

@@ -14,9 +14,9 @@ import torch
 from osd.core import RECORD_FIELDS, TokenRecord
 
 # B rows of a step, R record fields (osd.core.RECORD_FIELDS), H teacher hidden size, T tokens of a completion, N rows of all
-# steps, X either R or H.
+# steps, X columns: R, H, or those of the teacher's largest log-probabilities (osd.engine.topk).
 
-_TENSORS = ("values_TR", "hidden_TH", "origin_T1")
+_TENSORS = ("values_TR", "hidden_TH", "topk_TX", "origin_T1")
 _SCALARS = ("weights_version", "teacher_cached_tokens", "student_cached_tokens")
 _MOST_PINNED = 1 << 30  # bytes a call; pinned memory is nobody else's, and torch keeps it
 
@@ -28,6 +28,7 @@ class RequestRecord:
     Attributes:
         values_TR: float32 [T, R], one row per sampled token, columns as in ``osd.core.RECORD_FIELDS``.
         hidden_TH: the teacher's final hidden state before each sampled token, [T, H] in the engine's dtype, or None.
+        topk_TX: its largest log-probabilities there, float32 [T, X], or None.
         weights_version: the student weights that sampled it.
         teacher_cached_tokens, student_cached_tokens: prompt tokens found in each side's prefix cache.
         origin_T1: how each token came to be, uint8 [T, 1] (`osd.core.TOKEN_ORIGINS`), or None without speculation.
@@ -38,18 +39,23 @@ class RequestRecord:
     weights_version: int
     teacher_cached_tokens: int = 0
     student_cached_tokens: int = 0
+    topk_TX: torch.Tensor | None = None
     origin_T1: torch.Tensor | None = None
 
     def of_tokens(self, length: int) -> TokenRecord:
         """The record of a completion of that many tokens."""
         # A request that ended by a stop string, or in an error, may have more rows than tokens: of the steps then in flight.
         # A record that somebody keeps must not keep those of the whole batch, with which its values share memory.
-        hidden = self.hidden_TH
-        if hidden is not None and len(hidden) > length:
-            hidden = hidden[:length].clone()
+        hidden, topk = (x[:length].clone() if x is not None and len(x) > length else x for x in (self.hidden_TH, self.topk_TX))
         values = self.values_TR[:length].clone() if self.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
         origin = None if self.origin_T1 is None else self.origin_T1[:length, 0].clone()
-        return TokenRecord(values_TR=values, teacher_hidden_TH=hidden, weights_version=self.weights_version, origin_T=origin)
+        return TokenRecord(
+            values_TR=values,
+            teacher_hidden_TH=hidden,
+            teacher_topk_TX=topk,
+            weights_version=self.weights_version,
+            origin_T=origin,
+        )
 
 
 @dataclass
@@ -62,6 +68,7 @@ class _Step:
     request_ids: list[str]
     values_BR: torch.Tensor
     hidden_BH: torch.Tensor | None
+    topk_BX: torch.Tensor | None = None
     kept_B: torch.Tensor | None = None
     origin_B1: torch.Tensor | None = None
 
@@ -80,10 +87,15 @@ class RecordLog:
         self._cached.setdefault(request_id, {}).setdefault(f"{side}_cached_tokens", cached_tokens)
 
     def append(
-        self, request_ids: Sequence[str], values_BR: torch.Tensor, hidden_BH: torch.Tensor | None, **drafts: Any
+        self,
+        request_ids: Sequence[str],
+        values_BR: torch.Tensor,
+        hidden_BH: torch.Tensor | None,
+        topk_BX: torch.Tensor | None = None,
+        **drafts: Any,
     ) -> None:
         """Add the rows of a step; ``drafts`` are the last two fields of :class:`_Step`."""
-        self._steps.append(_Step(list(request_ids), values_BR, hidden_BH, **drafts))
+        self._steps.append(_Step(list(request_ids), values_BR, hidden_BH, topk_BX, **drafts))
 
     def clear(self) -> None:
         self._steps, self._cached = [], {}
@@ -94,15 +106,13 @@ class RecordLog:
         steps, self._steps = self._steps, []
         values = _by_request([(step, step.values_BR) for step in steps])
         origins = _by_request([(step, _origin(step)) for step in steps]) if any(s.kept_B is not None for s in steps) else {}
-        hidden_of = [(step, step.hidden_BH) for step in steps if step.hidden_BH is not None]
-        for step in steps:  # `hidden_of` alone references them now, so `_by_request` can free each
-            step.hidden_BH = None
-        hidden = _by_request(hidden_of, apart=True)
+        hidden, topk = (_moved(steps, name) for name in ("hidden_BH", "topk_BX"))
         empty = torch.empty(0)
         return {
             request_id: RequestRecord(
                 values_TR=values.get(request_id, empty),
                 hidden_TH=hidden.get(request_id),
+                topk_TX=topk.get(request_id),
                 weights_version=self.weights_version,
                 origin_T1=origins.get(request_id),
                 **cached.get(request_id, {}),
@@ -136,6 +146,14 @@ def _by_request(steps: list[tuple[_Step, torch.Tensor]], *, apart: bool = False)
     lengths = [len(order) for order in orders]
     host = _apart(rows_NX, order.split(lengths)) if apart else rows_NX[order].cpu().split(lengths)
     return dict(zip(places, host, strict=True))
+
+
+def _moved(steps: list[_Step], name: str) -> dict[str, torch.Tensor]:
+    """Return a field of the steps that have it by request, each request's in memory of its own, and take it from the steps."""
+    found = [(step, tensor) for step in steps if (tensor := getattr(step, name)) is not None]
+    for step in steps:  # `found` alone references them now, so `_by_request` can free each
+        setattr(step, name, None)
+    return _by_request(found, apart=True)
 
 
 def _origin(step: _Step) -> torch.Tensor:

@@ -188,6 +188,7 @@ class RemoteEngine:
         mix_tokens: int | None = None,
         teacher_only: bool = False,
         hidden: bool = False,
+        topk: int = 0,
     ) -> list[PairCompletion]:
         """Sample one completion per prompt, in the order of the prompts; arguments as of `PairEngine.generate`.
 
@@ -205,6 +206,7 @@ class RemoteEngine:
             "mix_tokens": mix_tokens,
             "teacher_only": teacher_only,
             "hidden": hidden,
+            "topk": topk,
         }
         return self.finish(Batch(body, list(prompts)))
 
@@ -401,6 +403,7 @@ def _completion(prompt: PairPrompt, of: dict[str, Any], tensors: dict[str, torch
         record=TokenRecord(
             values_TR=values_TR,
             teacher_hidden_TH=tensors.get("hidden"),
+            teacher_topk_TX=tensors.get("topk"),
             weights_version=of["version"],
             origin_T=tensors.get("origin"),
         ),

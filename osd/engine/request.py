@@ -25,6 +25,8 @@ class PairOptions:
         teacher_only: sample from the teacher and never run the student (its record has NaN in the student's columns).
         record: keep the per-token record on the device until ``take_records``.
         hidden: keep, or return, the teacher's final hidden state with it.
+        topk: keep, or return, so many of the teacher's largest log-probabilities with it (`osd.engine.topk`); 0: none. All
+            requests that run together and want them, or hidden states, must want the same.
         return_record: send the per-token record with the tokens: :mod:`osd.engine.backend.returned`.
         weights_version: the student weights to sample with. A version newer than the scheduler's resets the student's prefix
             cache. An older one ends the request in error. The worker refuses to run with weights of another version than the
@@ -40,6 +42,7 @@ class PairOptions:
     teacher_only: bool = False
     record: bool = False
     hidden: bool = False
+    topk: int = 0
     return_record: bool = False
     weights_version: int | None = None
 
@@ -52,6 +55,8 @@ class PairOptions:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]; 0 samples from the student, 1 from the teacher")
         if self.mix_tokens is not None and self.mix_tokens < 0:
             raise ValueError(f"mix_tokens={self.mix_tokens} is negative; 0 samples from the student alone, None always mixes")
+        if self.hidden and self.topk:
+            raise ValueError(f"topk={self.topk} with hidden=True: the record has one of them; leave the other out")
 
     def to_extra_args(self) -> dict[str, Any]:
         """Return the ``SamplingParams.extra_args`` entry that carries these options."""
@@ -88,6 +93,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "student_prompt_token_ids": (list, "a list of token ids"),
     "alpha": (Real, "a number from 0 to 1"),
     "mix_tokens": (Integral, "a whole number"),
+    "topk": (Integral, "a whole number"),
     "weights_version": (Integral, "a whole number"),
     "teacher_only": _FLAG,
     "record": _FLAG,
@@ -190,15 +196,21 @@ class SideLimits:
     max_model_len: int
 
 
+def check_topk(k: int, vocab_size: int, name: str = "topk") -> None:
+    """Raise a ValueError unless so many log-probabilities can be kept of a vocabulary; ``name`` of the option."""
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"{name}={k} is out of range: both models share {vocab_size} token ids; use 1 to {vocab_size}")
+
+
 def check_request(
-    prompt: PairPrompt, params: Any, limits: Mapping[str, SideLimits], *, teacher_only: bool = False, name: str = ""
+    prompt: PairPrompt, params: Any, limits: Mapping[str, SideLimits], *, options: PairOptions = _DEFAULT, name: str = ""
 ) -> None:
     """Raise unless both models can take a request; ``n`` is the caller's to check.
 
     Args:
         params: vLLM's ``SamplingParams``.
         limits: of "teacher" and "student".
-        teacher_only: the student does not run.
+        options: the pair's own of this request.
         name: of the prompt, which messages about it begin with.
 
     Raises:
@@ -209,9 +221,11 @@ def check_request(
     for parameter in ("prompt_logprobs", "trace_decode_token_ids"):
         if getattr(params, parameter) is not None:
             raise ValueError(f"sampling {parameter} is not supported by the paired engine; remove it")
+    if options.topk:
+        check_topk(options.topk, min(side.vocab_size for side in limits.values()))
     prompts = {"teacher": prompt.teacher_token_ids, "student": prompt.student_token_ids}
     for side, ids in prompts.items():
-        if teacher_only and side == "student":
+        if options.teacher_only and side == "student":
             continue
         vocab_size, longest = limits[side].vocab_size, limits[side].max_model_len
         if not ids:

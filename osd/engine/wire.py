@@ -33,7 +33,7 @@ STUDENT_PROMPTS = ("student_prompt", "student_messages", "student_prompt_token_i
 REQUEST_OPTIONS = (*STUDENT_PROMPTS, "alpha", "mix_tokens", "teacher_only", "record")
 VERSION_COLUMN, ORIGIN_COLUMN = "weights_version", "origin"
 CACHED_COLUMN = len(RECORD_FIELDS) + 2  # of a returned row; see `split_rows`
-FIRST_HIDDEN_COLUMN = CACHED_COLUMN + 1
+FIRST_SIGNAL_COLUMN = CACHED_COLUMN + 1
 _MINUS_INFINITY = "-inf"  # JSON has none; null is NaN
 
 
@@ -80,6 +80,7 @@ def returned(options: PairOptions) -> PairOptions:
         options,
         record=False,
         hidden=False,
+        topk=0,
         weights_version=None,
         return_record=options.record or options.return_record,
         # JSON has larger numbers than the message to the engine.
@@ -99,24 +100,25 @@ class ReturnedRows:
         version_T: the version of the student's weights that drew each token, int64.
         origin_T: how each token came to be, uint8, an index into ``osd.core.TOKEN_ORIGINS``.
         cached: tokens of the student's prompt that were in its prefix cache.
-        bits_TX: the teacher's final hidden states, as float32 of the same bits; no columns if they were not asked for.
+        signal_TX: the teacher's final hidden states, as float32 of the same bits, or its largest log-probabilities
+            (`osd.engine.topk`); no columns if neither was asked for.
     """
 
     values_TR: np.ndarray
     version_T: np.ndarray
     origin_T: np.ndarray
     cached: int
-    bits_TX: np.ndarray
+    signal_TX: np.ndarray
 
 
 def split_rows(rows_TW: np.ndarray) -> ReturnedRows:
-    """Split rows, float32: the record's columns, the version, the origin, the cached tokens, the bits of the hidden state."""
+    """Split rows, float32: the record's columns, the version, the origin, the cached tokens, the teacher's signal."""
     return ReturnedRows(
         values_TR=rows_TW[:, : len(RECORD_FIELDS)],
         version_T=rows_TW[:, len(RECORD_FIELDS)].astype(np.int64),
         origin_T=rows_TW[:, len(RECORD_FIELDS) + 1].astype(np.uint8),
         cached=int(rows_TW[0, CACHED_COLUMN]) if len(rows_TW) else 0,
-        bits_TX=rows_TW[:, FIRST_HIDDEN_COLUMN:],
+        signal_TX=rows_TW[:, FIRST_SIGNAL_COLUMN:],
     )
 
 

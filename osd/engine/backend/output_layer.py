@@ -39,11 +39,11 @@ def output_layer(model: Any, model_config: Any) -> tuple[Any, Tensor | None]:
             hook.remove()
     name = type(model).__name__
     if len(calls) != 1 or not isinstance(getattr(calls[0][0], "weight", None), Tensor):
-        raise ValueError(f"the teacher ({name}) has no single output layer; use teacher_signal='recompute'")
+        raise ValueError(f"the teacher ({name}) has no single output layer; use teacher_signal='topk' or 'recompute'")
     layer, given, bias = calls[0]
     if layer.weight.shape[1:] != state.shape[1:] or not torch.equal(given, state):
         raise ValueError(
             f"the teacher ({name}) changes its hidden state before the output layer, or has quantized it; use "
-            "teacher_signal='recompute'"
+            "teacher_signal='topk' or 'recompute'"
         )
     return layer, bias  # vLLM adds no bias of the layer that it is not given

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
 
-from osd.engine.wire import CACHED_COLUMN, FIRST_HIDDEN_COLUMN
+from osd.engine import topk
+from osd.engine.request import PairOptions
+from osd.engine.wire import CACHED_COLUMN, FIRST_SIGNAL_COLUMN
 
 
 @dataclass
@@ -31,29 +33,32 @@ class Returned:
     cached: int | None = None
 
 
-def row_width(model_config: Any, hidden: bool) -> int:
-    """Return W, with or without the hidden state of this teacher."""
-    return FIRST_HIDDEN_COLUMN + (-(-model_config.get_hidden_size() * model_config.dtype.itemsize // 4) if hidden else 0)
+def row_width(model_config: Any, options: PairOptions) -> int:
+    """Return W for a request of this teacher."""
+    if options.topk:
+        return FIRST_SIGNAL_COLUMN + topk.columns(options.topk)
+    words = -(-model_config.get_hidden_size() * model_config.dtype.itemsize // 4)
+    return FIRST_SIGNAL_COLUMN + (words if options.hidden else 0)
 
 
 def append_record(
     logprobs: LogprobsTensors | None,
     values_BR: torch.Tensor,
     version: int,
-    hidden_BH: torch.Tensor | None,
+    signal_BX: torch.Tensor | None,
     origin_B: torch.Tensor | None = None,
 ) -> LogprobsTensors:
     """Return a step's logprobs (None: nobody asked for them) with the rows of the record as their last columns.
 
-    Without drafts ``origin_B`` is None.
+    ``signal_BX``: the teacher's hidden states or its largest log-probabilities, or None. Without drafts ``origin_B`` is None.
     """
     own_B3 = values_BR.new_tensor([[version, 0, 0]]).repeat(len(values_BR), 1)  # the last is known to the scheduler
     if origin_B is not None:
         own_B3[:, 1] = origin_B
     parts = [values_BR, own_B3]
-    if hidden_BH is not None:
-        odd = hidden_BH.shape[1] * hidden_BH.element_size() % 4 != 0
-        parts.append((torch.nn.functional.pad(hidden_BH, (0, 1)) if odd else hidden_BH.contiguous()).view(torch.float32))
+    if signal_BX is not None:
+        odd = signal_BX.shape[1] * signal_BX.element_size() % 4 != 0
+        parts.append((torch.nn.functional.pad(signal_BX, (0, 1)) if odd else signal_BX.contiguous()).view(torch.float32))
     rows_BW = torch.cat(parts, 1)
     if logprobs is None:
         ids_B1 = torch.zeros(len(rows_BW), 1, dtype=torch.int32, device=rows_BW.device)

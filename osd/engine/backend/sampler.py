@@ -8,7 +8,7 @@ their state and applies them. Where none is active, on a GPU, the kernels mix an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -37,6 +37,7 @@ from osd.engine.mixture import (
     uniform,
     use_kernels,
 )
+from osd.engine.topk import top_k
 
 # B rows of the teacher's batch, S rows of the student's, P rows mixed together, V vocabulary, R record fields.
 
@@ -71,6 +72,7 @@ class StepOutputs:
         bad_side_B: sides whose logits are not numbers (0: neither, 1: student, 2: teacher, 3: both), or ``NO_TOKEN``; int32.
         logprobs: the logprobs that requests asked for, of q*.
         origin_B: how each token came to be, an index into ``osd.core.TOKEN_ORIGINS``; None without drafts.
+        topk_BX: the teacher's largest log-probabilities (`osd.engine.topk`) in the rows of requests that want them, or None.
     """
 
     token_B: torch.Tensor
@@ -78,6 +80,7 @@ class StepOutputs:
     bad_side_B: torch.Tensor
     logprobs: LogprobsTensors | None = None
     origin_B: torch.Tensor | None = None
+    topk_BX: torch.Tensor | None = None
 
 
 class PairSampler:
@@ -98,6 +101,19 @@ class PairSampler:
     def __call__(self, inputs: StepInputs) -> StepOutputs:
         if not inputs.alignment.num_ready:
             return self._empty(inputs.teacher)
+        return replace(self._drawn(inputs), topk_BX=self._topk(inputs))
+
+    def _topk(self, inputs: StepInputs) -> torch.Tensor | None:
+        """Return the teacher's largest log-probabilities: of π_t itself, whatever acts on log q*."""
+        of, logits_BV = inputs.alignment, inputs.teacher[:, : self.vocab_size]
+        if not of.topk:
+            return None
+        topk_PX = top_k(take(logits_BV, of.topk_rows), take(of.temperature_B, of.topk_rows), of.topk)
+        if of.topk_rows is None:
+            return topk_PX
+        return topk_PX.new_zeros(len(logits_BV), topk_PX.shape[1]).index_copy_(0, of.topk_rows, topk_PX)
+
+    def _drawn(self, inputs: StepInputs) -> StepOutputs:
         parts = self._parts(inputs)
         if not use_kernels(self.mixing, inputs.teacher.device):
             return self._processed(inputs, [ReferenceMixture(part, self.mixing) for part in parts])

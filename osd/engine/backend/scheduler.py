@@ -37,7 +37,7 @@ from vllm.v1.request import Request, RequestStatus
 from osd.engine.backend.configuration import StudentCache, eos_ids, student_vllm_config
 from osd.engine.backend.returned import Returned, return_record, row_width, take_record
 from osd.engine.mixture import NO_TOKEN
-from osd.engine.request import PairOptions
+from osd.engine.request import PairOptions, check_topk
 
 # Values of `num_nans_in_logits` that the pair's sampler reports, and the side that they name.
 FAILURES = {
@@ -110,6 +110,7 @@ class PairScheduler(SideScheduler):
         self._seeds = random.Random(str(seed))
         self._mix_limits: dict[str, int] = {}
         self._returned: dict[str, Returned] = {}
+        self._signals: dict[str, PairOptions] = {}  # of the requests that want hidden states or top-k
         self.cornered = set()
         self._refused: list[tuple[Request, str]] = []
         self._to_zero: dict[Scheduler, set[int]] = {self: set(), self.student: set()}
@@ -277,10 +278,12 @@ class PairScheduler(SideScheduler):
         self._add_student_eos(params)
         if params.seed is None:
             params.seed = self._seeds.getrandbits(63)  # here, so that all tensor-parallel ranks draw the same
+        if options.hidden or options.topk:
+            self._signals[request.request_id] = options
         if options.mix_tokens is not None:
             self._mix_limits[request.request_id] = options.mix_tokens
         if options.return_record:
-            width = row_width(self.vllm_config.model_config, options.hidden)
+            width = row_width(self.vllm_config.model_config, options)
             self._returned[request.request_id] = Returned(width=width)
         super().add_request(request)
         if not options.teacher_only:
@@ -291,6 +294,15 @@ class PairScheduler(SideScheduler):
             raise ValueError("the paired engine serves text completion only (no pooling, images, embeddings, streaming input)")
         if request.sampling_params.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs is not supported by the paired engine; it has logprobs of the completion")
+        if options.topk:
+            check_topk(options.topk, min(side.vllm_config.model_config.get_vocab_size() for side in (self, self.student)))
+        if options.hidden or options.topk:
+            other = next(iter(self._signals.values()), options)
+            if (options.hidden, options.topk) != (other.hidden, other.topk):
+                raise ValueError(
+                    f"hidden={options.hidden}, topk={options.topk}: other requests run with hidden={other.hidden}, "
+                    f"topk={other.topk}, and all rows of a step are alike; ask for the same, or wait until they have ended"
+                )
         if options.teacher_only:
             return
         if options.student_prompt_token_ids is not None and not options.student_prompt_token_ids:
@@ -354,6 +366,7 @@ class PairScheduler(SideScheduler):
         """Free both halves of a request. Only the teacher's side decides that a request ends."""
         self._mix_limits.pop(request.request_id, None)
         self._returned.pop(request.request_id, None)
+        self._signals.pop(request.request_id, None)
         self.student.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
         return super()._free_request(request, *args, **kwargs)
 

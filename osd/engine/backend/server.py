@@ -229,7 +229,7 @@ class _Server:
         params.extra_args = {**(params.extra_args or {}), **options.to_extra_args()}
         if not options.teacher_only:
             self._fit_student(pair, params)
-        check_request(pair, params, self.limits, teacher_only=options.teacher_only)
+        check_request(pair, params, self.limits, options=options)
         first, request.calls = request.calls * params.n, request.calls + 1
         return self._watch(self._generate(prompt, params, request_id, **kwargs), request, first)
 

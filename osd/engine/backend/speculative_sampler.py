@@ -139,6 +139,7 @@ class SpeculativeSampler(PairSampler):
             bad_side_B=bad_side_B,
             logprobs=logprobs,
             origin_B=verdict.origin_N,
+            topk_BX=self._topk(inputs),
         )
         return CycleOutputs(positions=positions, verdict=verdict)
 

@@ -258,10 +258,12 @@ class SpeculativeWorker(PairWorker):
         if not alignment.recorded_ids:
             return
         rows, verdict = as_index(alignment.positions.recorded_rows), outputs.verdict
+        topk_NX = outputs.positions.topk_BX
         self.records.append(
             alignment.recorded_ids,
             outputs.positions.values_BR[rows],
             hidden_NH[rows] if alignment.positions.hidden else None,
+            None if topk_NX is None else topk_NX[rows],
             kept_B=verdict.kept_N[rows],
             origin_B1=verdict.origin_N[rows, None],
         )

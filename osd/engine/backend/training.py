@@ -245,7 +245,7 @@ class Training:
                 record=True,
             )
         )
-        options = replace(options, hidden=body["hidden"])
+        options = replace(options, hidden=body["hidden"], topk=body["topk"])
         sampling, seed = body["sampling"][index if len(body["sampling"]) > 1 else 0], body["seeds"][index]
         if not all(type(number) is int for number in (seed, *teacher, *student)):
             raise ValueError(f"prompt {index}: token ids and the seed are whole numbers")
@@ -253,7 +253,7 @@ class Training:
             sampling = {**sampling, "logit_bias": {int(token): bias for token, bias in sampling["logit_bias"].items()}}
         params = checked_params({**sampling, "seed": seed, "extra_args": options.to_extra_args()})
         prompt = PairPrompt(teacher_token_ids=teacher, student_token_ids=student)
-        check_request(prompt, params, self.limits, teacher_only=options.teacher_only, name=f"prompt {index}: ")
+        check_request(prompt, params, self.limits, options=options, name=f"prompt {index}: ")
         return index, teacher, params
 
     async def _complete(self, index: int, teacher: list[int], params: Any) -> bytes:
@@ -276,9 +276,12 @@ class Training:
             tensors["values"], cached = torch.from_numpy(np.ascontiguousarray(rows.values_TR)), rows.cached
             if rows.origin_T.any():
                 tensors["origin"] = torch.from_numpy(rows.origin_T)
-            if rows.bits_TX.shape[1]:
-                bits_TX = torch.from_numpy(np.ascontiguousarray(rows.bits_TX))
-                tensors["hidden"] = bits_TX.view(self.dtype)[:, : self.hidden_size].contiguous()
+            if rows.signal_TX.shape[1]:
+                signal_TX = torch.from_numpy(np.ascontiguousarray(rows.signal_TX))
+                if PairOptions.of(params).topk:
+                    tensors["topk"] = signal_TX
+                else:
+                    tensors["hidden"] = signal_TX.view(self.dtype)[:, : self.hidden_size].contiguous()
             if not self.whole or set(rows.version_T.tolist()) != {self.version}:
                 drawn_by = f"version {sorted(set(rows.version_T.tolist()))}"
         described = {

@@ -367,14 +367,21 @@ class PairWorker(Worker):
         if not alignment.recorded_ids:
             return
         rows = as_index(alignment.recorded_rows)
-        self.records.append(alignment.recorded_ids, outputs.values_BR[rows], hidden_BH[rows] if alignment.hidden else None)
+        self.records.append(
+            alignment.recorded_ids,
+            outputs.values_BR[rows],
+            hidden_BH[rows] if alignment.hidden else None,
+            None if outputs.topk_BX is None else outputs.topk_BX[rows],
+        )
 
     def _with_record(self, outputs: StepOutputs, hidden_BH: torch.Tensor) -> Any:
         """Return the logprobs of a step with the record that is returned with its tokens."""
         assert self._step is not None
-        wide = any(self.requests[i].options.hidden for i in self._step.returned)
-        hidden = hidden_BH if wide else None
-        return append_record(outputs.logprobs, outputs.values_BR, self.weights_version, hidden, outputs.origin_B)
+        wanted = [self.requests[i].options for i in self._step.returned]
+        signal_BX = outputs.topk_BX if any(options.topk for options in wanted) else None
+        if any(options.hidden for options in wanted):
+            signal_BX = hidden_BH
+        return append_record(outputs.logprobs, outputs.values_BR, self.weights_version, signal_BX, outputs.origin_B)
 
     def collect_records(self) -> dict[str, RequestRecord]:
         """Return every request's record since the last call."""
