@@ -33,6 +33,7 @@ from benchmarks.summary import Result, markdown
 from osd.engine.speculation import expected_tokens
 
 SEEN = {"tokens_per_cycle": "tokens per cycle", "draft_acceptance": "accepted", "record_acceptance": "by the record"}
+SIDES = ("teacher", "student")
 ANSWER_TOKENS = 24  # of a real pair: within most answers
 
 
@@ -43,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pair", default="14B+1.5B", help=f"{shapes}, or one of {', '.join(real_pair.PAIRS)} (default: %(default)s)")
     add("--model", help="teacher of a real pair (default: SmolLM2-135M-Instruct, made from its wheel)")
     add("--layers", type=int, help="layers of the healed student (default: a third of the teacher's)")
+    add("--alone", nargs="*", choices=SIDES, default=list(SIDES), help="models measured alone, of a real pair (default: both)")
     add("--heal-steps", type=int, default=400, help="optimizer steps of 32 rows that heal it (default: %(default)s)")
     add("--drafts", nargs="+", default=["0", "1", "2", "3", "4", "5", "6", "auto"], metavar="K")
     add("--acceptances", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.95])
@@ -102,10 +104,7 @@ def spec(system: str, args: argparse.Namespace, models: tuple[str, str], drafts:
 def table(result: Result) -> str:
     """Return ms per token by batch size, drafts and acceptance, the ratio to teacher-only, and what the theory says."""
     systems = result["systems"]
-    alone = {
-        name: {row["batch_size"]: row["ms_per_step"] for row in systems.get(name, {}).get("rows", [])}
-        for name in ("teacher", "student")
-    }
+    alone = {name: {row["batch_size"]: row["ms_per_step"] for row in systems.get(name, {}).get("rows", [])} for name in SIDES}
     body = []
     for name, system in systems.items():
         for row in system["rows"] if name not in alone else []:
@@ -126,7 +125,7 @@ def table(result: Result) -> str:
 def measure_shapes(args: argparse.Namespace, result: Result, path: Path, folder: Path, env: dict[str, str]) -> None:
     """Measure each number of drafts in an engine of its own, one after another."""
     teacher, student = (str(write_model(name, folder / "models")) for name in parse_pair(args.pair))
-    jobs = {name: spec(name, args, (teacher, student)) for name in ("teacher", "student")}
+    jobs = {name: spec(name, args, (teacher, student)) for name in SIDES}
     jobs |= {drafts: spec("paired", args, (teacher, student), drafts) for drafts in args.drafts}
     for name, job in jobs.items():
         result["systems"][name] = found = run_worker(job, env, folder, None)
@@ -139,7 +138,7 @@ def measure_real_pair(args: argparse.Namespace, result: Result, path: Path, fold
     teacher, student, result["healing"] = real_pair.make_models(args.pair, folder, args.model, args.layers, args.heal_steps)
     pairs = real_pair.prompts(teacher, student, max(args.batch_sizes))
     longest = max(len(ids) for pair in pairs for ids in pair)
-    jobs = {name: real_pair.job(args, teacher, student, name, longest) for name in ("teacher", "student", *args.drafts)}
+    jobs = {name: real_pair.job(args, teacher, student, name, longest) for name in (*args.alone, *args.drafts)}
     with real_pair.engines(jobs, env) as calls:
         for name, call in calls.items():
             result["systems"][name] = {"status": "ok", "error": None, "settings": call(real_pair.settings), "rows": []}

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from osd import cli
 from osd.core import RECORD_FIELDS, TOKEN_ORIGINS
@@ -27,6 +28,9 @@ from osd.engine.backend import arguments
 from osd.engine.backend import server as backend
 from osd.engine.config import PairConfig
 from osd.engine.engine import PairEngine
+from osd.engine.remote import RemoteEngine
+from osd.engine.request import PairPrompt
+from osd.engine.served import ServedPair
 from osd.engine.wire import record_from_json
 from tests.documents import ROOT, blocks, commands
 from tests.exact import completion_logits, mixture, q_star, solve
@@ -539,12 +543,16 @@ def test_written_arguments_reach_both_sides_and_the_teachers_files_only_the_teac
 # -- drafts -------------------------------------------------------------------------------------------------------------
 
 
-def test_drafts_are_in_the_record_and_in_vllms_metrics(model_paths, models, tmp_path):
-    with served(*model_paths, tmp_path / "log", "--num-speculative-tokens", "3") as client:
+def test_drafts_are_in_the_record_and_in_vllms_metrics(model_paths, models, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    weights = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "http"}')
+    with served(*model_paths, tmp_path / "log", "--num-speculative-tokens", "3", *weights) as client:
         choices = [choice for seed in range(6) for choice in client.complete(TEACHER, STUDENT, seed=seed, n=2)]
         *_, last = client.complete(TEACHER, STUDENT, seed=9, stream=True)
         [alone] = client.complete(TEACHER, osd={"teacher_only": True}, seed=1)
         counted = drafts_in_metrics(client.http.get("/metrics").text)
+        trained = in_training(client, *map(str, model_paths))
+    assert {TOKEN_ORIGINS[origin] for origin in trained.tolist()} >= {"accepted", "corrected", "bonus"}
     for choice in choices:
         assert_drawn(choice, q_star(models, [TEACHER, STUDENT], choice["token_ids"]))
         assert record_from_json(choice["osd"]).origin_T.tolist() == [TOKEN_ORIGINS.index(o) for o in choice["osd"]["origin"]]
@@ -568,6 +576,19 @@ def test_drafts_are_in_the_record_and_in_vllms_metrics(model_paths, models, tmp_
     ]
     accepted, expected = np.array(kept, dtype=float).mean(0)
     assert abs(accepted - expected) < 5 * (0.5 / len(kept)) ** 0.5
+
+
+def in_training(client, teacher, student):
+    """Return how the tokens came to be that a trainer gets from a server."""
+    engine = RemoteEngine(ServedPair(config=PairConfig(teacher=teacher, student=student), url=client.server.url, timeout=20.0))
+    try:
+        engine.load_student_weights(AutoModelForCausalLM.from_pretrained(student).named_parameters())
+        prompts = [PairPrompt(teacher_token_ids=TEACHER, student_token_ids=STUDENT)] * 4
+        completions = engine.generate(prompts, sampling={"max_tokens": 24, "ignore_eos": True, "seed": 1})
+        assert all(len(c.record.origin_T) == len(c.token_ids) == 24 for c in completions)
+        return torch.cat([c.record.origin_T for c in completions])
+    finally:
+        engine.close()
 
 
 def drafts_in_metrics(text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import subprocess
@@ -425,7 +426,13 @@ RATINGS = {"student": -3.0, "linear 0.1": -2.5, "q*": -2.0, "teacher": -1.0}  # 
 
 def before_training(**ratings):
     arms = [
-        {"arm": arm, "accuracy": 0.1 * i, "kl_theta": 0.3 * i, "logp_teacher": ratings.get(arm, rating)}
+        {
+            "arm": arm,
+            "accuracy": 0.1 * i,
+            "kl_theta": 0.3 * i,
+            "kl_teacher": 1 - i / 4,
+            "logp_teacher": ratings.get(arm, rating),
+        }
         for i, (arm, rating) in enumerate(RATINGS.items())
     ]
     return {"task": "echo", "quality": "accuracy", "arms": arms, "verdict": {"worth_it": "yes"}}
@@ -439,8 +446,8 @@ def test_rank_correlation_of_the_verdict_with_training():
     [good] = report.rank_correlations([before_training()], trained)
     assert (good["arms"], good["verdict"], good["seeds"]) == (4, "yes", 1)
     assert good["gain"] == pytest.approx(0.05)
-    for of in ("area", "final"):
-        assert good["log π_t"][of] == pytest.approx((1, 1 / 24))  # one order of 24
+    for name, of in itertools.product(("nearness", "log π_t"), ("area", "final")):
+        assert good[name][of] == pytest.approx((1, 1 / 24))  # one order of 24
     [worse] = report.rank_correlations([before_training(teacher=-4.0)], trained)
     assert worse["log π_t"]["area"] == pytest.approx((-0.2, 15 / 24))  # ranks 2 3 4 1 for 1 2 3 4
     [few] = report.rank_correlations([before_training()], PAIRED)

@@ -1,10 +1,9 @@
 """Scores of the arms of `osd compare`, and the verdict on q*.
 
-Quality is accuracy where there are answers, else the teacher's mean log-probability: it says whether the teacher is better. If
-it is, the teacher's log-probability per token judges the arms between student and teacher, and accuracy beside it. Accuracy
-alone cannot: a completion is right if all of its tokens are, so half-way per token is far less than half-way in accuracy.
-Distance is the mean KL(arm ‖ student) per token. It is no price by itself (docs/evidence.md: arms that are further away trained
-no worse); it says which linear mixture q* is compared with.
+Quality is accuracy where there are answers, else the teacher's mean log-probability. Distance is the mean KL(arm ‖ student) per
+token. Mixing is worth it where the teacher is better and q* is not worse than the student. Shares of lead and distance are not
+compared: a completion is right if all of its tokens are, so half-way per token is far less than half-way in accuracy, and arms
+that are further from the student trained no worse (docs/evidence.md). Distance says which linear mixture q* is compared with.
 
 A arms, P prompts, S sums. Intervals are 95 %: Wilson's for shares, else bootstraps over prompts.
 """
@@ -134,34 +133,27 @@ def _verdict(
 ) -> dict[str, Any]:
     """Compare q* with the student, and with the line through student, linear mixtures and teacher."""
     at = {name: i for i, name in enumerate(names)}
-    one = {key: values[None] for key, values in estimates.items()}
-    # Each of two measures has its chance to differ by luck.
-    measures = sorted({"logp_teacher", quality})
-    compared = {measure: (_differences(at, one, measure), _differences(at, resampled, measure)) for measure in measures}
-
-    def of(measure: str, name: str, level: float = 0.05 / len(measures)) -> dict[str, Any]:
-        value, many = (found[name] for found in compared[measure])
-        return {"value": float(value[0]), "interval": _interval(many, level)}
-
-    lead = of(quality, "lead", 0.05)
-    far_A, ratings_A = estimates["kl_theta"], estimates["logp_teacher"]
+    one, many = (_differences(at, figures, quality) for figures in ({k: v[None] for k, v in estimates.items()}, resampled))
     student, teacher, mixed = (at[name] for name in ("student", "teacher", "q*"))
+    to_teacher_A, from_student_A = estimates["kl_teacher"], estimates["kl_theta"]
     found = {
-        "teacher_lead": lead["value"],
-        "teacher_lead_interval": lead["interval"],
-        "over_student": {measure: of(measure, "over_student") for measure in measures},
-        "over_linear": {measure: of(measure, "over_line") for measure in measures},
+        "teacher_lead": float(one["lead"][0]),
+        "teacher_lead_interval": _interval(many["lead"]),
+        "student_gain": float(one["gained"][0]),
+        "student_gain_interval": _interval(many["gained"]),
+        "over_linear": float(one["over_line"][0]),
+        "over_linear_interval": _interval(many["over_line"]),
         "linear_drawn": any(name.startswith("linear ") for name in names),
-        "gain_share": _share(ratings_A[mixed] - ratings_A[student], ratings_A[teacher] - ratings_A[student]),
-        "distance_share": _share(far_A[mixed], far_A[teacher]),
+        "nearer_share": _share(to_teacher_A[student] - to_teacher_A[mixed], to_teacher_A[student]),
+        "distance_share": _share(from_student_A[mixed], from_student_A[teacher]),
         "prompts_judged": judged,
     }
-    return {**found, "worth_it": _worth_it(found, quality)}
+    return {**found, "worth_it": _worth_it(found)}
 
 
-def _differences(at: dict[str, int], figures: dict[str, np.ndarray], measure: str) -> dict[str, np.ndarray]:
+def _differences(at: dict[str, int], figures: dict[str, np.ndarray], quality: str) -> dict[str, np.ndarray]:
     """Return the teacher's lead, and q*'s height over the student and over the line, of R sets of figures."""
-    worth_RA, far_RA = figures[measure], figures["kl_theta"]
+    worth_RA, far_RA = figures[quality], figures["kl_theta"]
     student, teacher, mixed = (at[name] for name in ("student", "teacher", "q*"))
     ends = [i for name, i in at.items() if on_line(name)]
     line_R = []
@@ -170,7 +162,7 @@ def _differences(at: dict[str, int], figures: dict[str, np.ndarray], measure: st
         line_R.append(np.interp(far[mixed], far[order], worth[order]))
     return {
         "lead": worth_RA[:, teacher] - worth_RA[:, student],
-        "over_student": worth_RA[:, mixed] - worth_RA[:, student],
+        "gained": worth_RA[:, mixed] - worth_RA[:, student],
         "over_line": worth_RA[:, mixed] - np.array(line_R),
     }
 
@@ -184,35 +176,26 @@ def _share(part: float, whole: float) -> float:
     return float(part / whole) if whole else math.nan
 
 
-def _worth_it(v: dict[str, Any], quality: str) -> str:
+def _worth_it(v: dict[str, Any]) -> str:
     """Return the outcome: a key of `HEADLINES`."""
     if v["prompts_judged"] < FEWEST:
         return "too few"
+    gains, loses = v["student_gain_interval"][0] > 0, v["student_gain_interval"][1] < 0
     if not v["teacher_lead_interval"][0] > 0:
-        return "no lead, but q*" if v["over_student"][quality]["interval"][0] > 0 else "no lead"
-    better = _better(v["over_student"])
-    if better is not True:
-        return "undecided" if better is None else "no"
-    if not v["linear_drawn"]:
-        return "yes"
-    return {True: "yes", None: "mixing", False: "linear"}[_better(v["over_linear"])]
-
-
-def _better(by_measure: dict[str, dict[str, Any]]) -> bool | None:
-    """Return whether q* is better: False if any measure is measurably lower, True if one is higher, else None."""
-    intervals = [of["interval"] for of in by_measure.values()]
-    if any(high < 0 for _, high in intervals):
-        return False
-    return True if any(low > 0 for low, _ in intervals) else None
+        return "no lead, but q*" if gains else "no lead"
+    if loses:
+        return "no"
+    if v["linear_drawn"] and v["over_linear_interval"][1] < 0:
+        return "linear"
+    return "yes" if gains and (not v["linear_drawn"] or v["over_linear_interval"][0] > 0) else "mixing"
 
 
 HEADLINES = {
     "yes": "Worth it: q* samples better than the student alone, and better than linear mixtures at the same distance",
-    "mixing": "Worth it to mix, undecided how: q* samples better than the student alone, but not measurably better than "
-    "linear mixtures at the same distance",
+    "mixing": "Worth it to mix, undecided how: the teacher is better, and half-way to it q* samples no worse than the student "
+    "alone; it is not measurably better than linear mixtures at the same distance",
     "linear": "Worth it to mix, but not with q*: linear mixtures are measurably better at the same distance",
     "no": "Not worth it: q* samples worse than the student alone",
-    "undecided": "Undecided: q* is not measurably better than the student alone",
     "no lead": "The teacher is not measurably better than the student here",
     "no lead, but q*": "The teacher is not measurably better than the student here, but q* is",
     "too few": f"Undecided: fewer than {FEWEST} prompts could be judged",
@@ -221,23 +204,25 @@ HEADLINES = {
 
 def sentence(result: dict[str, Any]) -> tuple[str, str]:
     """Return the verdict in words: a headline, and the figures behind it."""
-    v, quality = result["verdict"], result["quality"]
-    lead = f"{v['teacher_lead']:+.3f} {MEASURES[quality]} ({_between(v['teacher_lead_interval'])})"
+    v, measure = result["verdict"], MEASURES[result["quality"]]
+    lead = f"{v['teacher_lead']:+.3f} {measure} ({_between(v['teacher_lead_interval'])})"
+    gained = f"{v['student_gain']:+.3f} over the student ({_between(v['student_gain_interval'])})"
     said = [f"The teacher's lead over the student is {lead} on {result['prompts']} prompts."]
-    if quality != "accuracy" and result["arms"][0]["accuracy"] == 0:
+    if result["quality"] != "accuracy" and result["arms"][0]["accuracy"] == 0:
         said.insert(0, "No completion has the right answer, so the teacher's log-probability judges.")
     if v["worth_it"] == "too few":
         said.append("Give more prompts (100 are read by default).")
     elif v["worth_it"].startswith("no lead"):
-        said.append(f"q* scores {_in_words({quality: v['over_student'][quality]})} over the student.")
+        said.append(f"q* scores {gained}.")
         if v["worth_it"] == "no lead":
             said.append("There is nothing to gain here, or there are too few prompts to see it.")
     else:
         line = "student, linear mixtures and teacher" if v["linear_drawn"] else "student and teacher (no mixture was drawn)"
         said += [
-            f"q* scores {_in_words(v['over_student'])} over the student.",
-            f"It has {v['gain_share']:.0%} of the teacher's lead in log π_t at {v['distance_share']:.0%} of its distance.",
-            f"Over the line through {line} at the same distance, it scores {_in_words(v['over_linear'])}.",
+            f"q* scores {gained}, and {v['over_linear']:+.3f} over the line through {line} at the same distance "
+            f"({_between(v['over_linear_interval'])}).",
+            f"KL(q* ‖ teacher) is {v['nearer_share']:.0%} below the student's, at {v['distance_share']:.0%} of the teacher's "
+            "distance from the student.",
         ]
     headline = HEADLINES[v["worth_it"]]
     if v["worth_it"] == "yes" and not v["linear_drawn"]:
@@ -247,10 +232,10 @@ def sentence(result: dict[str, Any]) -> tuple[str, str]:
 
 CHANGES = {
     "yes": "a linear mixture that is as good at the same distance, or an interval that reaches zero on other prompts.",
-    "mixing": "more prompts: the interval of q* over the linear mixtures still contains zero.",
+    "mixing": "more prompts or samples (limit, num_samples): an interval of q*, over the student or over the linear mixtures, "
+    "still contains zero.",
     "linear": "other values of alpha_method, alpha_min or alpha_max.",
-    "no": "another teacher or another prompt for it: half-way to this one, answers get worse.",
-    "undecided": "more prompts or samples (limit, num_samples): the interval of q* over the student contains zero.",
+    "no": "another teacher, or another prompt for it: half-way to this one, samples get worse.",
     "no lead": "a teacher that is better here: a larger one, or one that reads the answer; or more prompts.",
     "no lead, but q*": "a teacher that is better here: a larger one, or one that reads the answer; or more prompts.",
     "too few": f"at least {FEWEST} prompts, better 100.",
@@ -261,14 +246,13 @@ def scoring(result: dict[str, Any]) -> str:
     """Return how completions were judged, and the rule of the verdict."""
     how = result["settings"]["answer_match"]
     judged = (
-        f"A completion is right if its answer matches the reference (answer_match={how}). If the teacher leads in accuracy, "
-        "two measures compare the other arms: accuracy, and mean log π_t per token with the teacher's prompt."
+        f"A completion is right if its answer matches the reference (answer_match={how})."
         if result["quality"] == "accuracy"
         else "No completion could be called right, so quality is the mean of log π_t per token, with the teacher's prompt."
     )
     return (
-        f"{judged} q* is worth it if it is measurably better than the student, and than linear mixtures at the same distance: "
-        "higher in one measure and lower in none, by 95 % intervals over prompts."
+        f"{judged} Mixing is worth it if the teacher is better than the student and q* is not worse; q* itself, if it is also "
+        "better than the student and than linear mixtures at the same distance. All by 95 % intervals over prompts."
     )
 
 
@@ -280,18 +264,14 @@ def what_would_change(result: dict[str, Any]) -> str:
 def linear_at_same_distance(result: dict[str, Any]) -> float:
     """Return the quality of the line through student, linear mixtures and teacher at the distance of q*."""
     [mixed] = [row for row in result["arms"] if row["arm"] == "q*"]
-    return float(mixed[result["quality"]]) - float(result["verdict"]["over_linear"][result["quality"]]["value"])
-
-
-def _in_words(by_measure: dict[str, dict[str, Any]]) -> str:
-    return " and ".join(f"{of['value']:+.3f} {MEASURES[name]} ({_between(of['interval'])})" for name, of in by_measure.items())
+    return float(mixed[result["quality"]]) - float(result["verdict"]["over_linear"])
 
 
 def _between(interval: Sequence[float]) -> str:
     return f"95 %: {interval[0]:+.3f} to {interval[1]:+.3f}"
 
 
-def _interval(values: np.ndarray, level: float = 0.05) -> list[float]:
-    """Return the interval that leaves out `level` of the values, half on each side; NaN where none is finite."""
+def _interval(values: np.ndarray) -> list[float]:
+    """Return the 95 % interval of values, as many left out on each side; NaN where none is finite."""
     known = values[np.isfinite(values)]
-    return [float(np.quantile(known, q)) for q in (level / 2, 1 - level / 2)] if len(known) else [math.nan, math.nan]
+    return [float(np.quantile(known, q)) for q in (0.025, 0.975)] if len(known) else [math.nan, math.nan]

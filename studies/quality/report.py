@@ -173,12 +173,13 @@ def margins(said: dict[str, Any], quality: str) -> dict[str, float]:
     }
 
 
-def of_column(name: str) -> Callable[[dict[str, Any], str], dict[str, float]]:
-    return lambda said, quality: {arm: row[name] for arm, row in said.items()}
-
-
-# From the rows of `osd compare` and its measure of quality to a number per arm: what ranks the arms beforehand.
-PREDICTIONS = {"log π_t": of_column("logp_teacher"), "accuracy": of_column("accuracy"), "margin": margins}
+# From the rows of `osd compare` and its measure of quality to a number per arm.
+PREDICTIONS: dict[str, Callable[[dict[str, Any], str], dict[str, float]]] = {
+    "nearness": lambda said, quality: {arm: -row["kl_teacher"] for arm, row in said.items()},
+    "log π_t": lambda said, quality: {arm: row["logp_teacher"] for arm, row in said.items()},
+    "accuracy": lambda said, quality: {arm: row["accuracy"] for arm, row in said.items()},
+    "margin": margins,
+}
 
 
 class Rank(NamedTuple):
@@ -329,10 +330,10 @@ def checks_text(checks: list[Result]) -> str:
 
 def ranks_text(ranks: list[dict[str, Any]]) -> str:
     """Return the table of rank correlations with the area under the curve, and of one with the final accuracy."""
-    header = ["machine", "task", "loss", "arms", *PREDICTIONS, "log π_t, final", "two seeds", "verdict", "q\\* − student"]
+    header = ["machine", "task", "loss", "arms", *PREDICTIONS, "nearness, final", "two seeds", "verdict", "q\\* − student"]
     rows = [header, ["---"] * len(header)]
     for rank in ranks:
-        cells = [*(rank[name]["area"] for name in PREDICTIONS), rank["log π_t"]["final"]]
+        cells = [*(rank[name]["area"] for name in PREDICTIONS), rank["nearness"]["final"]]
         found = ["–" if np.isnan(cell.correlation) else f"{cell.correlation:.2f} ({cell.chance:.2f})" for cell in cells]
         ends = [shown((rank["seeds"], np.nan), digits=2), rank["verdict"], shown((rank["gain"], np.nan), 100, "+")]
         rows.append([rank["machine"], rank["task"], rank["loss"], str(rank["arms"]), *found, *ends])

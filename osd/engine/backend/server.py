@@ -268,11 +268,12 @@ class _Server:
 def _count_drafts(client: Any, config: Any) -> None:
     """Let vLLM's metrics of speculative decoding count the pair's drafts; vLLM has them only with its own draft models."""
     drafts = most_drafts(config)
-    for logger in client.logger_manager.stat_loggers if drafts and client.logger_manager is not None else ():
+    counting = drafts > 0 and client.logger_manager is not None
+    for logger in client.logger_manager.stat_loggers if counting else ():
         if isinstance(logger, PrometheusStatLogger):
             labels = {index: [config.model_config.served_model_name, str(index)] for index in logger.engine_indexes}
             as_vllm = SimpleNamespace(num_speculative_tokens=drafts)
-            logger.spec_decoding_prom = logger._spec_decoding_cls(as_vllm, ["model_name", "engine"], labels)
+            logger.spec_decoding_prom = type(logger.spec_decoding_prom)(as_vllm, ["model_name", "engine"], labels)
 
 
 def _failure(reason: Any) -> Exception:
