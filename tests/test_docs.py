@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import statistics
 from functools import cache
 from pathlib import Path
 
@@ -96,6 +97,41 @@ def test_readme_is_short():
     text = ENGLISH.read_text()
     assert len(text.split()) < 1200
     assert len(text[: text.index("from datasets import")].split()) <= 250
+
+
+def test_readme_has_the_committed_results():
+    """Write the rows of its tables again: cost from benchmarks/results, quality from the generated page evidence.md."""
+    from benchmarks.summary import rows
+
+    def result(name):
+        return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+    text, evidence = ENGLISH.read_text(), (ROOT / "docs" / "evidence.md").read_text()
+    sampling = result("sampling_3B+1.5B_256_nvidia-h200_2026-11-30.json")
+    teacher, pair = (rows(sampling, system, "batch") for system in ("teacher", "paired"))
+    for shape, alone in teacher.items():
+        ms = [alone["ms_per_step"], pair[shape]["ms_per_step"]]
+        assert f"| {shape[0]} | {ms[0]:.2f} | {ms[1]:.2f} | {ms[1] / ms[0]:.2f} |" in text
+    drafts = result("speculation_14B+1.5B_nvidia-h200_2026-11-30.json")["systems"]
+    ms = {(r["batch_size"], r["acceptance"]): r["ms_per_step"] for s in ("teacher", "4") for r in drafts[s]["rows"]}
+    for size in (8, 32):
+        cells = " | ".join(f"{ms[size, a]:.2f} ({ms[size, a] / ms[size, None]:.2f} ×)" for a in (0.9, 0.7))
+        assert f"| {size} | {ms[size, None]:.2f} | {cells} |" in text
+    steps = result("train_step_3B+0.5B_256_nvidia-h200_2026-11-28.json")["systems"]
+    ours, trls = (statistics.median(steps[system]["step_s"]) for system in ("osd", "trl_autocast"))
+    assert f"took {ours:.1f} s (vLLM 0.26, the engine of before); TRL's took {trls:.1f} s" in " ".join(text.split())
+    [learnt] = re.findall(r"^### bookings.*?(^\| sampled from.*?)^$", evidence, flags=re.DOTALL | re.MULTILINE)[:1]
+    known = {row[0]: row for row in table(learnt)}
+    quality = [row for row in table(text) if len(row) == 4 and "±" in row[1]]
+    assert len(quality) == 4
+    for name, *cells in quality:
+        arm = {"student (on-policy)": "student", "linear mixture, 0.5": "linear 0.5"}.get(name, name)
+        final, mean, difference = (known[arm][column] for column in (2, 4, 5))
+        assert cells == [final, mean, difference], name
+
+
+def table(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
 def test_memory_page_follows_the_formula_of_osd_check():
