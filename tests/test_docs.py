@@ -119,7 +119,7 @@ def test_readme_has_the_committed_results():
         assert f"| {size} | {ms[size, None]:.2f} | {cells} |" in text
     steps = result("train_step_3B+0.5B_256_nvidia-h200_2026-11-28.json")["systems"]
     ours, trls = (statistics.median(steps[system]["step_s"]) for system in ("osd", "trl_autocast"))
-    assert f"took {ours:.1f} s (vLLM 0.26, the engine of before); TRL's took {trls:.1f} s" in " ".join(text.split())
+    assert f"took {ours:.1f} s (vLLM 0.26, the previous engine); TRL's took {trls:.1f} s" in " ".join(text.split())
     [learnt] = re.findall(r"^### bookings.*?(^\| sampled from.*?)^$", evidence, flags=re.DOTALL | re.MULTILINE)[:1]
     known = {row[0]: row for row in table(learnt)}
     quality = [row for row in table(text) if len(row) == 4 and "±" in row[1]]
