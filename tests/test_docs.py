@@ -170,6 +170,20 @@ def test_structure_page_lists_every_module():
         assert (ROOT / name).is_file(), name
 
 
+CLAUSE = re.compile(r"(What|Whatever|How|Whether|Where|Which|Who|That|Those|If|When|As|Of|It|They)\b")
+
+
+def test_no_docstring_begins_with_a_clause():
+    """A first line is a verb or a noun (CONTRIBUTING.md), not "What `f` returns"."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    sources = sorted(path for folder in ("osd", "trainers") for path in (ROOT / folder).rglob("*.py"))
+    nodes = [(path, node) for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    texts = [(path, text) for path, node in nodes if (text := ast.get_docstring(node))]
+    assert len(texts) > 500
+    assert not [(path.name, text.splitlines()[0]) for path, text in texts if CLAUSE.match(text)]
+    assert CLAUSE.match("What `update_from_output` comes to for requests that neither stop nor stream")
+
+
 @cache
 def messages_of_the_code() -> str:
     """Return all string constants of the code, one per line, with … in place of the values of f-strings."""
