@@ -16,7 +16,7 @@ setup: $(VENV)/.ready  ## make the virtual environment
 $(VENV)/.ready: pyproject.toml requirements/cpu-overrides.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
 
-# Training on a CPU frees and maps the same large buffers at every step. Keeping them mapped saves a tenth of the time.
+# Training on a CPU frees and maps the same large buffers at every step. Keep them mapped.
 demo: export MALLOC_MMAP_MAX_ = 0
 demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 demo: export MALLOC_TOP_PAD_ = 268435456

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = run(flags)
     report.write(metrics, flags.output)
     report.show(metrics, flags.output, console)
-    console.print("talk to the student: python examples/demo.py --ask 'A booking message'", highlight=False)
+    console.print(f"talk to the student:\n{ask_command(flags.output / STUDENT)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def run(flags: argparse.Namespace) -> dict[str, Any]:
@@ -129,6 +130,17 @@ def ask(message: str, student: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
     [answer] = complete(load_student(str(student)), tokenizer, [{"message": message}], quiet=True)
     print(answer)
+
+
+def ask_command(student: Path) -> str:
+    """Return the shell command that asks a trained student, for the current folder."""
+    here = Path.cwd()
+    paths = (
+        path.relative_to(here) if path.is_relative_to(here) else path
+        for path in (Path(sys.executable), Path(__file__).absolute())
+    )
+    words = [*map(str, paths), *(["--student", str(student)] if student != ROOT / "outputs" / "demo" / STUDENT else [])]
+    return shlex.join([*words, "--ask", "A double room in Lyon from 5 May 2026, please. Ana Silva"])
 
 
 def load_student(path: str) -> Any:

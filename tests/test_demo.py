@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from datetime import date, datetime
@@ -223,6 +224,8 @@ def test_demo_runs_end_to_end(smollm2, tmp_path):
         mean = (1 - token["alpha"]) * token["logp_theta"] + token["alpha"] * token["logp_teacher"]
         assert token["logq"] >= mean - 1e-3
     assert "2 steps" in done.stdout
+    asked = subprocess.run(shlex.split(done.stdout.splitlines()[-1]), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert asked.stdout.strip(), asked.stderr
 
 
 @pytest.mark.slow

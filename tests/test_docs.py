@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import statistics
 from functools import cache
 from pathlib import Path
 
@@ -98,6 +99,41 @@ def test_readme_is_short():
     assert len(text[: text.index("from datasets import")].split()) <= 250
 
 
+def test_readme_has_the_committed_results():
+    """Write the rows of its tables again: cost from benchmarks/results, quality from the generated page evidence.md."""
+    from benchmarks.summary import rows
+
+    def result(name):
+        return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+    text, evidence = ENGLISH.read_text(), (ROOT / "docs" / "evidence.md").read_text()
+    sampling = result("sampling_3B+1.5B_256_nvidia-h200_2026-11-30.json")
+    teacher, pair = (rows(sampling, system, "batch") for system in ("teacher", "paired"))
+    for shape, alone in teacher.items():
+        ms = [alone["ms_per_step"], pair[shape]["ms_per_step"]]
+        assert f"| {shape[0]} | {ms[0]:.2f} | {ms[1]:.2f} | {ms[1] / ms[0]:.2f} |" in text
+    drafts = result("speculation_14B+1.5B_nvidia-h200_2026-11-30.json")["systems"]
+    ms = {(r["batch_size"], r["acceptance"]): r["ms_per_step"] for s in ("teacher", "4") for r in drafts[s]["rows"]}
+    for size in (8, 32):
+        cells = " | ".join(f"{ms[size, a]:.2f} ({ms[size, a] / ms[size, None]:.2f} ×)" for a in (0.9, 0.7))
+        assert f"| {size} | {ms[size, None]:.2f} | {cells} |" in text
+    steps = result("train_step_3B+0.5B_256_nvidia-h200_2026-11-28.json")["systems"]
+    ours, trls = (statistics.median(steps[system]["step_s"]) for system in ("osd", "trl_autocast"))
+    assert f"took {ours:.1f} s (vLLM 0.26, the previous engine); TRL's took {trls:.1f} s" in " ".join(text.split())
+    [learnt] = re.findall(r"^### bookings.*?(^\| sampled from.*?)^$", evidence, flags=re.DOTALL | re.MULTILINE)[:1]
+    known = {row[0]: row for row in table(learnt)}
+    quality = [row for row in table(text) if len(row) == 4 and "±" in row[1]]
+    assert len(quality) == 4
+    for name, *cells in quality:
+        arm = {"student (on-policy)": "student", "linear mixture, 0.5": "linear 0.5"}.get(name, name)
+        final, mean, difference = (known[arm][column] for column in (2, 4, 5))
+        assert cells == [final, mean, difference], name
+
+
+def table(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
 def test_memory_page_follows_the_formula_of_osd_check():
     """Compute the table again: parameters by transformers, caches from the shapes, training bytes from osd.check."""
     from transformers import AutoModelForCausalLM, Qwen2Config
@@ -132,6 +168,20 @@ def test_structure_page_lists_every_module():
                 assert f"`{path.relative_to(ROOT)}`" in text or re.search(rf"`{path.name}`", text), path
     for name in re.findall(r"`((?:osd|trainers|benchmarks|studies|theory)/[\w/]+\.\w+)`", text):
         assert (ROOT / name).is_file(), name
+
+
+CLAUSE = re.compile(r"(What|Whatever|How|Whether|Where|Which|Who|That|Those|If|When|As|Of|It|They)\b")
+
+
+def test_no_docstring_begins_with_a_clause():
+    """A first line is a verb or a noun (CONTRIBUTING.md), not "What `f` returns"."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    sources = sorted(path for folder in ("osd", "trainers") for path in (ROOT / folder).rglob("*.py"))
+    nodes = [(path, node) for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    texts = [(path, text) for path, node in nodes if (text := ast.get_docstring(node))]
+    assert len(texts) > 500
+    assert not [(path.name, text.splitlines()[0]) for path, text in texts if CLAUSE.match(text)]
+    assert CLAUSE.match("What `update_from_output` comes to for requests that neither stop nor stream")
 
 
 @cache

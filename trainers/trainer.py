@@ -406,8 +406,8 @@ class OSDTrainer(DistillationTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
-        # TRL averages the rest.
-        logs = logs | {f"{prefix}{name}": value for name, value in take_reduced(self._metrics[mode]).items()}
+        # In place, as TRL adds the metrics that it averages: `evaluate()` returns this dictionary.
+        logs.update({f"{prefix}{name}": value for name, value in take_reduced(self._metrics[mode]).items()})
         wanted, self.log_completions = self.log_completions, False
         try:
             super().log(logs, start_time)
