@@ -248,7 +248,7 @@ def check(teacher: str, student: str, wanted: Wanted) -> Report:
         try:
             sides[name] = _side(config, name, wanted.gpus, built.get(name))
         except (ValueError, OSError) as error:
-            why = f"{name}={getattr(config, name)!r}: vLLM does not take it on this machine ({_first_line(error)})"
+            why = f"{name}={getattr(config, name)!r}: vLLM does not take it on this machine ({str(error).splitlines()[0]})"
             sampling = sampling or why
     return Report(
         teacher=teacher,
@@ -316,11 +316,6 @@ def _tried(check: Callable[[PairConfig], Any], config: PairConfig) -> tuple[Any,
         return check(config), ""
     except ValueError as error:
         return None, str(error)
-
-
-def _first_line(error: Exception) -> str:
-    """Return what an error says, without pydantic's frame around it."""
-    return " ".join(str(error).partition("Value error, ")[2].partition("[type=")[0].split()) or str(error).splitlines()[0]
 
 
 def _too_large(sides: dict[str, Side], wanted: Wanted) -> str:

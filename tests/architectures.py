@@ -99,6 +99,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             shared_intermediate_size=64,
         ),
     ),
+    "Mamba-2, attention and MLP in layers of their own": (
+        "NemotronH",
+        dict(
+            layers_block_type=["mamba", "attention", "mlp", "mamba"],
+            mamba_num_heads=4,
+            mamba_head_dim=32,
+            ssm_state_size=16,
+            n_groups=1,
+        ),
+    ),
     "Mamba-2 everywhere": (
         "Mamba2",
         dict(intermediate_size=128, num_heads=4, head_dim=32, state_size=16, n_groups=1, expand=2),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import process, sampling, stopwatch, summary, train_step, train_worker, worker
+from benchmarks import process, sampling, scaling, stopwatch, summary, train_step, train_worker, worker
 from benchmarks.shapes import config, parse_pair
 from benchmarks.stopwatch import Stopwatch
 
@@ -219,11 +219,11 @@ def test_plot_draws_drafts_with_the_line_of_the_theory(tmp_path):
         plot_drafts(drafts, [{**alone, "pair": "c+d"}], tmp_path / "drafts.svg")
 
 
-def benchmark(script: str, folder: Path, *options: str) -> dict[str, Any]:
+def benchmark(script: str, folder: Path, *options: str, seconds: float = 300) -> dict[str, Any]:
     """Run a benchmark script and return its result."""
     path = folder / "result.json"
     command = [sys.executable, str(ROOT / "benchmarks" / script), *options, "--output", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=seconds)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text())
 
@@ -411,3 +411,48 @@ def test_lora_sync_benchmark_runs(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert set(rows) == {"merged"}
     assert all(value > 0 for row in rows.values() for value in row.values())
+
+
+# -- several GPUs -------------------------------------------------------------------------------------------------------
+
+
+def test_scaling_compares_the_pair_with_teacher_only():
+    rows = {"teacher": 10.0, "student": 3.0, "0": 14.0, "2": 7.0, "3": 6.0, "auto": 1.0}
+    measured = [{"batch_size": 32, "ms_per_step": 0.0}, {"batch_size": 128, "ms_per_step": None}]
+    systems = {name: {"rows": [{**measured[0], "ms_per_step": ms}, measured[1]]} for name, ms in rows.items()}
+    assert scaling.over_teacher(systems) == {"32": {"teacher_ms": 10.0, "0": 1.4, "best": "3", "at_best": 0.6}}
+
+
+def test_a_part_of_scaling_that_takes_too_long_is_ended(tmp_path):
+    part = scaling.run(["-c", "print('begun', flush=True); import time; time.sleep(600)"], tmp_path / "part.json", 2.0)
+    assert part["status"] == "stopped at the time limit"
+    assert part["result"] is None
+    assert "begun" in part["log"]
+    assert scaling.run(["-c", "raise SystemExit(3)"], tmp_path / "part.json", 60.0)["status"] == "exit code 3"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--gpus 3", "--gpus 3: give an even number from 2 on"),
+        ("--gpus 8", "--gpus 8 must divide the 28 attention heads of 7B"),
+    ],
+)
+def test_a_scaling_that_cannot_run_is_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        scaling.parse_args(options.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_scaling_runs_in_two_processes_on_a_cpu(tmp_path):
+    options = "--gpus 2 --pair tiny+tiny --prompt-tokens 8 --new-tokens 6 --completions 4 --micro-batch 1 --steps 1 --repeats 1"
+    options += " --batch-sizes 2 --drafts 0 1 --time-limit 900 --parts sampling colocate sync"
+    found = benchmark("scaling.py", tmp_path, *options.split(), "--engine-kwargs", json.dumps({"block_size": 32}), seconds=960)
+    assert {name: part["status"] for name, part in found["parts"].items()} == dict.fromkeys(found["parts"], "ok")
+    summary = found["summary"]
+    assert summary["sampling"]["2"]["0"] > 0
+    assert summary["colocate"]["osd"]["step_s"] > 0
+    [ranks] = summary["colocate"]["memory_bytes_of_ranks"]
+    assert len(ranks) == 2
+    assert {"osd: sync", "osd: raw copy", "http: server", "http: raw copy"} <= summary["sync"].keys()

@@ -5,6 +5,7 @@ Both sides have the architecture and weights of their own. Float32; bound 2e-3 o
 
 from __future__ import annotations
 
+import random
 from copy import deepcopy
 from math import prod
 from typing import Any
@@ -13,17 +14,21 @@ import pytest
 import torch
 
 from osd.engine.backend.layers import model_facts
+from osd.engine.engine import PairPrompt
 from osd.validate_models import student_layout
 from tests.architectures import ARCHITECTURES, reference, save_model
 from tests.exact import completion_logits
 from tests.pairs import cramped, hard_prompts, preempted, run_with_random_arrivals, runners, start, watch
+from tests.tiny import tiny_model
+from tests.training import ROWS, build_trainer, loss_and_gradient, sampled
 
 IN_CI = ["sliding window and full", "Mamba-2 and attention"]
 # Stock vLLM 0.32 on a CPU: 0.75 (LFM2) and 9.5 nats (DeepSeek-V2) off transformers, and no float32 (Qwen3-Next).
 ON_GPUS = ["short convolution", "latent attention", "gated delta net and attention"]
 # OSD refuses to train gpt-oss and latent attention; vLLM 0.32's Gemma 3n is wrong where `correct_output_scale` is not 0.
 NOT_SYNCED = ["attention sinks", "latent attention", "shared KV caches"]
-RECURRENT = ["Mamba-2 and attention", "Mamba-2 everywhere", "short convolution", "gated delta net and attention"]
+NEMOTRON = "Mamba-2, attention and MLP in layers of their own"
+RECURRENT = ["Mamba-2 and attention", "Mamba-2 everywhere", NEMOTRON, "short convolution", "gated delta net and attention"]
 EXPERTS = ["experts", "attention sinks", "gated delta net and attention"]
 # One block a request, or blocks of 512 tokens: their caches do not fill up.
 ROOMY = ["Mamba-2 everywhere", "head sizes that differ by layer", "short convolution"]
@@ -61,6 +66,11 @@ def drafts(kind, request) -> int:
     return request.param
 
 
+def caches_prefixes(kind: str) -> bool:
+    """vLLM 0.32 on a CPU: a prefill that ends inside a block of cached Mamba-2 states ends the engine."""
+    return torch.cuda.is_available() or "Mamba" not in kind
+
+
 @pytest.fixture(scope="module")
 def engine(kind, model_paths, drafts):
     if torch.cuda.is_available() and kind == "latent attention":
@@ -68,16 +78,14 @@ def engine(kind, model_paths, drafts):
     if torch.cuda.is_available() and kind in EXPERTS and not hasattr(torch.ops._moe_C, "topk_softmax"):
         pytest.skip("this build of vLLM has no kernels of experts")
     blocks = 12 if kind in ONE_GROUP else 24
-    # vLLM 0.32 on a CPU: a prefill that ends inside a block of cached Mamba-2 states ends the engine.
-    caching = torch.cuda.is_available() or "Mamba" not in kind
     config = cramped(34, 50, blocks) | dict(num_speculative_tokens=drafts)
-    with start(model_paths, config, max_model_len=192, enable_prefix_caching=caching) as engine:
+    with start(model_paths, config, max_model_len=192, enable_prefix_caching=caches_prefixes(kind)) as engine:
         yield engine
 
 
-def errors(models, results: dict[int, tuple[Any, Any]]) -> dict[str, float]:
+def errors(models, results: dict[int, tuple[Any, Any]], prompts: Any = None) -> dict[str, float]:
     """Return the largest difference of a recorded log-probability from transformers' by column."""
-    prompts, worst = hard_prompts(), {"logp_teacher": 0.0, "logp_theta": 0.0}
+    prompts, worst = prompts or hard_prompts(), {"logp_teacher": 0.0, "logp_theta": 0.0}
     for i, (output, record) in results.items():
         token = torch.tensor(output.token_ids)[:, None]
         sides = prompts[i].teacher_token_ids, prompts[i].student_token_ids
@@ -93,6 +101,48 @@ def test_records_are_exact_under_a_hard_schedule(kind, engine, models, monkeypat
     assert max(errors(models, results).values()) < 2e-3
     assert preempted(seen) or kind in ROOMY, seen
     assert min(seen["teacher ahead in prefill"], seen["student ahead in prefill"]) > 0, seen
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_prefix_hit_on_one_side_alone_is_exact(kind, engine, models, side):
+    """The other side computes its whole prompt."""
+    if not caches_prefixes(kind):
+        pytest.skip("no prefix caching")
+    rng = random.Random(side)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(7, 64) for _ in range(count)]
+
+    shared, prompts, completions = ids(70), [], []
+    for _ in range(2):
+        own = {"teacher": ids(65), "student": ids(75), side: shared + ids(5)}
+        prompts.append(PairPrompt(teacher_token_ids=own["teacher"], student_token_ids=own["student"]))
+        completions += engine.generate(prompts[-1:], sampling={"max_tokens": 12, "ignore_eos": True})
+    hits = {"teacher": completions[1].teacher_cached_tokens, "student": completions[1].student_cached_tokens}
+    assert hits.pop(side) > 0
+    assert set(hits.values()) == {0}
+    assert max(errors(models, {i: (c, c.record) for i, c in enumerate(completions)}, prompts).values()) < 2e-3
+
+
+def test_the_loss_is_that_of_a_transformers_teacher(kind, engine, model_paths, tmp_path):
+    """Recorded supervision against a second teacher in transformers, on the same completions."""
+    if kind in NOT_SYNCED:
+        pytest.skip("such a student cannot be trained")
+    recorded, recompute = (
+        build_trainer(engine, model_paths[1], tmp_path, teacher_signal=signal) for signal in ("recorded", "recompute")
+    )
+    batch, _ = sampled(recorded, ROWS[:4])
+    loss, gradient = loss_and_gradient(recorded, batch)
+    completions = recorded.vllm_generation.last_batch.completions
+    prompts = recorded._renderer.teacher_ids(ROWS[:4])
+    columns = recompute._teacher.columns(completions, prompts, batch["completion_mask"])
+    again, gradient_again = loss_and_gradient(recompute, batch | columns)
+    assert loss > 0.01
+    assert again == pytest.approx(loss, rel=1e-3)
+    assert (gradient_again - gradient).norm() < 1e-2 * gradient.norm()
+    wrong = recompute._teacher.columns(completions, prompts[::-1], batch["completion_mask"])  # planted: another row's prompt
+    _, planted = loss_and_gradient(recompute, batch | wrong)
+    assert (planted - gradient).norm() > 0.1 * gradient.norm()
 
 
 def on_disk(engine, model: torch.nn.Module) -> Any:
@@ -147,6 +197,22 @@ def test_a_state_that_takes_a_token_twice_is_seen(kind, engine, models, monkeypa
     monkeypatch.setattr("osd.engine.backend.scheduler._preempt", take_back)
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
     assert errors(models, results)["logp_theta"] > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize("kind", [parameter(kind) for kind in ARCHITECTURES])
+def test_beside_a_llama(kind, side, tmp_path):
+    """An architecture on one side alone, with full attention on the other."""
+    if side == "student" and kind in EXPERTS:
+        pytest.skip("vLLM prepares for experts by the teacher's configuration")
+    folders = {"teacher": tmp_path / "teacher", "student": tmp_path / "student"}
+    for name, seed in (("teacher", 3), ("student", 4)):
+        save_model(folders[name], kind, seed=seed) if name == side else tiny_model(folders[name], seed=seed)
+    models = tuple(map(reference, folders.values()))
+    with start(folders.values(), cramped(34, 50, 24), max_model_len=192, enable_prefix_caching=caches_prefixes(kind)) as engine:
+        results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
+        assert max(errors(models, results).values()) < 2e-3
 
 
 def planned(spec: Any) -> tuple[int, int | None]:

@@ -156,6 +156,39 @@ def test_memory_page_follows_the_formula_of_osd_check():
         assert f"{TRAINING_BYTES * parameters / 2**30:.1f}" == training
 
 
+def test_scaling_page_has_the_memory_that_osd_check_computes():
+    import runpy
+
+    made = runpy.run_path(str(ROOT / "docs" / "make_scaling.py"))
+    assert made["PAGE"].read_text() == made["page"](), "run `python docs/make_scaling.py`"
+
+
+def test_the_commands_of_the_scaling_page_parse(monkeypatch):
+    """Those of servers and of several nodes, which no test runs: by vLLM's parser, accelerate's, and training's own."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    from osd.engine.backend.arguments import given, pair_config, parser
+    from osd.launch import _accelerate_flags, _split
+    from osd.train.train_osd import parse
+
+    monkeypatch.chdir(ROOT)
+    seen = set()
+    for block in blocks((ROOT / "docs" / "scaling.md").read_text()):
+        for words, _ in commands(block.text):
+            if words[:2] == ["osd", "serve"]:
+                assert pair_config(parser().parse_args(words[2:]), given(words[2:])).engine_kwargs["weight_transfer_config"]
+            elif words[:2] == ["osd", "train"]:
+                launch, rest = _split(words[2:])
+                parse(rest)
+                flags = [*_accelerate_flags(launch, use_cpu=False), "-m", "osd.train.train_osd"]
+                args, *_ = _validate_launch_command(launch_command_parser().parse_args(flags))
+                assert args.use_fsdp
+                assert args.num_processes == int(launch.num_processes)
+                assert args.num_machines == int(getattr(launch, "num_machines", 1))
+            seen.add(" ".join(words[:2]))
+    assert {"osd serve", "osd train"} <= seen
+
+
 def test_performance_page_has_short_lines():
     assert max(map(len, (ROOT / "docs" / "performance.md").read_text().splitlines())) <= 120
 

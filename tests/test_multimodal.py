@@ -17,6 +17,7 @@ from osd.validate_models import student_layout
 from tests.architectures import MULTIMODAL, save_multimodal
 from tests.exact import completion_logits
 from tests.pairs import runners
+from tests.served import served
 from tests.tiny import tiny_engine_kwargs
 from tests.training import build_trainer, watch
 
@@ -136,6 +137,24 @@ def test_a_language_model_that_lost_a_layer_is_seen(engine, folders, monkeypatch
         engine.load_student_weights(live.named_parameters())
     monkeypatch.undo()
     engine.load_student_weights(live.named_parameters())
+
+
+@pytest.mark.slow
+def test_a_multimodal_pair_is_served_as_text(tmp_path):
+    paths = [save_multimodal(tmp_path / name, "Gemma 3", seed) for name, seed in (("teacher", 3), ("student", 4))]
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    with served(*paths, tmp_path / "log") as server:
+        [choice] = server.complete(PROMPT, PROMPT[:5], seed=1)
+        [chat] = server.complete([{"role": "user", "content": "w7"}], route="/v1/chat/completions", seed=2)
+        refused = {"messages": [{"role": "user", "content": [image]}], "max_tokens": 2}
+        assert server.refused(refused, route="/v1/chat/completions")[0] == 400
+        assert len(server.complete(PROMPT)[0]["token_ids"]) == 24
+    token_T1 = torch.tensor(choice["token_ids"])[:, None]
+    assert len(token_T1) == len(chat["token_ids"]) == 24
+    for path, prompt, column in zip(paths, (PROMPT, PROMPT[:5]), ("logp_teacher", "logp_theta"), strict=True):
+        logp_TV = completion_logits(whole(path), prompt, choice["token_ids"]).log_softmax(-1)
+        recorded = torch.tensor(choice["osd"][column], dtype=torch.float64)
+        torch.testing.assert_close(recorded, logp_TV.gather(-1, token_T1)[:, 0], atol=2e-3, rtol=0)
 
 
 # -- rows with images -----------------------------------------------------------------------------------------------------

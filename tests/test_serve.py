@@ -6,6 +6,7 @@ import json
 import math
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -327,14 +328,40 @@ def test_clients_that_hang_up_leave_nothing_behind(server):
     body = {"prompt": TEACHER, "max_tokens": 120, "ignore_eos": True, "stream": True, "osd": {"record": True}}
     with server.http.stream("POST", "/v1/completions", json=body) as answer:
         next(answer.iter_lines())
+    idle(server)
+    [choice] = server.complete(TEACHER, STUDENT, seed=1)
+    assert len(choice["osd"]["alpha"]) == 24
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(server):
+    """Its stream is larger than what sockets buffer."""
+    host, port = server.http.base_url.host, server.http.base_url.port
+    body = {"prompt": TEACHER, "max_tokens": 120, "ignore_eos": True, "stream": True, "n": 8, "logprobs": 20}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    slow = [socket.socket() for _ in range(4)]
+    for client in slow:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, port))
+        client.sendall(head.encode() + content)
+    [choice] = server.complete(TEACHER, STUDENT, seed=1)
+    assert len(choice["token_ids"]) == 24
+    idle(server)
+    for client in slow:
+        assert client.recv(16).startswith(b"HTTP/1.1 200")
+        client.close()
+    assert server.complete(TEACHER, STUDENT, seed=1)[0]["token_ids"] == choice["token_ids"]
+
+
+def idle(server):
+    """Wait until no request runs in the engine."""
     deadline = time.monotonic() + 20
     while "vllm:num_requests_running{" in (text := server.http.get("/metrics").text):
         running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running{")]
         if all(line.endswith(" 0.0") for line in running):
             break
         assert time.monotonic() < deadline, running
-    [choice] = server.complete(TEACHER, STUDENT, seed=1)
-    assert len(choice["osd"]["alpha"]) == 24
 
 
 @pytest.fixture
@@ -401,6 +428,30 @@ def test_sigterm_leaves_no_process(server):
     while server.server.members():
         assert time.monotonic() < deadline, server.server.members()
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [False, True], ids=["two front ends", "one front end"])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("running", [2, 4])
+def test_a_signal_while_replicas_start_leaves_no_process(model_paths, tmp_path, weights, sent, running):
+    """Data parallel: a coordinator, two engines and the front ends are processes of their own."""
+    flags = ["--data-parallel-size", "2", "--api-key", KEY]
+    flags += ["--weight-transfer-config", '{"backend": "http"}'] if weights else []
+    server = serve(*model_paths, tmp_path / "log", *flags)
+    try:
+        deadline = time.monotonic() + 240
+        while len(server.members()) < running:
+            assert server.process.poll() is None, server.log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        server.process.send_signal(sent)
+        deadline = time.monotonic() + 60
+        while server.members():
+            assert time.monotonic() < deadline, (server.members(), server.log.read_text()[-3000:])
+            time.sleep(0.1)
+    finally:
+        server.kill()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import osd.train.passes as passes
 import osd.train.privilege_gap as privilege_module
 from osd.train.importance import importance_weights
 from tests.test_generation import logp
-from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
+from tests.training import DEVICE, ROWS, build_trainer, logged, loss_and_gradient, sampled, watch, weights_after
 
 pytestmark = pytest.mark.gpu
 
@@ -27,22 +27,6 @@ def make(engine, tiny_pair, tmp_path):
 @pytest.fixture(scope="module")
 def teacher(tiny_pair):
     return AutoModelForCausalLM.from_pretrained(tiny_pair[0]).to(DEVICE).eval()
-
-
-def sampled(trainer, rows=ROWS[:8]):
-    """A batch as the loss sees it, and the records of its completions."""
-    trainer.model.train()
-    trainer._last_loaded_step = -1
-    batch = trainer._generate_and_score_completions(rows)
-    return batch, [c.record for c in trainer.vllm_generation.last_batch.completions]
-
-
-def loss_and_gradient(trainer, batch):
-    trainer.model.train()
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
 # -- where the teacher comes from ---------------------------------------------------------------------------------------

@@ -72,3 +72,19 @@ def watch(trainer, look):
 def weights_after(trainer):
     trainer.train()
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def sampled(trainer, rows=ROWS[:8]):
+    """A batch as the loss sees it, and the records of its completions."""
+    trainer.model.train()
+    trainer._last_loaded_step = -1
+    batch = trainer._generate_and_score_completions(rows)
+    return batch, [c.record for c in trainer.vllm_generation.last_batch.completions]
+
+
+def loss_and_gradient(trainer, batch):
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])

@@ -53,7 +53,7 @@ class Frontend:
         try:
             arguments = as_text(config.teacher_engine_args())
             check_engine_args(EngineArgs(**arguments))
-            with mock.patch.object(engine_utils, "zmq_socket_ctx", _handshake):
+            with interruptible_start():
                 self.llm = LLM(**arguments)
             self._watch_outputs()
             self._check_active()
@@ -236,12 +236,19 @@ class Frontend:
 
 
 @contextmanager
-def _handshake(*args: Any, **kwargs: Any) -> Iterator[Any]:
-    """Open vLLM's socket for starting its engine's process, and let Ctrl-C through.
+def interruptible_start() -> Iterator[None]:
+    """Let Ctrl-C, and a server's SIGTERM, end the start of the engines' processes.
 
-    Symptom: a start that was interrupted waits for up to VLLM_ENGINE_READY_TIMEOUT_S. Cause: `zmq_socket_ctx` swallows
-    KeyboardInterrupt. Versions: 0.32, 0.33. To be removed when it does not (tests/test_ctrl_c.py).
+    Symptom: a start that was interrupted waits for up to VLLM_ENGINE_READY_TIMEOUT_S, and then goes on. Cause: `zmq_socket_ctx`
+    swallows KeyboardInterrupt. Versions: 0.32, 0.33. To be removed when it does not (tests/test_ctrl_c.py, test_serve.py).
     """
+    with mock.patch.object(engine_utils, "zmq_socket_ctx", _handshake):
+        yield
+
+
+@contextmanager
+def _handshake(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Open vLLM's socket for starting its engines' processes, and let an interrupt through."""
     interrupt = None
     with zmq_socket_ctx(*args, **kwargs) as socket:
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from osd.engine.asgi import HttpRequest, Sender, reading
 from osd.engine.backend.arguments import server_arguments
 from osd.engine.backend.configuration import mixing_config, most_drafts, side_limits, student_vllm_config
+from osd.engine.backend.frontend import interruptible_start
 from osd.engine.backend.training import Training, not_now
 from osd.engine.request import EXTRA_ARGS_KEY, PairOptions, PairPrompt, check_request
 from osd.engine.served import weights_digest
@@ -58,7 +60,13 @@ def serve(argv: Sequence[str]) -> None:
     args = server_arguments(list(argv))
     args.osd = _Imported()
     args.middleware = [*args.middleware, f"{PairMiddleware.__module__}.{PairMiddleware.__name__}"]
-    ServeSubcommand().cmd(args)
+    signal.signal(signal.SIGINT, _interrupt)  # asyncio's own handler would wait until the engines have started
+    with interruptible_start():
+        ServeSubcommand().cmd(args)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 class _Imported:
