@@ -24,14 +24,15 @@ import torch
 from accelerate.utils import set_seed
 from trl.trainer.utils import ensure_master_addr_port
 
-from osd.engine.remote import RemoteEngine, ServerLost
+from osd.background import BackgroundSampling, paired
+from osd.engine.remote import RemoteEngine
+from osd.engine.remote_batch import Batch
 from osd.engine.served import ServedPair
 from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
 from osd.sampling_args import DROP_IN, FIELDS, checked_fields
 from osd.terminal import Loading, models
 from osd.validate_models import check_student_can_train, end_ids
-from osd.weight_sync import LiveStudent
 
 if TYPE_CHECKING:
     from osd.engine.engine import PairCompletion, PairConfig, PairEngine, PairPrompt
@@ -44,15 +45,17 @@ class GeneratedBatch:
     Attributes:
         completions: token ids, finish reason, error and per-token record of each; `text` only where `generation_kwargs` has
             `stop` strings (or `detokenize`).
-        seconds: wall-clock time of the call.
+        seconds: wall-clock time of the call; of a batch that was begun before, the time that was waited for it.
         sync_seconds: time of the syncs since the previous call; 0 without one.
         weights_version: number of syncs before this call.
+        staleness: optimizer updates between the weights that drew each completion and those of this call.
     """
 
     completions: list[PairCompletion]
     seconds: float
     sync_seconds: float
     weights_version: int
+    staleness: list[int]
 
 
 @dataclass
@@ -61,10 +64,11 @@ class _TeacherSide:
 
     prompts: list[list[int]] | None
     alpha: float | Sequence[float | None] | None
+    begun: bool = False
     used: bool = False
 
 
-class OSDGeneration(LiveStudent):
+class OSDGeneration(BackgroundSampling):
     """Generator of completions from q*, which keeps the student's engine at the trainer's weights.
 
     Subclasses TRL's generator for its iteration over sharded parameters (FSDP, DeepSpeed ZeRO-3); engine, sync and generation
@@ -83,6 +87,8 @@ class OSDGeneration(LiveStudent):
             with the next call or sync. Needs a GPU; both prefix caches are lost every time.
         hidden: record the teacher's final hidden states (recorded supervision needs them).
         topk: or so many of the teacher's largest log-probabilities and the mass of the rest (top-k supervision); 0: neither.
+        max_staleness: the most optimizer updates between the weights that draw a token and those of the `generate` call that
+            returns it. Above 0 only for batches of `begin`.
         on_error: "raise" for a completion that ended in an error (NaN logits), or "keep" it for a caller that masks it (at
             least one token is returned, and its `error` is the reason).
         temperature, top_p, top_k, min_p, repetition_penalty, max_completion_length, generation_kwargs: as in TRL; they
@@ -106,6 +112,7 @@ class OSDGeneration(LiveStudent):
         enable_sleep_mode: bool = False,
         hidden: bool = False,
         topk: int = 0,
+        max_staleness: int = 1,
         on_error: str = "raise",
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -124,6 +131,7 @@ class OSDGeneration(LiveStudent):
         self.mix_tokens = mix_tokens
         self.check_sync = check_sync
         self.hidden, self.topk = hidden, topk
+        self.max_staleness = max_staleness
         self.on_error = on_error
         self.last_batch: GeneratedBatch | None = None
         self._stays_awake = False
@@ -209,6 +217,7 @@ class OSDGeneration(LiveStudent):
     def close(self) -> None:
         """Shut the engine down, if this object started it."""
         self._synced = False
+        self.drop()
         if self.owns_engine:
             self.engine.close()
 
@@ -242,6 +251,7 @@ class OSDGeneration(LiveStudent):
         *,
         alpha: float | Sequence[float | None] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        begun: bool = False,
     ) -> Iterator[None]:
         """Give the teacher its own prompts, and α if `alpha` is given, in the next `generate` call of this block.
 
@@ -251,6 +261,7 @@ class OSDGeneration(LiveStudent):
             alpha: the teacher's weight, one for all or one per prompt; 0 samples from the student alone, as evaluation
                 should. None: the mixing's own.
             chat_template_kwargs: arguments of the teacher's chat template (give it those that the trainer gives the student's).
+            begun: the call returns the batch that `begin` started, with the same prompts; `alpha` is the one given there.
 
         Raises:
             ValueError: a prompt that is empty or cannot be rendered.
@@ -259,7 +270,7 @@ class OSDGeneration(LiveStudent):
             raise RuntimeError("teacher_reads() is already in effect; it cannot be nested")
         check_template_kwargs(kwargs := dict(chat_template_kwargs or {}))
         teacher_ids = None if prompts is None else encode_all(self.engine.tokenizer, list(prompts), **kwargs)
-        self._teacher_side = _TeacherSide(teacher_ids, alpha)
+        self._teacher_side = _TeacherSide(teacher_ids, alpha, begun)
         try:
             yield
         finally:
@@ -291,54 +302,42 @@ class OSDGeneration(LiveStudent):
         for index, given in enumerate(images or ()):
             if given:
                 raise ValueError(f"prompts[{index}] has images, and OSD distils text; remove such rows, or the image columns")
-        if not self._synced:
-            raise RuntimeError("the student's engine does not have the trainer's weights; call sync_weights() first")
+        self._check_synced()
         check_special_tokens(self.processing_class, prompts)
-        teacher_prompts, alpha = self._take_teacher_side(prompts)
+        pair_prompts, alpha, begun = self._take_teacher_side(prompts)
         start = time.perf_counter()
         self.engine.wake_up()
         with profiler or nullcontext():
-            completions = self._sampled(
-                _pair_prompts(teacher_prompts, prompts),
-                sampling=self._sampling(),
-                alpha=alpha,
-                mix_tokens=self.mix_tokens,
-                hidden=self.hidden,
-                topk=self.topk,
-            )
+            completions = self._sampled(pair_prompts, begun, alpha=alpha, **self._options())
         self.last_batch = GeneratedBatch(
             completions=completions,
-            seconds=time.perf_counter() - start,
+            seconds=self.waited_seconds + time.perf_counter() - start,
             sync_seconds=self.sync_seconds,
             weights_version=self.engine.weights_version,
+            staleness=self._staleness(begun, len(prompts)),
         )
-        self.sync_seconds = 0.0
+        self.sync_seconds = self.waited_seconds = 0.0
         self._sleep()
         self._check_errors(completions)
         token_ids = [c.token_ids or [self._end_token] for c in completions]
         logprobs = [[[lp] for lp in _logp_draw(c, len(ids))] for c, ids in zip(completions, token_ids, strict=True)]
         return prompts, token_ids, logprobs, [[[token] for token in ids] for ids in token_ids]
 
-    def _sampled(self, prompts: list[PairPrompt], **options: Any) -> list[PairCompletion]:
-        """Return the engine's completions; a server that lost the student gets it again, and goes on with the rest."""
-        lost: ServerLost | None = None
-        while True:
-            try:
-                return self.engine.generate(prompts, **options) if lost is None else self.engine.finish(lost.batch)  # type: ignore
-            except ServerLost as error:
-                lost = error
-            self.sync_weights()
-
-    def _take_teacher_side(self, prompts: list[list[int]]) -> tuple[list[list[int]], float | Sequence[float | None] | None]:
-        side = self._teacher_side
-        if side is None:
-            return prompts, None
+    def _take_teacher_side(
+        self, prompts: list[list[int]]
+    ) -> tuple[list[PairPrompt], float | Sequence[float | None] | None, Batch | None]:
+        """Return the prompts of both sides, α, and the batch that was begun with them, if the caller asks for that."""
+        side = self._teacher_side or _TeacherSide(None, None)
         if side.used:
             raise RuntimeError("teacher_reads() covers one generate() call, and this is the second one in its block")
         side.used = True
         if side.prompts is not None and len(side.prompts) != len(prompts):
             raise ValueError(f"{len(side.prompts)} teacher prompts were given for {len(prompts)} student prompts")
-        return prompts if side.prompts is None else side.prompts, side.alpha
+        pair_prompts = paired(prompts if side.prompts is None else side.prompts, prompts)
+        return pair_prompts, side.alpha, self._take_begun(pair_prompts) if side.begun else None
+
+    def _options(self) -> dict[str, Any]:
+        return {"sampling": self._sampling(), "mix_tokens": self.mix_tokens, "hidden": self.hidden, "topk": self.topk}
 
     def _sampling(self) -> dict[str, Any]:
         return {
@@ -391,12 +390,6 @@ def check_groups(pair: PairConfig, processes: int) -> None:
             f"engine_kwargs['data_parallel_size']={replicas}: in training every group of processes has its own pair; use 1, "
             "and more processes instead"
         )
-
-
-def _pair_prompts(teacher: list[list[int]], student: list[list[int]]) -> list[Any]:
-    from osd.engine.engine import PairPrompt
-
-    return [PairPrompt(teacher_token_ids=list(t), student_token_ids=list(s)) for t, s in zip(teacher, student, strict=True)]
 
 
 def _logp_draw(completion: PairCompletion, length: int) -> list[float]:

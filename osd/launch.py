@@ -16,7 +16,7 @@ usage: osd train --config FILE [--FLAG VALUE ...]
 Train a student on samples from q*. The teacher scores every token while it is sampled.
 
 start here:
-  osd train --config math_qa                  a shipped config: base, distillation or math_qa; or your own YAML file
+  osd train --config math_qa                  a shipped config: base, distillation, math_qa or server; or your own YAML file
   osd train --config math_qa --dry_run        print the prompts of both sides for the first rows; loads no weights
   osd train --config math_qa --use_cpu --bf16 false
 

@@ -65,12 +65,16 @@ class LiveStudent(VLLMGeneration):
         engine: the pair whose student follows `model`; `pair`: the configuration that it was started from, or the same engine.
         check_sync: compare log π_θ of the engine and of `model` after the syncs number 1, 2, 4, 8, ...
         sync_seconds: time of the syncs since it was last set to 0.
+        waited_seconds: time that syncs waited for a batch in the background, since it was last set to 0.
+        updates: optimizer updates of `model` so far, as the trainer counts them.
     """
 
     engine: PairEngine | RemoteEngine
     pair: PairConfig | PairEngine | ServedPair
     check_sync: bool
     sync_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    updates: int = 0
     _layout: StudentLayout | None = None
     _synced: bool = False
     _syncs: int = 0
@@ -82,13 +86,18 @@ class LiveStudent(VLLMGeneration):
 
         Of a student under LoRA, only the layers with an adapter are pushed again after the first sync, merged on the way. An
         engine that sleeps is woken first. The next batch reports the duration. If a sync fails, `generate` refuses to sample
-        until one succeeds. A server that goes away meanwhile is waited for, and gets every parameter.
+        until one succeeds. A server that goes away meanwhile is waited for, and gets every parameter. A batch that it samples
+        in the background is waited for first, and kept.
 
         Raises:
             ValueError: a parameter that the engine's student does not have, or in another shape; parameters missing.
             RuntimeError: the engine's student and the live one do not agree on log π_θ after it; a server keeps going away.
         """
         start = time.perf_counter()
+        if isinstance(self.engine, RemoteEngine):
+            self.engine.settle()
+            self.waited_seconds += (now := time.perf_counter()) - start
+            start = now
         self._synced = False
         for attempt in range(_SYNC_ATTEMPTS):
             try:
@@ -98,6 +107,8 @@ class LiveStudent(VLLMGeneration):
                 if attempt + 1 == _SYNC_ATTEMPTS:
                     raise
         self._synced = True
+        if isinstance(self.engine, RemoteEngine):
+            self.engine.updates = self.updates
         self.sync_seconds += time.perf_counter() - start
 
     def _sync(self) -> None:

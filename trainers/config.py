@@ -170,6 +170,23 @@ class OSDConfig(DistillationConfig):
         default=64, metadata={"help": "Tokens per process to measure the gap on; each is one request of one token."}
     )
 
+    # Sampling while training
+    async_generation: bool = field(
+        default=False,
+        metadata={
+            "help": "With vllm_mode='server': the server samples the next batch while this one is trained on, from weights "
+            "that are num_iterations optimizer updates older than those it will train first. The first batch of an epoch, and "
+            "of a resumed run, is waited for."
+        },
+    )
+    max_staleness: int = field(
+        default=1,
+        metadata={
+            "help": "With async_generation: the most optimizer updates between the weights that draw a token and those that "
+            "first train on it; at least num_iterations. An older sample ends the run."
+        },
+    )
+
     # The paired engine
     engine_kwargs: dict[str, Any] | str | None = field(
         default=None,

@@ -3,7 +3,8 @@
 `osd/alpha/...`  the teacher's weight: mean, std, min and max over tokens
 `osd/q/...`      of the mixture, means over tokens: KL(q*‖π_θ) and KL(q*‖π_t) in nats, entropy in nats, and
                  ess_ratio = ESS(π_θ)/ESS(π_t), which is 1 where both policies are equally well covered by q*
-`osd/engine/...` seconds of sync and sampling, cached share of each side's prompt tokens, version of the student's weights; with
+`osd/engine/...` seconds of sync, and of sampling as far as training waited for it; cached share of each side's prompt tokens;
+                 version of the student's weights; staleness, the mean age of tokens in optimizer updates; with
                  num_speculative_tokens: draft_acceptance, the share of verified drafts that were accepted, and tokens_per_cycle
 `osd/loss/clipped`    share of tokens whose divergence was above kl_clip
 `osd/loss/topk_rest`  with top-k supervision: the teacher's probability of all ids but the k, mean over tokens
@@ -71,6 +72,7 @@ def batch_metrics(generation: OSDGeneration, accelerator: Any) -> dict[str, floa
         "osd/engine/teacher_cache_hit": _ratio(*(of[f"teacher_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
         "osd/engine/student_cache_hit": _ratio(*(of[f"student_{k}_tokens"].sum().item() for k in ("cached", "prompt"))),
         "osd/engine/weights_version": of["weights_version"].min().item(),
+        "osd/engine/staleness": _ratio(of["staleness"].sum().item(), tokens),
         "osd/completions/failed": of["failed"].sum().item(),
         **({"osd/loss/topk_rest": _ratio(of["topk_rest"].sum().item(), tokens)} if generation.topk else {}),
         **_draft_metrics(*(of[name].sum().item() for name in TOKEN_ORIGINS)),
@@ -133,7 +135,9 @@ def loss_metrics(sums: dict[str, torch.Tensor], accelerator: Any) -> dict[str, f
 
 def _totals(batch: GeneratedBatch) -> dict[str, float]:
     """Return this process's sums and its extremes of α. The keys do not depend on the batch."""
-    good = [c.record for c in batch.completions if not c.error and c.record is not None]
+    aged = zip(batch.completions, batch.staleness, strict=True)
+    kept = [(c.record, age) for c, age in aged if not c.error and c.record is not None]
+    good = [record for record, _ in kept]
     # [N] over the tokens of all completions; float64, since these are sums of many.
     token_N = {
         name: torch.cat([getattr(r, name) for r in good]).double() if good else torch.empty(0, dtype=torch.float64)
@@ -153,6 +157,7 @@ def _totals(batch: GeneratedBatch) -> dict[str, float]:
         **{name: token_N[name].sum().item() for name in _MEANS},
         **{name: float(sum(getattr(c, name) for c in batch.completions)) for name in _CACHE},
         "topk_rest": float(sum(rest.sum() for rest in rest_N)),
+        "staleness": float(sum(age * len(record.alpha) for record, age in kept)),
         "failed": float(sum(c.error is not None for c in batch.completions)),
         "sync_seconds": batch.sync_seconds,
         "seconds": batch.seconds,

@@ -4,6 +4,7 @@ One step of training and its modules:
     α's bounds, and rows without mixing                   osd.train.alpha_schedule
     both prompts of every row                             osd.train.rows
     sync of the student, sampling from q*                 osd.generation.OSDGeneration, called by TRL
+    the next batch, sampled meanwhile (async_generation)  osd.train.lookahead
     the teacher, from the record or computed again        osd.train.teacher
     importance weights towards π_θ                        osd.train.passes, osd.train.importance
     divergence between student and teacher                _compute_loss, osd.train.losses, osd.train.divergence
@@ -12,7 +13,7 @@ One step of training and its modules:
 Overridden methods of TRL's DistillationTrainer, private to TRL and pinned by tests/test_trl_contract.py:
 `_generate_and_score_completions`, `_tokenize_prompts`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`,
 `_save_checkpoint`, `_save`, `_set_signature_columns_if_needed`. Overridden public methods: `compute_loss`,
-`get_train_dataloader`, `evaluation_loop`, `prediction_step`, `train`, `log` and `create_model_card`.
+`get_train_dataloader`, `get_batch_samples`, `evaluation_loop`, `prediction_step`, `train`, `log` and `create_model_card`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from osd.train.checkpointing import EpochSampler, check_same_run, marked_when_wh
 from osd.train.completion_logging import log_completions
 from osd.train.config import OSDConfig
 from osd.train.lm_head import head_of
+from osd.train.lookahead import SampledAhead
 from osd.train.losses import batch_loss, pad_column
 from osd.train.metrics import batch_metrics, end_metrics, loss_metrics, take_reduced
 from osd.train.model_card import model_card
@@ -148,6 +150,7 @@ class OSDTrainer(DistillationTrainer):
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
         self._pass = Pass(counted=False)
         self._earlier_syncs = 0  # of a resumed run, before it stopped
+        self._ahead = SampledAhead(self)
         for name in ("alpha", "token_ids"):
             self._logs[name] = deque(maxlen=self._logs["prompt"].maxlen)
         self._start(planned)
@@ -176,6 +179,7 @@ class OSDTrainer(DistillationTrainer):
             enable_sleep_mode=self.args.vllm_enable_sleep_mode,
             hidden=self.args.teacher_signal == "recorded",
             topk=self.args.teacher_topk if self.args.teacher_signal == "topk" else 0,
+            max_staleness=self.args.max_staleness,
             on_error="keep",
             temperature=self.temperature,
             top_p=self.top_p,
@@ -213,22 +217,27 @@ class OSDTrainer(DistillationTrainer):
     def _sampled_and_supervised(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         teacher_ids = self._renderer.teacher_ids(inputs)
-        self.vllm_generation.model = self.model  # FSDP1 wraps it anew when training begins
+        generation, begun = self.vllm_generation, mode == "train" and self._ahead.has(inputs)
+        generation.model = self.model  # FSDP1 wraps it anew when training begins
+        generation.updates = self.state.global_step
+        if mode == "train" and not begun:
+            self._ahead.drop()
         # Without other columns, in which TRL would look for images.
         student_rows: list[dict[str, Any]] = [{PROMPT_COLUMN: self._renderer.student_prompt(row)} for row in inputs]
-        with self.vllm_generation.teacher_reads(teacher_ids, alpha=self._alphas(inputs, mode)):
+        with generation.teacher_reads(teacher_ids, alpha=self._alphas(inputs, mode), begun=begun):
             output = super()._generate_and_score_completions(student_rows)
         batch = self.vllm_generation.last_batch
         assert batch is not None, "TRL called generate()"
         completions = batch.completions
-        output |= self._recorded_columns(completions, output["completion_mask"])
+        output |= self._recorded_columns(completions, batch.staleness, output["completion_mask"])
         if mode == "train" and not output["num_items_in_batch"]:  # of all processes, which stop together
             raise RuntimeError(f"every completion of the batch ended in an error; the first: {completions[0].error}")
-        output |= self._teacher.columns(completions, teacher_ids, output["completion_mask"])
         metrics = batch_metrics(self.vllm_generation, self.accelerator)
         metrics["osd/engine/weights_version"] += self._earlier_syncs
         if mode == "train":
             metrics |= self._schedule.metrics(self.vllm_generation.engine.mixing) | self._privilege_metrics(output)
+            self._ahead.begin()  # after the last use of the engine in this step, and before the host's large copies
+        output |= self._teacher.columns(completions, teacher_ids, output["completion_mask"])
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         for name, value in end_metrics(completions, self.accelerator).items():
@@ -242,30 +251,38 @@ class OSDTrainer(DistillationTrainer):
         """Set the mixing of this step, and return α of the completions that have their own."""
         if mode == "eval":
             return 0.0  # evaluation measures the student's own completions
-        self.vllm_generation.engine.set_mixing(self._schedule.at(self.state.global_step, self.state.max_steps))
-        return unmixed(inputs, self.args.mix_fraction, seed=self._step_seed)
+        step = self.state.global_step
+        self.vllm_generation.engine.set_mixing(self._schedule.at(step, self.state.max_steps))
+        return unmixed(inputs, self.args.mix_fraction, seed=self._seed_of(step))
 
-    @property
-    def _step_seed(self) -> str:
-        """Seed of draws that a resumed run repeats, and that leave the global random state unchanged."""
-        return f"{self.args.seed} {self.state.global_step} {self.accelerator.process_index}"
+    def _seed_of(self, step: int) -> str:
+        """Return the seed of draws in an optimizer step that a resumed run repeats, apart from the global random state."""
+        return f"{self.args.seed} {step} {self.accelerator.process_index}"
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        if not self.args.async_generation:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self._ahead.batches(epoch_iterator, num_batches)
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _privilege_metrics(self, output: dict[str, torch.Tensor]) -> dict[str, float]:
-        every = self.args.privilege_gap_steps
-        if not every or self.state.global_step % every:
+        every, step = self.args.privilege_gap_steps, self.state.global_step
+        if not every or step % every:
             return {}
         plain = [ids[mask.bool()].tolist() for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
         tokens = self.args.privilege_gap_tokens
-        return privilege_gap(self.vllm_generation, self.accelerator, plain, tokens=tokens, seed=self._step_seed)
+        return privilege_gap(self.vllm_generation, self.accelerator, plain, tokens=tokens, seed=self._seed_of(step))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         # By the same code as the teacher's, which also takes texts and conversations in one batch.
         return self._renderer.student_ids(prompts), None, {}
 
-    def _recorded_columns(self, completions: list[PairCompletion], completion_mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return `loss_mask`, `logp_theta` and `logp_draw`, [B, T]: TRL shuffles and splits them with the rest of the batch.
+    def _recorded_columns(
+        self, completions: list[PairCompletion], staleness: list[int], completion_mask_BT: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return `loss_mask`, `logp_theta` and `logp_draw`, [B, T], and `is_stale`, [B]; TRL shuffles and splits them too.
 
-        A completion that ended in an error is masked out whole.
+        A completion that ended in an error is masked out whole. A stale one was drawn from older weights than the present ones.
         """
         length, device = completion_mask_BT.size(1), completion_mask_BT.device
         records = [None if c.error else c.record for c in completions]
@@ -274,6 +291,7 @@ class OSDTrainer(DistillationTrainer):
             "loss_mask": loss_mask_BT,
             "logp_theta": pad_column([None if r is None else r.logp_theta for r in records], length, device),
             "logp_draw": pad_column([None if r is None else r.logp_draw for r in records], length, device),
+            "is_stale": torch.tensor([age > 0 for age in staleness], device=device),
             "num_items_in_batch": self.accelerator.gather(loss_mask_BT.sum()).sum(),
         }
 
@@ -358,7 +376,10 @@ class OSDTrainer(DistillationTrainer):
         self._earlier_syncs = 0
         if checkpoint is not None:
             self._earlier_syncs = check_same_run(checkpoint, self._run) - self.vllm_generation.engine.weights_version
-        return super().train(checkpoint, *args, **kwargs)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self._ahead.end()
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         repair_generation_config(self.model)  # it may have been changed since the start

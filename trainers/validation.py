@@ -65,6 +65,7 @@ def _ranges(args: OSDConfig) -> None:
             isinstance(args.teacher_topk, int) and args.teacher_topk >= 1,
             "use a whole number, from 1 to the size of the vocabulary",
         ),
+        ("max_staleness", args.max_staleness >= 1, "use at least 1; for samples of the present weights async_generation=False"),
         ("privilege_gap_steps", args.privilege_gap_steps >= 0, "use a number of steps, or 0 for never"),
         ("privilege_gap_tokens", args.privilege_gap_tokens >= 1, "use at least 1; privilege_gap_steps=0 turns it off"),
         ("mix_tokens", args.mix_tokens is None or args.mix_tokens >= 0, "use a number of tokens, or null for all"),
@@ -82,12 +83,13 @@ def _ranges(args: OSDConfig) -> None:
 def _importance(args: OSDConfig) -> None:
     sampling = {"temperature": args.temperature, **args.sampling_kwargs()}
     if args.importance_correction == "none":
-        if args.num_iterations > 1:
-            warnings.warn(
-                f"num_iterations={args.num_iterations} without importance_correction trains on samples of older weights "
-                "as if they were new; set importance_correction to 'prefix'",
-                stacklevel=5,
-            )
+        for name, older in (("num_iterations", args.num_iterations > 1), ("async_generation", args.async_generation)):
+            if older:
+                warnings.warn(
+                    f"{name}={getattr(args, name)} without importance_correction trains on samples of older weights "
+                    "as if they were new; set importance_correction to 'prefix'",
+                    stacklevel=5,
+                )
         return
     if sampling["temperature"] == 0:
         raise ValueError(
@@ -117,6 +119,7 @@ def _no_effect(args: OSDConfig) -> None:
         ("alpha_schedule_steps", args.alpha_schedule != "constant", "alpha_schedule"),
         ("privilege_gap_tokens", args.privilege_gap_steps > 0, "privilege_gap_steps"),
         ("teacher_topk", args.teacher_signal == "topk", "teacher_signal='topk'"),
+        ("max_staleness", args.async_generation, "async_generation"),
     ):
         if not used and changed(args, name):
             warnings.warn(f"{name}={getattr(args, name)!r} has no effect without {unless}", stacklevel=5)
@@ -156,6 +159,18 @@ def _combinations(args: OSDConfig) -> None:
         raise ValueError("vllm_enable_sleep_mode=True with vllm_mode='server': a server does not sleep; leave it false")
     if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
         raise ValueError("vllm_enable_sleep_mode=True needs an NVIDIA GPU, and there is none; leave it false")
+    if args.async_generation and args.vllm_mode != "server":
+        raise ValueError(
+            f"async_generation=True with vllm_mode={args.vllm_mode!r}: an engine in the trainer's process cannot sample while "
+            "it trains. Start `osd serve` on another GPU, or on the same one with a part of its memory "
+            "(--gpu-memory-utilization), and set vllm_mode='server'"
+        )
+    if args.async_generation and args.max_staleness < args.num_iterations:
+        raise ValueError(
+            f"max_staleness={args.max_staleness} with async_generation and num_iterations={args.num_iterations}: the next "
+            f"batch is drawn {args.num_iterations} optimizer updates before it is trained on. Set max_staleness to at least "
+            f"{args.num_iterations}, or lower num_iterations"
+        )
     if args.teacher_signal != "recompute" and args.teacher_init_kwargs():
         raise ValueError(
             f"teacher_model_init_kwargs={args.teacher_model_init_kwargs!r} cannot be used: no transformers teacher is "

@@ -5,6 +5,9 @@ cannot do, none of them goes on without: `generate` and `load_student_weights` r
 
 A batch is drawn from the weights of one sync, whose name every request and every answer has. A server that goes away is waited
 for. Where it comes back without those weights, `ServerLost` says so: the caller syncs again and asks for the rest of the batch.
+
+`begin` asks for a batch in a thread, while the caller does other things. That thread does HTTP alone, nothing collective, and
+while it runs the server does nothing else for this run: whatever would change weights or mixing waits for it (`settle`).
 """
 
 from __future__ import annotations
@@ -17,14 +20,15 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import torch
 from accelerate.utils import gather_object, set_seed
 
-from osd.core import RECORD_FIELDS, MixingConfig, TokenRecord
+from osd.core import MixingConfig
+from osd.engine.remote_batch import Batch
 from osd.engine.request import PairCompletion, PairPrompt, SideLimits, draw_seeds, one_each
 from osd.engine.served import CONNECT_SECONDS, LONGEST_PAUSE, ServedPair
 from osd.engine.transport import HTTPTransport, NCCLTransport, Transport
@@ -41,34 +45,6 @@ class ServerLost(RuntimeError):
     batch: Batch | None = None
 
 
-@dataclass
-class Batch:
-    """Prompts that are being sampled through the server.
-
-    Attributes:
-        body: of the request for all of them.
-        prompts: token ids of both sides.
-        completions: those that have come, by place.
-        since: when the last one came, or the batch was asked for (`time.monotonic`).
-        lost: how often the server has lost the weights meanwhile.
-        trouble: why the server did not finish a prompt, the last time it said so.
-    """
-
-    body: dict[str, Any]
-    prompts: list[PairPrompt]
-    completions: dict[int, PairCompletion] = field(default_factory=dict)
-    since: float = 0.0
-    lost: int = 0
-    trouble: str = ""
-
-    def rest(self) -> tuple[list[int], dict[str, Any]]:
-        """Return the places of the prompts that have no completion, and the body of a request for these."""
-        places = [i for i in range(len(self.prompts)) if i not in self.completions]
-        body = {name: [self.body[name][i] for i in places] for name in ("prompts", "alpha", "seeds")}
-        sampling = self.body["sampling"]
-        return places, {**self.body, **body, "sampling": [sampling[i] for i in places] if len(sampling) > 1 else sampling}
-
-
 class RemoteEngine:
     """The pair of a server; methods and attributes as of `PairEngine`. Collective: every process of a run calls each method.
 
@@ -76,6 +52,9 @@ class RemoteEngine:
         pair: the server and its models.
         rank: of this process; the process of rank 0 pushes the weights.
         device: of this process, for NCCL.
+
+    Attributes:
+        updates: optimizer updates of the weights that the server has; whoever syncs sets it, and completions keep it.
 
     Raises:
         ValueError, RuntimeError: as `ServedPair.info`; another trainer uses the server.
@@ -86,7 +65,8 @@ class RemoteEngine:
     def __init__(self, pair: ServedPair, *, rank: int = 0, device: torch.device | None = None) -> None:
         self.pair, self.config, self.mixing = pair, pair.config, pair.config.mixing
         self.rank, self.device = rank, device or torch.device("cpu")
-        self.weights_version = 0
+        self.weights_version = self.updates = 0
+        self._ahead: Batch | None = None  # that a thread asks for
         self._sync: str | None = None
         self._stale = False
         self._connected = False
@@ -197,21 +177,78 @@ class RemoteEngine:
             ServerLost: its ``batch`` has the completions that came before.
             RuntimeError: the last weight sync failed; no completion within the timeout; another trainer uses the server.
         """
+        options = dict(alpha=alpha, mix_tokens=mix_tokens, teacher_only=teacher_only, hidden=hidden, topk=topk)
+        return self.finish(self._batch(prompts, sampling, self.mixing, **options))
+
+    def _batch(
+        self,
+        prompts: Sequence[PairPrompt],
+        sampling: dict[str, Any] | Sequence[dict[str, Any]],
+        mixing: MixingConfig,
+        *,
+        alpha: float | Sequence[float | None] | None = None,
+        **options: Any,
+    ) -> Batch:
         per_prompt = [sampling] * len(prompts) if isinstance(sampling, dict) else one_each("sampling", sampling, len(prompts))
         body: dict[str, Any] = {
             "prompts": [[list(prompt.teacher_token_ids), list(prompt.student_token_ids)] for prompt in prompts],
             "sampling": [sampling] if isinstance(sampling, dict) else per_prompt,
             "seeds": draw_seeds([params.get("seed") for params in per_prompt], self._seed),
             "alpha": one_each("alpha", alpha, len(prompts)),
-            "mix_tokens": mix_tokens,
-            "teacher_only": teacher_only,
-            "hidden": hidden,
-            "topk": topk,
+            "mixing": mixing.to_dict(),
+            "mix_tokens": None,
+            "teacher_only": False,
+            "hidden": False,
+            "topk": 0,
+            **options,
         }
-        return self.finish(Batch(body, list(prompts)))
+        return Batch(body, list(prompts))
+
+    def begin(
+        self,
+        prompts: Sequence[PairPrompt],
+        *,
+        sampling: dict[str, Any],
+        mixing: MixingConfig,
+        alpha: float | Sequence[float | None] | None = None,
+        **options: Any,
+    ) -> Batch:
+        """Ask for a batch in the background and return it; `finish` waits for its completions. At most one at a time.
+
+        Its weights are those of the last sync. Errors come with `finish`, or before it with any call that must wait for the
+        batch (`generate`, `load_student_weights`).
+
+        Args:
+            mixing: of this batch, whatever `set_mixing` chooses meanwhile.
+            prompts, sampling, alpha, options: as of `generate`.
+        """
+        self.drop()
+        self._ahead = batch = self._batch(prompts, sampling, mixing, alpha=alpha, **options)
+        batch.since = time.monotonic()
+        batch.start(self._ask)
+        return batch
+
+    def settle(self) -> None:
+        """Wait until no process has a batch in the background. Their completions are kept, and none is aborted.
+
+        Raises:
+            ValueError, RuntimeError: as `generate`, except for `ServerLost`: `finish` asks for what is missing then.
+        """
+        if self._ahead is None:
+            return
+        self._ahead.join()
+        failure, self._ahead = self._ahead.failure, None
+        self._agree(None if isinstance(failure, ServerLost) else failure)
+
+    def drop(self) -> None:
+        """End the batch in the background, if there is one; not collective."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            self._ahead = None
 
     def finish(self, batch: Batch) -> list[PairCompletion]:
         """Return the completions of a batch; asks for those that have not come. Raises as `generate`."""
+        self.settle()
         failure: Exception | None = None
         batch.since = time.monotonic()
         try:
@@ -232,11 +269,13 @@ class RemoteEngine:
 
     def _ask(self, batch: Batch) -> None:
         pause = 0.1
-        while len(batch.completions) < len(batch.prompts):
+        while not (batch.is_whole or batch.cancelled.is_set()):
             before = len(batch.completions)
             try:
                 self._ask_once(batch)
             except (httpx.TransportError, _HalfAnswer) as error:
+                if batch.cancelled.is_set():
+                    return
                 self._check_still_there(error)
             pause = 0.1 if len(batch.completions) > before else min(2 * pause, LONGEST_PAUSE)
             if (waited := time.monotonic() - batch.since) > self.pair.timeout:
@@ -245,14 +284,15 @@ class RemoteEngine:
                     f"{len(batch.prompts) - len(batch.completions)} of {len(batch.prompts)} are left; if completions take that "
                     f"long, raise vllm_server_timeout{batch.trouble and f' (the server says: {batch.trouble})'}"
                 )
-            if len(batch.completions) < len(batch.prompts):
-                time.sleep(pause)
+            if not batch.is_whole:
+                batch.cancelled.wait(pause)
 
     def _ask_once(self, batch: Batch) -> None:
         """Ask for what is left of a batch, and take what comes."""
         places, body = batch.rest()
-        content = _json({**body, "trainer": self._trainer, "sync": self._sync, "mixing": self.mixing.to_dict()})
+        content = _json({**body, "trainer": self._trainer, "sync": self._sync})
         with self._client.stream("POST", SAMPLE_ROUTE, content=content) as answer:
+            batch.reads(answer)
             if answer.status_code != 200:
                 answer.read()
                 self._refuse(answer)
@@ -278,8 +318,7 @@ class RemoteEngine:
             return  # asked for again
         if of["sync"] != self._sync:
             raise ServerLost(f"server {self.pair.url} answered from the weights {of['sync']!r}, not {self._sync!r}")
-        place = places[of["index"]]
-        batch.completions[place] = _completion(batch.prompts[place], of, tensors)
+        batch.take(places[of["index"]], of, tensors, updates=self.updates)
         batch.since = time.monotonic()
 
     def _check_still_there(self, error: Exception) -> None:
@@ -299,6 +338,7 @@ class RemoteEngine:
             ServerLost: the server went away meanwhile.
             ValueError, RuntimeError: as `PairEngine`; what the server refuses.
         """
+        self.settle()
         self._stale = True
         tensors, name = iter(named_tensors), uuid.uuid4().hex
         failure: Exception | None = None
@@ -375,6 +415,7 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Let the server go; it goes on. Idempotent."""
+        self.drop()
         self._disconnect()
         self._client.close()
 
@@ -388,31 +429,6 @@ def _whole_frames(answer: httpx.Response) -> Iterator[bytes]:
         yield from frames(answer.iter_raw())
     except ValueError as error:
         raise _HalfAnswer(str(error)) from error
-
-
-def _completion(prompt: PairPrompt, of: dict[str, Any], tensors: dict[str, torch.Tensor]) -> PairCompletion:
-    failed = of["finish_reason"] == "error"
-    reason = of["stop_reason"] or "vLLM gives no reason; a grammar that no token can continue is one"
-    values_TR = tensors.get("values", torch.empty(0, len(RECORD_FIELDS)))
-    return PairCompletion(
-        token_ids=tensors["token_ids"].tolist(),
-        text=of["text"],
-        finish_reason=of["finish_reason"],
-        stop_reason=None if failed else of["stop_reason"],
-        error=str(reason).removeprefix("osd: ") if failed else None,
-        record=TokenRecord(
-            values_TR=values_TR,
-            teacher_hidden_TH=tensors.get("hidden"),
-            teacher_topk_TX=tensors.get("topk"),
-            weights_version=of["version"],
-            origin_T=tensors.get("origin"),
-        ),
-        weights_version=of["version"],
-        teacher_prompt_tokens=len(prompt.teacher_token_ids),
-        student_prompt_tokens=len(prompt.student_token_ids),
-        teacher_cached_tokens=of["teacher_cached"],
-        student_cached_tokens=of["student_cached"],
-    )
 
 
 def _json(body: dict[str, Any]) -> bytes:
