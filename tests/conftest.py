@@ -24,6 +24,7 @@ import torch
 from tests.async_cpu import allow_async_scheduling
 from tests.exact import reference
 from tests.pairs import start
+from tests.served import KEY, Client, served
 from tests.tiny import tiny_model
 
 # The background jobs of a shell ignore SIGINT, and so would the processes that the tests interrupt.
@@ -66,6 +67,15 @@ def models(model_paths: tuple[Path, Path]) -> tuple[torch.nn.Module, torch.nn.Mo
     """Teacher and student in transformers, float32."""
     teacher, student = map(reference, model_paths)
     return teacher, student
+
+
+@pytest.fixture(scope="session")
+def server(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """An `osd serve` process of the tiny pair that takes weights. It starts once; tests leave it without a trainer."""
+    log = tmp_path_factory.mktemp("server") / "serve.log"
+    flags = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "http"}', "--max-num-queued-reqs", "12")
+    with served(*tiny_pair, log, *flags) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -229,7 +229,10 @@ def shared(out: Path, teacher: str, student: str) -> None:
 
 
 def served(out: Path, teacher: str, student: str) -> None:
-    """A greedy run against the server at OSD_TEST_URL, which ends itself at the place OSD_TEST_DIES, if that is set."""
+    """A greedy run against the server at OSD_TEST_URL, which ends itself at the place OSD_TEST_DIES, if that is set.
+
+    OSD_TEST_FIELDS: further fields of the configuration, as JSON.
+    """
     import osd.engine.transport as transport
     from osd.engine.remote import RemoteEngine
 
@@ -243,6 +246,7 @@ def served(out: Path, teacher: str, student: str) -> None:
         "seed": 5,
     }
     fields |= {**GREEDY, "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1"))}
+    fields |= json.loads(os.environ.get("OSD_TEST_FIELDS", "{}"))
     if (place := os.environ.get("OSD_TEST_DIES")) == "sync":
         transport.PART_BYTES, post = 1, transport.check
         transport.check = lambda answer: (post(answer), die())
@@ -253,7 +257,9 @@ def served(out: Path, teacher: str, student: str) -> None:
     sampled = []
     watch(trainer, lambda _: sampled.append([c.token_ids for c in trainer.vllm_generation.last_batch.completions]))
     trainer.train()
-    seen = {"loss": logged(trainer, "loss"), "sampled": sampled, "syncs": logged(trainer, "osd/engine/weights_version")}
+    metrics = {"syncs": "weights_version", "staleness": "staleness"}
+    seen = {name: logged(trainer, f"osd/engine/{metric}") for name, metric in metrics.items()}
+    seen |= {"loss": logged(trainer, "loss"), "sampled": sampled}
     (out / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     trainer.close()
 

@@ -126,7 +126,7 @@ def test_every_key_of_a_shipped_config_is_commented(path):
 
 
 def test_there_are_the_three_configs():
-    assert [path.name for path in CONFIGS] == ["base.yaml", "distillation.yaml", "math_qa.yaml"]
+    assert [path.name for path in CONFIGS] == ["base.yaml", "distillation.yaml", "math_qa.yaml", "server.yaml"]
 
 
 def test_flags_win_over_the_file():

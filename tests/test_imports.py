@@ -28,6 +28,7 @@ LAYERS = [
     "osd.adapters",
     "osd.sync_check",
     "osd.weight_sync",
+    "osd.background",
     "osd.generation",
     "osd.output",
     "osd.sampler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -9,15 +10,18 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
+import torch
 from safetensors.torch import save
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.generation.vllm_client import VLLMClient
 
 from osd.engine import transport
-from osd.engine.remote import ServerLost
+from osd.engine.remote import RemoteEngine, ServerLost
 from osd.engine.wire import STATE_ROUTE, WEIGHTS_ROUTE
+from tests.exact import completion_logits
 from tests.launched import GREEDY
 from tests.served import Client, serve, served
 from tests.test_launch import ACCELERATE, launch
@@ -130,6 +134,42 @@ def test_a_server_killed_in_mid_step_and_in_mid_sync_changes_nothing(tiny_pair, 
     assert losses, "no kill hit a batch that was being sampled: nothing was tested"
 
 
+def test_a_server_killed_with_a_batch_in_flight_costs_no_completion(tiny_pair, tmp_path, mortal, monkeypatch):
+    """What had come is kept, from the older weights; the rest is drawn from the present ones. The records say which."""
+    servers, again = mortal
+    fields = {"max_completion_length": 120, "max_steps": 4, "async_generation": True}
+    trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, **fields)
+    take, weights, batches, hit = RemoteEngine._take, [], [], []
+
+    def kill_at_first(engine, batch, *given):
+        take(engine, batch, *given)
+        if threading.current_thread() is not threading.main_thread() and not hit:
+            hit.append(batch)
+            again()
+
+    monkeypatch.setattr(RemoteEngine, "_take", kill_at_first)
+    trainer.add_callback(EachStep(lambda: weights.append(copy.deepcopy(trainer.model).eval())))
+    with trainer:
+        watch(trainer, lambda prompts: batches.append((prompts, trainer.vllm_generation.last_batch)))
+        trainer.train()
+    assert len(servers) == 2
+    assert set(batches[1][1].staleness) == {0, 1}, "the kill hit a whole batch: nothing was tested"
+    assert [set(batch.staleness) for _, batch in batches] == [{0}, {0, 1}, {1}, {1}]
+    for step, (prompts, batch) in enumerate(batches):
+        for prompt, completion, age in zip(prompts, batch.completions, batch.staleness, strict=True):
+            logp_TV = completion_logits(weights[step - age], prompt, completion.token_ids).log_softmax(-1)
+            logp_T = logp_TV.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.as_tensor(completion.record.logp_theta).double(), logp_T, atol=1e-3, rtol=0)
+
+
+class EachStep(TrainerCallback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.call()
+
+
 def test_a_server_that_stays_away_ends_the_run(tiny_pair, tmp_path, mortal):
     servers, _ = mortal
     trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, vllm_server_timeout=5.0)
@@ -192,13 +232,13 @@ def running(server):
 # -- several processes --------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one_also_while_the_server_is_killed(tiny_pair, tmp_path, mortal, monkeypatch):
-    servers, again = mortal
-    monkeypatch.setenv("OSD_TEST_URL", servers[0].url)
+@contextmanager
+def killed_after_two_updates(server, again):
+    """Kill the server and start it again, once, when the student has been updated twice."""
     killing = threading.Event()
 
     def kill_once():
-        client = Client(servers[0])
+        client = Client(server)
         while not killing.is_set():
             if client.http.get(STATE_ROUTE).json()["version"] >= 2:
                 again()
@@ -208,18 +248,51 @@ def test_two_processes_train_as_one_also_while_the_server_is_killed(tiny_pair, t
     thread = threading.Thread(target=kill_once)
     thread.start()
     try:
-        result = launch(ACCELERATE / "cpu_ddp.yaml", "-m", "tests.launched", "served", tmp_path, *tiny_pair)
+        yield
     finally:
         killing.set()
         thread.join()
+
+
+def two_processes(tiny_pair, out):
+    """What each of two processes saw of a greedy run."""
+    result = launch(ACCELERATE / "cpu_ddp.yaml", "-m", "tests.launched", "served", out, *tiny_pair)
     assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_train_as_one_also_while_the_server_is_killed(tiny_pair, tmp_path, mortal, monkeypatch):
+    servers, again = mortal
+    monkeypatch.setenv("OSD_TEST_URL", servers[0].url)
+    with killed_after_two_updates(servers[0], again):
+        seen = two_processes(tiny_pair, tmp_path)
     assert len(servers) == 2
-    here = run(trainer_of(tiny_pair, tmp_path, **GREEDY))
-    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert_one_run(seen, run(trainer_of(tiny_pair, tmp_path, **GREEDY)))
+
+
+def assert_one_run(seen, here):
+    """Two processes saw what one did, each a half of it."""
     assert seen[0]["loss"] == seen[1]["loss"] == pytest.approx(here[0], rel=1e-4)
     for step, completions in enumerate(here[1]):
         both = sorted(ids for rank in seen for ids in rank["sampled"][step])
         assert both == sorted(completions)
+
+
+def test_two_processes_sample_ahead_as_one(tiny_pair, tmp_path, mortal, monkeypatch):
+    """First undisturbed; then the server is killed, and both go on."""
+    servers, again = mortal
+    monkeypatch.setenv("OSD_TEST_URL", servers[0].url)
+    fields = {"async_generation": True, "max_steps": 4}
+    monkeypatch.setenv("OSD_TEST_FIELDS", json.dumps(fields))
+    seen = two_processes(tiny_pair, tmp_path)
+    assert seen[0]["staleness"] == [0, 1, 1, 1]
+    assert_one_run(seen, run(trainer_of(tiny_pair, tmp_path, servers[0].url, **{**GREEDY, **fields})))
+    with killed_after_two_updates(servers[0], again):
+        seen = two_processes(tiny_pair, tmp_path)
+    assert len(servers) == 2
+    assert seen[0]["staleness"] == seen[1]["staleness"]
+    assert all(0 <= age <= 1 for age in seen[0]["staleness"])
+    assert [len(step) for rank in seen for step in rank["sampled"]] == [2] * 8
 
 
 # -- TRL's own client ---------------------------------------------------------------------------------------------------

@@ -27,17 +27,9 @@ from tests.served import KEY, free_port, served
 from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import build_trainer, logged
 
-WEIGHTS = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "http"}')
 PROMPTS = [PairPrompt(teacher_token_ids=[7, 8, 9, 10], student_token_ids=[20, 21]) for _ in range(4)]
 GREEDY = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
 SCHEDULE = {"alpha_schedule": "linear", "alpha_max_end": 0.2, "alpha_max": 0.9}
-
-
-@pytest.fixture(scope="module")
-def server(tiny_pair, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "serve.log"
-    with served(*tiny_pair, log, *WEIGHTS, "--max-num-queued-reqs", "12") as client:
-        yield client
 
 
 @pytest.fixture(autouse=True)

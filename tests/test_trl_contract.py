@@ -107,6 +107,19 @@ def test_the_overridden_methods_have_their_signatures():
     ]
 
 
+def test_a_step_takes_its_batches_from_one_iterator_of_the_epoch():
+    """`Lookahead` reads ahead of these calls, and OSDTrainer knows a batch that was begun by its identity."""
+    assert parameters(Trainer.get_batch_samples) == ["self", "epoch_iterator", "num_batches", "device"]
+    epoch = source(Trainer._run_epoch)
+    assert epoch.count("epoch_iterator = iter(train_dataloader)") == 1
+    assert epoch.count("self.get_batch_samples(epoch_iterator, num_batches, self.args.device)") == 1
+    assert "next(epoch_iterator" not in epoch
+    assert "batch_samples.append(next(epoch_iterator))" in source(Trainer.get_batch_samples)
+    assert "num_items_in_batch = self._get_num_items_in_batch(batch_samples, device)" in source(Trainer.get_batch_samples)
+    assert "inputs = self._prepare_inputs(inputs)" in source(Trainer.training_step)
+    assert "self._generate_and_score_completions(generation_batch)" in source(DistillationTrainer._prepare_inputs)
+
+
 def test_a_trainer_without_a_teacher_is_legal():
     init = source(DistillationTrainer.__init__)
     assert "else: self.teacher_model = None" in init, "OSDTrainer passes teacher_model=None: no second teacher is loaded"

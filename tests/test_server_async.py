@@ -1,0 +1,421 @@
+"""Sampling while training: `async_generation` against a server.
+
+Runs are greedy where they are compared: then completions depend on prompts and weights alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accelerate.data_loader import DataLoaderShard
+from accelerate.state import GradientState
+from datasets import Dataset
+from transformers import TrainerCallback
+
+import osd.train.trainer
+from osd.engine.remote import RemoteEngine
+from osd.engine.wire import STATE_ROUTE
+from osd.train import OSDConfig
+from osd.train.lookahead import Lookahead
+from tests.exact import completion_logits
+from tests.served import KEY, served
+from tests.training import ROWS, build_trainer, logged, watch
+
+GREEDY = {"generation_kwargs": {"temperature": 0.0}, "optim": "sgd", "learning_rate": 0.1}
+AHEAD = {"async_generation": True}
+SECONDS = 30  # that a test waits for an event before it fails
+
+
+@pytest.fixture
+def make(tiny_pair, server, tmp_path, monkeypatch):
+    """Makes trainers against the server, which let it go at the end."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    made = []
+
+    def make(**fields):
+        for trainer in made:
+            trainer.close()
+        made.append(against(server, tiny_pair, tmp_path, **fields))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.close()
+    wait_for(lambda: server.http.get(STATE_ROUTE).json()["trainer"] is None)
+
+
+def against(server, tiny_pair, out, **fields):
+    """A trainer against a server."""
+    fields = {"vllm_server_base_url": server.server.url, "vllm_server_timeout": 30.0, "seed": 5, **fields}
+    teacher = {"vllm_mode": "server", "teacher_model_name_or_path": str(tiny_pair[0])}
+    return build_trainer(None, tiny_pair[1], out, **teacher, **fields)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Each(TrainerCallback):
+    """Calls a function at one of the trainer's events."""
+
+    def __init__(self, event, call):
+        setattr(self, event, lambda args, state, control, **kwargs: call(state.global_step))
+
+
+def batches_of(trainer):
+    """The batches of every `generate` call, when the trainer has run."""
+    batches = []
+    watch(trainer, lambda prompts: batches.append((prompts, trainer.vllm_generation.last_batch)))
+    return batches
+
+
+def tokens(batches):
+    return [[c.token_ids for c in batch.completions] for _, batch in batches]
+
+
+def no_thread_is_left():
+    return not [thread for thread in threading.enumerate() if thread.name == "osd-batch"]
+
+
+# -- the overlap --------------------------------------------------------------------------------------------------------
+
+
+def test_the_server_samples_the_next_batch_inside_the_step(make):
+    """By events: the server is asked only when the step is at its optimizer, which waits for the server's first answer."""
+    trainer = make(**AHEAD)
+    engine, seen, inside = trainer.vllm_generation.engine, [], threading.Event()
+    ask_once = engine._ask_once
+
+    def ask_inside(batch):
+        if threading.current_thread() is not threading.main_thread():
+            assert inside.wait(SECONDS), "training waits for the batch in the background"
+        ask_once(batch)
+
+    def wait_for_a_completion(step):
+        batch = engine._ahead
+        if batch is not None:
+            inside.set()
+            wait_for(lambda: batch.completions)
+            inside.clear()
+        seen.append(batch is not None)
+
+    engine._ask_once = ask_inside
+    trainer.add_callback(Each("on_pre_optimizer_step", wait_for_a_completion))
+    trainer.train()
+    assert seen == [True, True, False], "after the last step nothing is sampled"
+    assert logged(trainer, "osd/engine/staleness") == [0, 1, 1]
+    assert no_thread_is_left()
+
+
+def test_every_batch_is_drawn_from_the_weights_of_the_step_before(make):
+    """In two epochs of four steps. log π_θ of the records, against transformers at the weights of each step."""
+    trainer = make(**AHEAD, max_steps=6, importance_correction="token")
+    weights, batches = [], batches_of(trainer)
+    trainer.add_callback(Each("on_step_begin", lambda _: weights.append(copy.deepcopy(trainer.model).eval())))
+    trainer.train()
+    staleness = [0, 1, 1, 1, 0, 1]  # the first step of an epoch waits
+    assert logged(trainer, "osd/engine/staleness") == staleness
+    for step, (prompts, batch) in enumerate(batches):
+        assert batch.staleness == [staleness[step]] * 4
+        gaps = {at: gap(weights[at], prompts, batch.completions) for at in (step, max(step - 1, 0))}
+        assert gaps[step - staleness[step]] < 1e-3
+        assert staleness[step] == 0 or gaps[step] > 0.05, "the weights did not move: nothing was tested"
+
+
+def gap(model, prompts, completions):
+    """The largest distance of the recorded log π_θ from a model's, in nats."""
+    found = [
+        (logp_of(model, prompt, c.token_ids) - torch.as_tensor(c.record.logp_theta)).abs().max().item()
+        for prompt, c in zip(prompts, completions, strict=True)
+    ]
+    return max(found)
+
+
+def logp_of(model, prompt, token_ids):
+    logp_TV = completion_logits(model, prompt, token_ids).log_softmax(-1)
+    return logp_TV.gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
+# -- what it trains -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def weights_of(model, state):
+    """The model with other weights."""
+    own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.load_state_dict(state, strict=False)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own, strict=False)
+
+
+def emulated(trainer, lag):
+    """Make a synchronous trainer sample step n from the weights of step n - lag[n]."""
+    generation, past, sync = trainer.vllm_generation, {}, trainer.vllm_generation.sync_weights
+
+    def late():
+        step = trainer.state.global_step
+        past[step] = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+        with weights_of(trainer.model, past[step - lag[step]]):
+            sync()
+
+    generation.sync_weights = late
+    return trainer
+
+
+SETUPS = {
+    "plain": ({"max_steps": 6}, {0: 0, 1: 1, 2: 1, 3: 1, 4: 0, 5: 1}),
+    "scheduled, mixed in part, accumulated, with the privilege's gap": (
+        {
+            "alpha_method": "fixed",
+            "fixed_alpha": 0.8,
+            "alpha_schedule": "linear",
+            "fixed_alpha_end": 0.1,
+            "mix_fraction": 0.6,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "privilege_gap_steps": 1,
+            "privilege_gap_tokens": 3,
+        },
+        {0: 0, 1: 1, 2: 1},
+    ),
+    "two iterations": ({"num_iterations": 2, "max_staleness": 2, "max_steps": 6}, {0: 0, 2: 2, 4: 2}),
+}
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_run_is_a_synchronous_one_whose_syncs_come_late(make, name):
+    fields, lag = SETUPS[name]
+    ahead = make(**AHEAD, **GREEDY, **fields)
+    ours = batches_of(ahead)
+    ahead.train()
+    late = emulated(make(**GREEDY, **{**fields, "max_staleness": 1}), lag)
+    theirs = batches_of(late)
+    late.train()
+    assert tokens(ours) == tokens(theirs)
+    for (_, one), (_, other) in zip(ours, theirs, strict=True):
+        for a, b in zip(one.completions, other.completions, strict=True):
+            torch.testing.assert_close(a.record.values_TR, b.record.values_TR, atol=1e-4, rtol=1e-4)
+    for metric in ("loss", "osd/schedule/fixed_alpha", "osd/privilege/gap"):
+        assert logged(ahead, metric) == pytest.approx(logged(late, metric), rel=1e-4, abs=1e-5), metric
+    assert [batch.staleness[0] for _, batch in ours] == list(lag.values())
+    if "mix_fraction" in fields:
+        alphas = {round(float(c.record.alpha[0]), 4) for _, batch in ours for c in batch.completions}
+        assert len(alphas) == 4, "three steps of the schedule, and the completions that are not mixed"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for the server")
+def test_two_gpus_sample_and_train_at_once(tiny_pair, tmp_path, monkeypatch):
+    """Weights go by NCCL between the batches; the run is that of late syncs, token by token."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # of the server; this process has its devices by now
+    flags = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "nccl"}')
+    with served(*tiny_pair, tmp_path / "serve.log", *flags) as server:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        with against(server, tiny_pair, tmp_path, **AHEAD, **GREEDY) as ahead:
+            ours = batches_of(ahead)
+            ahead.train()
+        with emulated(against(server, tiny_pair, tmp_path, **GREEDY), {0: 0, 1: 1, 2: 1}) as late:
+            theirs = batches_of(late)
+            late.train()
+    assert tokens(ours) == tokens(theirs)
+    assert logged(ahead, "loss") == pytest.approx(logged(late, "loss"), rel=1e-3)
+
+
+def test_evaluation_waits_for_the_batch_in_flight_and_keeps_it(make):
+    fields = {**AHEAD, **GREEDY, "max_steps": 4}
+    plain = make(**fields)
+    alone = batches_of(plain)
+    plain.train()
+    evaluated = make(**fields, eval_strategy="steps", eval_steps=1, eval_dataset=Dataset.from_list(ROWS[:3]))
+    asked, sampled = [], batches_of(evaluated)
+    engine = evaluated.vllm_generation.engine
+    ask_once = engine._ask_once
+    engine._ask_once = lambda batch: (asked.append(len(batch.prompts) - len(batch.completions)), ask_once(batch))
+    evaluated.train()
+    assert [batch for batch in tokens(sampled) if len(batch) == 4] == tokens(alone)
+    assert logged(evaluated, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
+    assert logged(evaluated, "osd/engine/staleness") == [0, 1, 1, 1]
+    assert logged(evaluated, "eval_osd/engine/staleness") == [0] * 4
+    assert asked.count(4) == 4, "each batch was asked for once, and whole"
+
+
+def test_a_resumed_run_samples_its_first_batch_anew(make, tmp_path):
+    fields = {**AHEAD, **GREEDY, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make(**fields)
+    batches = batches_of(whole)
+    whole.train()
+    resumed = make(**fields)
+    again = batches_of(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(resumed, "osd/engine/staleness") == [0, 1, 0, 1], "the log of the first two steps comes with the checkpoint"
+    assert [prompts for prompts, _ in again] == [prompts for prompts, _ in batches[2:]]
+    assert logged(resumed, "osd/engine/weights_version") == logged(whole, "osd/engine/weights_version")
+
+
+# -- importance weights -------------------------------------------------------------------------------------------------
+
+
+def weights_and_expectations(trainer, monkeypatch):
+    """Of every token: the weight that training gave it, and the one by transformers and the recorded log q."""
+    pairs, weigh = [], osd.train.trainer.weigh
+
+    def watched(trainer, hidden, student, teacher, inputs):
+        weight_BT, result = weigh(trainer, hidden, student, teacher, inputs)
+        model = copy.deepcopy(trainer.model).eval()
+        for row in range(len(weight_BT)):
+            prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row] != 0].tolist()
+            kept = inputs["loss_mask"][row] != 0
+            drawn = inputs["completion_ids"][row][kept].tolist()
+            logp_q = by_tokens[tuple(prompt), tuple(drawn)]
+            log_ratio = logp_of(model, prompt, drawn) - logp_q
+            pairs.append((weight_BT[row][kept].double(), (log_ratio.cumsum(0) - log_ratio).exp()))
+        return weight_BT, result
+
+    by_tokens = {}
+
+    def keep(prompts):
+        for prompt, c in zip(prompts, trainer.vllm_generation.last_batch.completions, strict=True):
+            by_tokens[tuple(prompt), tuple(c.token_ids)] = torch.as_tensor(c.record.logp_draw).double()
+
+    watch(trainer, keep)
+    monkeypatch.setattr(osd.train.trainer, "weigh", watched)
+    trainer.train()
+    return (torch.cat(side) for side in zip(*pairs, strict=True))
+
+
+CORRECTED = {"importance_correction": "prefix", "importance_clip": None, "learning_rate": 2e-3, "max_steps": 4}
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_weights_of_stale_tokens_are_the_present_student_over_the_recorded_draw(make, monkeypatch, iterations):
+    trainer = make(**AHEAD, **CORRECTED, num_iterations=iterations, max_staleness=iterations)
+    weights, expected = weights_and_expectations(trainer, monkeypatch)
+    torch.testing.assert_close(weights.log(), expected.log(), atol=2e-3, rtol=0)
+    assert logged(trainer, "osd/engine/staleness")[-1] == iterations
+
+
+def test_weights_by_the_recorded_student_would_be_found(make, monkeypatch):
+    """The planted error: log π_θ at sampling in the place of the present one."""
+    weigh = osd.train.trainer.weigh
+
+    def as_if_fresh(trainer, hidden, student, teacher, inputs):
+        return weigh(trainer, hidden, student, teacher, {**inputs, "is_stale": torch.zeros_like(inputs["is_stale"])})
+
+    monkeypatch.setattr(osd.train.trainer, "weigh", as_if_fresh)
+    weights, expected = weights_and_expectations(make(**AHEAD, **CORRECTED), monkeypatch)
+    assert (weights.log() - expected.log()).abs().max() > 0.1
+
+
+# -- what ends it -------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_in_the_background_ends_the_run(make, monkeypatch):
+    trainer = make(**AHEAD)
+    take = RemoteEngine._take
+
+    def failing(self, batch, *given):
+        if threading.current_thread() is not threading.main_thread():
+            raise KeyError("a planted error")
+        take(self, batch, *given)
+
+    monkeypatch.setattr(RemoteEngine, "_take", failing)
+    with pytest.raises(KeyError, match="a planted error"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert no_thread_is_left()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_run_that_is_interrupted_leaves_nothing_running(make, server, error):
+    trainer = make(**AHEAD, max_completion_length=120, generation_kwargs={"ignore_eos": True})
+
+    def interrupt(step):
+        wait_for(lambda: running(server))
+        raise error("here")
+
+    trainer.add_callback(Each("on_pre_optimizer_step", interrupt))
+    with pytest.raises(error):
+        trainer.train()
+    assert no_thread_is_left()
+    wait_for(lambda: not running(server))
+
+
+def running(server):
+    lines = server.http.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:num_requests_running{"))
+
+
+def test_samples_that_are_too_old_are_not_trained_on(make):
+    trainer = make(**AHEAD)
+    trainer.vllm_generation.max_staleness = 0
+    with pytest.raises(RuntimeError, match="drawn from weights of 1 optimizer updates ago, and max_staleness=0"):
+        trainer.train()
+
+
+def test_a_batch_is_taken_with_its_own_prompts(make):
+    generation = make().vllm_generation
+    with pytest.raises(RuntimeError, match=r"call sync_weights\(\) first"):
+        generation.begin([[7, 8]])
+    generation.sync_weights()
+    generation.begin([[7, 8], [9]], [[10, 7, 8], [10, 9]])
+    with generation.teacher_reads([[10, 7, 8], [10, 9]], begun=True):
+        generation.generate([[7, 8], [9]], None, 1)
+    for other in ([[7, 8]], [[7, 8], [10]]):
+        generation.begin([[7, 8], [9]])
+        with generation.teacher_reads(None, begun=True), pytest.raises(RuntimeError, match="begun with these prompts"):
+            generation.generate(other, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"vllm_mode": "colocate"}, "async_generation=True with vllm_mode='colocate': .* Start `osd serve`"),
+        ({"max_staleness": 0}, "max_staleness=0 is out of range"),
+        ({"num_iterations": 3, "max_staleness": 2}, "max_staleness=2 with async_generation and num_iterations=3"),
+    ],
+)
+def test_what_cannot_be_sampled_ahead_is_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **AHEAD, **given)
+
+
+def config(tmp_path, **given):
+    given = {"vllm_mode": "server", **given}
+    return OSDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **given)
+
+
+def test_fields_without_effect_warn(tmp_path):
+    with pytest.warns(UserWarning, match="max_staleness=2 has no effect without async_generation"):
+        config(tmp_path, max_staleness=2)
+    with pytest.warns(UserWarning, match="async_generation=True without importance_correction trains on samples of older"):
+        config(tmp_path, **AHEAD)
+
+
+# -- reading ahead ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 9])
+def test_reading_ahead_changes_neither_batches_nor_their_end(ahead):
+    """accelerate's flag of the end is that of the batch in use, and its loader stays in its state."""
+    loader = DataLoaderShard(list(range(7)), batch_size=2)
+    state = GradientState()
+    plain = [(batch.tolist(), state.end_of_dataloader) for batch in loader]
+    reader, found = Lookahead(iter(loader), state), []
+    while batches := reader.take(1):
+        expected = [batch for batch, _ in plain[len(found) + 1 :]][ahead : ahead + 1]
+        peeked = reader.peek(ahead)
+        assert ([] if peeked is None else [peeked.tolist()]) == expected
+        found.append((batches[0].tolist(), state.end_of_dataloader))
+    assert found == plain
+    assert state.active_dataloader is loader
