@@ -1,4 +1,4 @@
-"""`osd serve` processes for benchmarks: started, waited for, and ended."""
+"""Server processes for benchmarks, `osd serve` or `vllm serve`: started, waited for, and ended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START_SECONDS = 900  # a large pair compiles for minutes
 
 
 def flags(engine_kwargs: dict[str, Any]) -> list[str]:
-    """Return engine arguments as flags of `osd serve`."""
+    """Return engine arguments as flags of a server."""
     written = []
     for name, value in engine_kwargs.items():
         flag = name.replace("_", "-")
@@ -42,26 +42,36 @@ def server(
     Raises:
         RuntimeError: it did not start; with the end of its log.
     """
+    key = {"VLLM_API_KEY": secrets.token_hex(16)}
+    command = ["-m", "osd", "serve", "--teacher", teacher, "--student", student]
+    with started(command, engine_kwargs, env | key, log, first_gpu=first_gpu) as given:
+        yield given | key
+
+
+@contextmanager
+def started(
+    command: list[str], engine_kwargs: dict[str, Any], env: dict[str, str], log: Path, *, first_gpu: int
+) -> Iterator[dict[str, str]]:
+    """Run a server by arguments of Python; as `server`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url, key = f"http://127.0.0.1:{port}", {"VLLM_API_KEY": secrets.token_hex(16)}
+    url = f"http://127.0.0.1:{port}"
     last = first_gpu + engine_kwargs.get("tensor_parallel_size", 1)
     seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first_gpu, last)))} if GPU else {}
     before = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first_gpu)))} if GPU else {}
-    command = [sys.executable, "-m", "osd", "serve", "--teacher", teacher, "--student", student, "--port", str(port)]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, *flags(engine_kwargs)],
+            [sys.executable, *command, *flags(engine_kwargs), "--host", "127.0.0.1", "--port", str(port)],
             cwd=ROOT,
-            env=env | key | seen,
+            env=env | seen,
             stdout=file,
             stderr=file,
             start_new_session=True,
         )
     try:
         _wait(url, process, log)
-        yield {SERVER: url, **key, **before}
+        yield {SERVER: url, **before}
     finally:
         end_group(process)
 

@@ -57,10 +57,16 @@ ROOM = 64  # extra tokens of KV cache per completion: the last block of each seq
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__, SYSTEMS, list(SYSTEMS))
+    return checked(options, options.parse_args(argv))
+
+
+def parser(description: str | None, systems: dict[str, str], default: list[str]) -> argparse.ArgumentParser:
+    """Return the options of a benchmark of training steps with these systems."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pair", default="3B+0.5B", help="TEACHER+STUDENT as Qwen2.5 shapes of one vocabulary (default: %(default)s)")
-    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM", help=f"of {', '.join(SYSTEMS)}")
+    add("--systems", nargs="+", choices=systems, default=default, metavar="SYSTEM", help=f"of {', '.join(systems)}")
     add("--prompt-tokens", type=int, default=256)
     add("--new-tokens", type=int, default=512)
     add("--completions", type=int, default=32, help="per optimizer step (default: %(default)s)")
@@ -86,7 +92,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accelerate-config", default="fsdp2" if GPU else "cpu_ddp", help="of configs/accelerate, for several processes")
     add("--time-limit", type=float, help="seconds for the whole run; finished results are kept")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder, or the path of the JSON")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments, or end the program with what is wrong with them."""
     teacher, student = parse_pair(args.pair)
     if config(teacher)["vocab_size"] != config(student)["vocab_size"]:
         parser.error(f"--pair {args.pair}: TRL's trainer needs two models of one vocabulary size")
@@ -134,14 +144,14 @@ def make_models(args: argparse.Namespace, folder: Path) -> Path:
     return folder
 
 
-def summarise(systems: dict[str, Written]) -> dict[str, Any]:
-    """Return the medians of each system, and OSD's medians divided by those of each TRL system."""
+def summarise(systems: dict[str, Written], ours: str = "osd") -> dict[str, Any]:
+    """Return the medians of each system, and those of the system `ours` divided by those of each other."""
     of = {name: medians(system) for name, system in systems.items() if system["status"] == "ok"}
-    osd = of.get("osd", {})
+    osd = of.get(ours, {})
     ratios = {
-        f"osd_over_{name}": {key: value / of[name][key] for key, value in osd.items() if of[name].get(key)}
+        f"{ours}_over_{name}": {key: value / of[name][key] for key, value in osd.items() if of[name].get(key)}
         for name in of
-        if osd and name != "osd"
+        if osd and name != ours
     }
     return of | ratios
 

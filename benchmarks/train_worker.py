@@ -1,6 +1,6 @@
 """Worker process that trains a few steps with one trainer and times them.
 
-    python -m benchmarks.train_worker job.json out.json        (started by benchmarks/train_step.py)
+    python -m benchmarks.train_worker job.json out.json        (started by benchmarks/train_step.py and async_step.py)
 
 First come ``warm_up`` steps that are not counted. Then come ``steps`` steps timed as a whole: the device is drained only before
 the first and after the last of them. Then the same number of steps is timed by part, with a stopwatch that drains the device at
@@ -17,6 +17,7 @@ both trainers:
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import threading
@@ -32,8 +33,10 @@ from transformers import AutoConfig, TrainerCallback
 
 from benchmarks.checkpoints import text_of
 from benchmarks.process import Written, guarded, serve
+from benchmarks.serving import SERVER
 from benchmarks.stopwatch import PARTS, Stopwatch
 from benchmarks.systems import resolved
+from osd.engine.remote import RemoteEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class TrainJob:
         sleep: engines sleep between `generate` calls. OSD's engine also holds the teacher's weights; TRL's does not.
         engine_kwargs: further ``vllm.LLM`` arguments for all engines.
         processes: that train; ``completions`` are of all together.
-        tensor_parallel_size: processes that hold one engine together.
+        tensor_parallel_size: processes that hold one engine together; GPUs of a server.
     """
 
     teacher: str
@@ -138,19 +141,18 @@ def trl(job: TrainJob) -> tuple[Any, dict[str, Any]]:
     return trainer, {"student": described(trainer.vllm_generation.llm.llm_engine.vllm_config)}
 
 
-def trl_autocast(job: TrainJob) -> tuple[Any, dict[str, Any]]:
-    """Build TRL's trainer with mixed precision in the loss.
+def under_autocast(trainer: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return TRL's trainer with mixed precision in the loss, and its settings.
 
     Under TRL 1.16 ``bf16=True`` does not enable it there (see `OSDTrainer.compute_loss`).
     """
-    trainer, settings = trl(job)
     compute_loss = trainer.compute_loss
 
-    def under_autocast(*args: Any, **kwargs: Any) -> Any:
+    def autocast(*args: Any, **kwargs: Any) -> Any:
         with trainer.accelerator.autocast():
             return compute_loss(*args, **kwargs)
 
-    trainer.compute_loss = under_autocast
+    trainer.compute_loss = autocast
     return trainer, settings
 
 
@@ -166,18 +168,53 @@ def osd(job: TrainJob) -> tuple[Any, dict[str, Any]]:
     return trainer, {"teacher": described(worker.vllm_config), "student": described(worker.student_config)}
 
 
+def osd_server(job: TrainJob, **fields: Any) -> tuple[Any, dict[str, Any]]:
+    """Build OSD's trainer against the server of benchmarks/async_step.py. Returns it with what the server says of itself."""
+    from osd.train import OSDConfig, OSDTrainer
+
+    args = OSDConfig(**job.trainer_kwargs(), vllm_mode="server", vllm_server_base_url=os.environ[SERVER], **fields)
+    trainer = OSDTrainer(model=job.student, teacher_model=job.teacher, args=args, train_dataset=job.rows())
+    info = trainer.vllm_generation.pair.info()
+    return trainer, {"limits": info["limits"], "transfer": info["state"]["transfer"], **fields}
+
+
+def osd_async(job: TrainJob) -> tuple[Any, dict[str, Any]]:
+    """Build OSD's trainer as `osd_server` does; the server samples while it trains."""
+    return osd_server(job, async_generation=True)
+
+
+def trl_server(job: TrainJob) -> tuple[Any, dict[str, Any]]:
+    """Build TRL's trainer against the server of benchmarks/async_step.py, with the teacher in transformers."""
+    from trl import DistillationConfig, DistillationTrainer
+
+    server = {"vllm_mode": "server", "vllm_server_base_url": os.environ[SERVER]}
+    args = DistillationConfig(**job.trainer_kwargs(), use_vllm=True, **server, teacher_model_init_kwargs={"dtype": job.dtype})
+    trainer = DistillationTrainer(model=job.student, teacher_model=job.teacher, args=args, train_dataset=job.rows())
+    return trainer, {}
+
+
 def described(config: Any) -> dict[str, Any]:
     cache = config.cache_config
     return resolved(config) | {"kv_cache_tokens": (cache.num_gpu_blocks_override or cache.num_gpu_blocks) * cache.block_size}
 
 
-SYSTEMS: dict[str, Callable[[TrainJob], tuple[Any, dict[str, Any]]]] = {"trl": trl, "trl_autocast": trl_autocast, "osd": osd}
+SYSTEMS: dict[str, Callable[[TrainJob], tuple[Any, dict[str, Any]]]] = {
+    "trl": trl,
+    "trl_autocast": lambda job: under_autocast(*trl(job)),
+    "osd": osd,
+    "osd_server": osd_server,
+    "osd_async": osd_async,
+    "trl_server": trl_server,
+    "trl_server_autocast": lambda job: under_autocast(*trl_server(job)),
+}
 
 
 def instrument(trainer: Any, watch: Stopwatch) -> None:
     """Count the parts of the trainer's steps with the stopwatch. `Clock` adds the optimizer when training begins."""
     watch.around(trainer.vllm_generation, "sync_weights", "sync")
     watch.around(trainer.vllm_generation, "generate", "generate")
+    if isinstance(engine := getattr(trainer.vllm_generation, "engine", None), RemoteEngine):
+        watch.around(engine, "settle", "generate")  # of a batch that is sampled meanwhile, inside the sync
     watch.around(trainer, "compute_loss", "student")
     watch.around(trainer.accelerator, "backward", "student")
     watch.around(trainer.accelerator, "clip_grad_norm_", "optimizer")
@@ -278,6 +315,10 @@ def check_lengths(log_history: list[dict[str, Any]], new_tokens: int) -> None:
         raise RuntimeError(f"every completion must have {new_tokens} tokens; the shortest and longest have {sorted(lengths)}")
 
 
+def logged(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
 def run(spec: dict[str, Any], write: Callable[[Written], None]) -> Written:
     """Build the trainer named in ``spec`` and time its steps."""
 
@@ -299,8 +340,9 @@ def run(spec: dict[str, Any], write: Callable[[Written], None]) -> Written:
             "parts_s": clock.parts,
             "memory_bytes": {name: max(rank[name] for rank in ranks) for name in memory.bytes},
             "memory_bytes_of_ranks": ranks,
-            "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "alpha": [entry["osd/alpha/mean"] for entry in trainer.state.log_history if "osd/alpha/mean" in entry],
+            "loss": logged(trainer, "loss"),
+            "alpha": logged(trainer, "osd/alpha/mean"),
+            "staleness": logged(trainer, "osd/engine/staleness"),
             "optimizer": type(trainer.optimizer.optimizer).__name__,
             "trainer": {k: v for k, v in asdict(job).items() if not isinstance(v, (str, dict))},
         }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import process, sampling, scaling, stopwatch, summary, train_step, train_worker, worker
+from benchmarks import async_step, process, sampling, scaling, stopwatch, summary, train_step, train_worker, worker
 from benchmarks.shapes import config, parse_pair
 from benchmarks.stopwatch import Stopwatch
 
@@ -400,6 +400,41 @@ def test_both_trainers_run_on_a_tiny_pair(tmp_path):
     assert all(0 < alpha < 1 for alpha in found["systems"]["osd"]["alpha"])
     assert all(found["summary"][f"osd_over_{name}"]["step_s"] > 0 for name in ("trl", "trl_autocast"))
     assert found["versions"]["trl"]
+
+
+def test_a_server_has_the_engine_arguments_of_its_trainer(tmp_path, tiny_pair):
+    options = "--pair tiny+tiny --prompt-tokens 8 --new-tokens 6 --completions 4 --micro-batch 2 --dtype float32"
+    args = async_step.parse_args([*options.split(), "--engine-kwargs", '{"enforce_eager": true}'])
+    job = train_worker.TrainJob(**train_step.job(args, tiny_pair[0].parent, tmp_path))
+    pair, alone = (async_step.engine_kwargs(system, job) for system in ("osd_async", "trl_server"))
+    assert pair["kv_cache_memory_bytes"] == 2 * alone["kv_cache_memory_bytes"] > 0, "two models of one shape"
+    assert pair | alone == {**pair, "kv_cache_memory_bytes": alone["kv_cache_memory_bytes"]}
+    assert (alone["max_model_len"], alone["max_num_seqs"], alone["enforce_eager"]) == (14, 4, True)
+    assert alone["weight_transfer_config"] == {"backend": "nccl" if process.GPU else "http"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("--sleep", "a server does not sleep"), ("--systems osd_async trl_server", "TRL moves weights by NCCL")],
+)
+def test_options_that_a_server_cannot_have_are_rejected(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(async_step, "GPU", False)
+    with pytest.raises(SystemExit):
+        async_step.parse_args(options.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_against_a_server_runs_with_and_without_overlap(tmp_path):
+    options = "--pair tiny+tiny --prompt-tokens 8 --new-tokens 6 --completions 4 --micro-batch 2 --steps 2 --warm-up 1"
+    options += " --systems osd_server osd_async"
+    found = benchmark("async_step.py", tmp_path, *options.split(), "--engine-kwargs", json.dumps({"block_size": 32}))
+    for name, system in found["systems"].items():
+        assert system["status"] == "ok", system
+        assert len(system["step_s"]) == len(system["parts_s"]) == 2
+        assert len(system["loss"]) == 5
+        assert system["staleness"] == ([0, 1, 1, 1, 1] if name == "osd_async" else [0] * 5)
+    assert found["summary"]["osd_async_over_osd_server"]["step_s"] > 0
 
 
 @pytest.mark.slow
