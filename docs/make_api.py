@@ -72,7 +72,7 @@ def _class(home: str, cls: type) -> str:
 
 def _members(cls: type) -> dict[str, Any]:
     """Members of a class and of those of its bases that belong to OSD and have no section of their own."""
-    ours = [base for base in reversed(cls.__mro__[1:]) if base.__module__ == "osd.weight_sync"]
+    ours = [base for base in reversed(cls.__mro__[1:]) if base.__module__ in ("osd.weight_sync", "osd.background")]
     return {name: member for owner in (*ours, cls) for name, member in vars(owner).items()}
 
 
