@@ -283,7 +283,7 @@ def test_a_side_that_does_not_wait_falls_out_of_step(pair, monkeypatch, side):
         monkeypatch.setattr(PairScheduler, "_teacher_may_finish", lambda self, finishing, request_id: True)
     else:
         monkeypatch.setattr(PairScheduler, "_within_reach", lambda self: set(self.requests))
-        monkeypatch.setattr("osd.engine.backend.scheduler._preempt", lambda side, request: None)
+        monkeypatch.setattr("osd.engine.backend.side_scheduler.SideScheduler.preempt", lambda side, request: None)
     scheduler = make_scheduler(pair, blocks=24, budget=64 if side == "teacher" else 8, student_budget=12)
     workers = Workers(scheduler)
     for r in random_requests(random.Random(0), 6):
@@ -355,7 +355,7 @@ def test_one_bad_request_is_answered_and_the_others_go_on(pair):
     workers.run()
     assert len(workers.outputs["good"]) == 5
     assert workers.finished["long"].finish_reason == FinishReason.ERROR
-    assert "student's prompt (120 tokens)" in workers.finished["long"].stop_reason
+    assert "student's prompt has 120 tokens" in workers.finished["long"].stop_reason
     assert "empty" in workers.finished["empty"].stop_reason
 
 

@@ -74,7 +74,7 @@ from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 from vllm.v1.worker.worker_base import WorkerBase
 
 from osd.engine.backend import arguments, cpu, versions
-from osd.engine.backend.worker import PairWorker, Worker
+from osd.engine.backend.two_models import TwoModelWorker, Worker
 from osd.engine.request import _ACTING
 from tests.vllm_names import Names, attributes, imports
 
@@ -160,6 +160,8 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "utils": (layer_utils, triton_utils),
     "vllm_config": (VllmConfig,),
     "_keys": (AuthenticationMiddleware,),
+    "_config": (VllmConfig,),
+    "_runner": (GPUModelRunner,),
     "_allocator()": (CuMemAllocator,),
     "student_vllm_config()": (VllmConfig,),
     "get_tp_group()": (GroupCoordinator,),
@@ -207,7 +209,9 @@ FIELDS: dict[str, type] = {
 }
 # What ``self`` and ``super()`` are, by the class or function of the backend.
 BASES: dict[str, type] = {
+    "TwoModelWorker": Worker,
     "PairWorker": Worker,
+    "SideScheduler": AsyncScheduler,
     "PairScheduler": AsyncScheduler,
     "SpeculativeScheduler": AsyncScheduler,
     "SpeculativeWorker": Worker,
@@ -388,7 +392,7 @@ def test_weights_are_a_part_of_the_memory_profile_that_the_runner_reports():
     """Regression: only the teacher's weights were counted, and the KV caches took the memory of the student's."""
     runners = {name: SimpleNamespace(model_memory_usage=m, profile_run=None) for name, m in (("model", 5), ("student", 3))}
     worker = SimpleNamespace(model_runner=runners["model"], student_runner=runners["student"])
-    with PairWorker._profile_both(worker):
+    with TwoModelWorker._profile_both(worker):
         assert worker.model_runner.model_memory_usage == 8
     assert worker.model_runner.model_memory_usage == 5
 

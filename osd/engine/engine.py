@@ -281,7 +281,7 @@ class PairEngine:
         assert len(set(versions)) == 1, f"workers disagree on the student's weights version: {versions}"
         self.weights_version, self._state = versions[0], EngineState.OPEN
         if (scheduler := self._frontend.scheduler) is not None:
-            scheduler._adopt_weights_version(self.weights_version)  # elsewhere it learns it from the next request
+            scheduler.adopt_weights_version(self.weights_version)  # elsewhere it learns it from the next request
         return self.weights_version
 
     @property

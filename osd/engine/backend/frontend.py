@@ -25,7 +25,7 @@ from vllm.v1.engine import utils as engine_utils
 from osd.engine.backend import cpu
 from osd.engine.backend.configuration import check_engine_args, refusal, side_limits, student_vllm_config
 from osd.engine.backend.language_model import as_text
-from osd.engine.backend.worker import workers
+from osd.engine.backend.two_models import workers
 from osd.engine.config import PairConfig
 
 _DIED = "the engine's process has ended; close this engine and start another"
