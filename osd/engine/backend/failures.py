@@ -20,6 +20,8 @@ FAILURES = {
 def take_failed_rows(output: ModelRunnerOutput) -> dict[str, str]:
     """Drop the last token of rows that failed, at which they failed; return the reasons by request id."""
     sides, output.num_nans_in_logits = output.num_nans_in_logits or {}, None
+    if not any(sides.values()):
+        return {}
     failed = {}
     for i, (request_id, tokens) in enumerate(zip(output.req_ids, output.sampled_token_ids, strict=True)):
         if tokens and sides.get(request_id):

@@ -18,7 +18,6 @@ import random
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -44,11 +43,13 @@ class PairStep:
         student_output: the student scheduler's own output for this step.
         ready: ids of the requests that are sampled in this step: both sides compute logits for the same position.
         unmixed: of those, the requests past their ``mix_tokens``, sampled from the student alone.
-        weights_version: the student weights that these KV blocks belong to; None: no request has named one.
+        resets: how often the student's prefix cache was emptied: blocks of one count have KV of the same weights.
+        weights_version: the student weights that requests named; None: no request has named any.
         returned: requests whose record is returned with their tokens.
     """
 
     student_output: SchedulerOutput
+    resets: int
     ready: set[str] = field(default_factory=set)
     unmixed: set[str] = field(default_factory=set)
     weights_version: int | None = None
@@ -64,8 +65,8 @@ class PairScheduler(SideScheduler):
         cache = StudentCache.of(kv_cache_config)
         student_config.cache_config = cache.config
         planned, block_size = cache.plan(student_config, vllm_config, kv_cache_config)
-        # Nobody asks the student which of its requests ended.
-        own = {"block_size": block_size, "hash_block_size": planned.hash_block_size, "include_finished_set": False}
+        own = {"block_size": block_size, "hash_block_size": planned.hash_block_size}
+        own |= {"include_finished_set": False, "log_stats": False}  # nobody asks the student
         with set_current_vllm_config(student_config):
             self.student = SideScheduler(student_config, planned, *args, **{**kwargs, **own})
         self._admission = Admission(vllm_config, student_config, planned)
@@ -82,17 +83,17 @@ class PairScheduler(SideScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.student.may_finish = self._within_reach().__contains__
         self.cornered, self.student.cornered = set(), set()
-        step = PairStep(self.student.schedule(*args, **kwargs), weights_version=self.weights_version)
+        step = PairStep(self.student.schedule(*args, **kwargs), self.student.resets, weights_version=self.weights_version)
         finishing = self.student.finishing(step.student_output)
-        self.may_finish = partial(self._teacher_may_finish, finishing)
+        self.may_finish = self._teacher_may_finish(finishing).__contains__
         output = super().schedule(*args, **kwargs)
         self._pair_up(output, step, finishing)
         for new in step.student_output.scheduled_new_reqs if self._returned else ():
             if (returned := self._returned.get(new.req_id)) is not None and returned.cached is None:
                 returned.cached = new.num_computed_tokens
         step.returned = {i: self._returned[i] for i in self._returned.keys() & step.ready}
-        self.zero_scrubbed_blocks(output)
-        self.student.zero_scrubbed_blocks(step.student_output)
+        self.zero_reused_blocks(output)
+        self.student.zero_reused_blocks(step.student_output)
         output.osd = step  # type: ignore[attr-defined]
         return output
 
@@ -107,8 +108,9 @@ class PairScheduler(SideScheduler):
             room -= min(left + len(request.spec_token_ids), longest)
         return reach
 
-    def _teacher_may_finish(self, finishing: set[str], request_id: str) -> bool:
-        return request_id in finishing or request_id not in self.student.requests
+    def _teacher_may_finish(self, finishing: set[str]) -> set[str]:
+        """Return the requests that the student finishes in this step or has no part in."""
+        return finishing | (self.requests.keys() - self.student.requests.keys())
 
     def _pair_up(self, output: SchedulerOutput, step: PairStep, finishing: set[str]) -> None:
         """Find the requests that are sampled in a scheduled step; preempt the student's half where the teacher's is missing."""
@@ -118,9 +120,10 @@ class PairScheduler(SideScheduler):
             # Logits of two positions must never meet: the distribution would be wrong, and nothing would show it.
             assert request_id in finishing, f"{request_id}: the student is behind"
             assert position(self.requests[request_id]) == position(student[request_id]), f"{request_id}: out of step"
-        for request_id in step.student_output.num_scheduled_tokens:  # not in a set's order, which differs between processes
-            if request_id in finishing and request_id not in step.ready:
-                self.student.preempt(student[request_id])
+        if alone := finishing - step.ready:
+            for request_id in step.student_output.num_scheduled_tokens:  # not a set's order, which differs between processes
+                if request_id in alone:
+                    self.student.preempt(student[request_id])
         if not (output.num_scheduled_tokens or step.student_output.num_scheduled_tokens):
             self._make_way()
         if self._mix_limits:
@@ -155,8 +158,7 @@ class PairScheduler(SideScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         step: PairStep = scheduler_output.osd  # type: ignore[attr-defined]
         failed = take_failed_rows(model_runner_output)
-        # The stock update trims and owns these lists.
-        tokens = {i: list(t) for i, t in zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True)}
+        tokens = dict(zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True))
         record = take_record(model_runner_output, step.returned.values()) if step.returned else None
         for request_id in failed:
             self._scrub(request_id)  # now: vLLM frees its blocks if a draft accepted before the failure ends it

@@ -18,10 +18,12 @@ class SideScheduler(AsyncScheduler):
     Attributes:
         may_finish: returns whether a request's newest token may be computed in the step being scheduled.
         cornered: requests that were not admitted, because they had no other token left to compute.
+        resets: how often the prefix cache was emptied, with no request left that has blocks.
     """
 
     may_finish: Callable[[str], bool]
     cornered: set[str]
+    resets = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,8 +57,10 @@ class SideScheduler(AsyncScheduler):
 
         vLLM calls it for every request, after all other limits, to leave room for a draft model, which a pair has not.
         """
+        if self.may_finish(request.request_id):
+            return num_new_tokens
         known = request.num_tokens + request.num_output_placeholders
-        if num_computed_tokens + num_new_tokens < known or self.may_finish(request.request_id):
+        if num_computed_tokens + num_new_tokens < known:
             return num_new_tokens
         if num_computed_tokens >= known - 1 and request.status != RequestStatus.RUNNING:
             self.cornered.add(request.request_id)
@@ -77,23 +81,50 @@ class SideScheduler(AsyncScheduler):
         self.running.remove(request)
         self._preempt_request(request, monotonic())
 
-    # -- failed rows ------------------------------------------------------------------------------------------------
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        done = super().reset_prefix_cache(*args, **kwargs)
+        self.resets += done
+        return done
+
+    # -- NaN in the cache -------------------------------------------------------------------------------------------
+    # Attention multiplies masked slots by 0, and 0 × NaN is NaN, so NaN in a freed block would fail its next owner.
 
     def scrub(self, request_id: str) -> None:
-        """Evict a failed request's own KV blocks from the prefix cache, and zero them before their next use.
+        """Evict a failed request's own KV blocks from the prefix cache, and zero them before their next use."""
+        if request_id in self.requests:
+            own = self._own_blocks(request_id, 0)
+            self.kv_cache_manager.evict_blocks(own)
+            self._zero_before_reuse(own)
 
-        Attention multiplies masked slots by 0, and 0 × NaN is NaN, so NaN in a freed block would fail its next owner.
-        Blocks shared with other requests stay.
+    def _free_request_blocks(self, request: Request) -> None:
+        """Free a request's KV blocks; those that no sampled token has shown to be free of NaN are zeroed before their next use.
+
+        A step that is in flight may write NaN after its request was preempted or ended, and so may the chunks of a prompt.
         """
-        if request_id not in self.requests:
-            return
-        groups = self.kv_cache_manager.get_blocks(request_id).blocks
-        own = {block.block_id for group in groups for block in group if block.ref_cnt == 1 and not block.is_null}
-        self.kv_cache_manager.evict_blocks(own)
-        self._to_zero |= own
+        proven = request.num_computed_tokens - request.num_in_flight_tokens
+        if not request.num_output_tokens or request.num_preemptions:  # a preempted request is computed anew
+            proven = 0
+        if request.num_computed_tokens > proven:
+            self._zero_before_reuse(self._own_blocks(request.request_id, proven))
+        super()._free_request_blocks(request)
 
-    def zero_scrubbed_blocks(self, output: SchedulerOutput) -> None:
-        """Make a scheduled step zero the blocks that were scrubbed before it."""
+    def _own_blocks(self, request_id: str, start: int) -> set[int]:
+        """Return the blocks of a request from token ``start`` on that no other request shares."""
+        groups = self.kv_cache_config.kv_cache_groups
+        blocks = self.kv_cache_manager.get_blocks(request_id).blocks
+        return {
+            block.block_id
+            for group, of_group in zip(groups, blocks, strict=True)
+            for block in of_group[start // group.kv_cache_spec.block_size :]
+            if block.ref_cnt == 1 and not block.is_null
+        }
+
+    def _zero_before_reuse(self, block_ids: set[int]) -> None:
+        watchers = self.kv_cache_manager.block_pool._reuse_watchers
+        watchers.update(dict.fromkeys(block_ids, lambda block: self._to_zero.add(block.block_id)))
+
+    def zero_reused_blocks(self, output: SchedulerOutput) -> None:
+        """Make the step that was just scheduled zero the blocks that it reuses and that may hold NaN."""
         if self._to_zero:
             output.new_block_ids_to_zero = sorted({*(output.new_block_ids_to_zero or ()), *self._to_zero})
             self._to_zero.clear()

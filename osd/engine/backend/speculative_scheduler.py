@@ -68,7 +68,7 @@ class SpeculativeScheduler(PairScheduler):
             self._observe(self.chooser, scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.requests:
-            self._step_ended = None  # what comes until the next request is no step's time
+            self._step_ended = None  # the wait for the next request is not part of a step
         return outputs
 
     def _observe(self, chooser: DraftChooser, output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:

@@ -33,6 +33,7 @@ class StudentWeights:
         self.version, self.whole = 0, True
         self._load: WeightLoad | None = None
         self._loading = ExitStack()  # of the load that runs
+        self._cache = -1, 0  # how often the KV cache was emptied, and the version that its blocks are of
 
     def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, *, partial: bool) -> int:
         """Replace every weight, or with ``partial`` those given; return the new version."""
@@ -89,7 +90,14 @@ class StudentWeights:
         if not self.whole:
             raise RuntimeError("the last weight sync of the student failed half way; sync again before sampling")
         if version not in (None, self.version):
+            raise RuntimeError(f"a request names the student's weights version {version}, and version {self.version} is loaded")
+
+    def check_cache(self, resets: int) -> None:
+        """Raise a RuntimeError if blocks of the student's KV cache, emptied ``resets`` times, are of other weights."""
+        if resets != self._cache[0]:
+            self._cache = resets, self.version
+        if self._cache[1] != self.version:
             raise RuntimeError(
-                f"a request was admitted for the student's weights version {version}, and version {self.version} is loaded: "
-                "its KV cache would belong to other weights"
+                f"the student's KV cache is of its weights version {self._cache[1]}, and version {self.version} is loaded; "
+                "name it in PairOptions(weights_version=...) of a request, or reset the prefix cache"
             )

@@ -37,7 +37,7 @@ workers: weakref.WeakSet[TwoModelWorker] = weakref.WeakSet()  # of this process,
 
 
 class TwoModelWorker(Worker):
-    """vLLM's worker of this platform, for two models: building, memory, weights, sleep and shutdown."""
+    """vLLM's worker of this platform with a second model: building, memory, weights, sleep and shutdown of both."""
 
     vllm_config: VllmConfig
     distributed_init_method: str

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class PairWorker(TwoModelWorker):
-    """vLLM's worker of this platform, which draws from q*."""
+    """Worker of a pair: draws one token from q* for every request that both sides have logits for."""
 
     sampler_class: type[PairSampler] = PairSampler
     aligner_class: type[Aligner] = Aligner
@@ -110,6 +110,8 @@ class PairWorker(TwoModelWorker):
         if scheduler_output.num_scheduled_tokens or step.student_output.num_scheduled_tokens:
             # A step without tokens says which requests ended, also after a sync.
             self.student_weights.check(step.weights_version)
+        if step.student_output.num_scheduled_tokens:
+            self.student_weights.check_cache(step.resets)
         self._admit(scheduler_output, step)
         if self.student_stream is not None:
             self.student_stream.wait_stream(torch.cuda.current_stream())
@@ -147,7 +149,7 @@ class PairWorker(TwoModelWorker):
             self.requests[new.req_id] = SampledRequest.of(new.sampling_params, plain=not self.custom_processors)
 
     def _count_students_prompts(self, output: SchedulerOutput) -> None:
-        """Make the penalties of new requests count the student's prompt; the runner knows them by now."""
+        """Make the penalties of new requests count the student's prompt; the runner must have added the requests."""
         states = self.model_runner.req_states
         for new in output.scheduled_new_reqs:
             request = self.requests[new.req_id]
