@@ -86,6 +86,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "args": (Arguments,),
     "AutoConfig": (AutoConfig,),
     "arch": (ModelArchitectureConfig,),
+    "arguments": (EngineArgs,),
     "batch": (InputBatch,),
     "block": (KVCacheBlock,),
     "cache_config": (CacheConfig,),

@@ -250,9 +250,7 @@ class PairWorker(TwoModelWorker):
         signal_BX = outputs.topk_BX if any(options.topk for options in wanted) else None
         if any(options.hidden for options in wanted):
             signal_BX = hidden_BH
-        return append_record(
-            outputs.logprobs, outputs.values_BR, self.student_weights.version, signal_BX, outputs.origin_B
-        )
+        return append_record(outputs.logprobs, outputs.values_BR, self.student_weights.version, signal_BX, outputs.origin_B)
 
     def collect_records(self) -> dict[str, RequestRecord]:
         """Return every request's record since the last call."""
