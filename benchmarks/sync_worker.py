@@ -71,7 +71,7 @@ def osd(job: SyncJob, model: Any) -> Ways:
     assert worker is not None, "the engine must run in this process"
 
     def load_weights(*calls: list[tuple[str, torch.Tensor]]) -> None:
-        with worker._as_student(), torch.no_grad():
+        with worker.as_student(), torch.no_grad():
             for given in calls:
                 worker.student_runner.get_model().load_weights(given)
 

@@ -140,7 +140,7 @@ def test_a_student_with_experts_is_trained_and_wrong_experts_are_seen(tmp_path, 
             build_trainer(engine, student, tmp_path).train()
         monkeypatch.undo()
         # Planted: experts loaded over those that vLLM has rearranged.
-        monkeypatch.setattr("osd.engine.backend.worker.loading_experts", lambda *args, **kwargs: nullcontext())
+        monkeypatch.setattr("osd.engine.backend.student_weights.loading_experts", lambda *args, **kwargs: nullcontext())
         if not torch.cuda.is_available():
             with pytest.raises(RuntimeError, match="the engine's student is not the student in training"):
                 build_trainer(engine, student, tmp_path).train()

@@ -194,7 +194,7 @@ def test_a_state_that_takes_a_token_twice_is_seen(kind, engine, models, monkeypa
 
     scheduler = engine._frontend.scheduler
     monkeypatch.setattr(scheduler, "_within_reach", lambda: set(scheduler.requests))
-    monkeypatch.setattr("osd.engine.backend.scheduler._preempt", take_back)
+    monkeypatch.setattr("osd.engine.backend.side_scheduler.SideScheduler.preempt", take_back)
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
     assert errors(models, results)["logp_theta"] > 0.1
 

@@ -365,10 +365,11 @@ def test_an_unknown_option_ends_only_its_own_request(engine):
 
 
 PLACES = {
-    "scheduler": ["schedule", "_pair_up", "_zero_scrubbed_blocks", "update_from_output", "_update_student"],
+    "scheduler": ["schedule", "_pair_up", "zero_reused_blocks", "update_from_output", "_update_student"],
     "student scheduler": ["schedule"],
+    "weights": ["check"],
     "worker": [
-        *("execute_model", "_check_weights", "_student_forward", "_admit", "sample_tokens"),
+        *("execute_model", "_student_forward", "_admit", "sample_tokens"),
         *("_align", "_constraint", "_record", "_finish_step"),
     ],
     "teacher runner": ["execute_model", "sample_tokens", "sample", "postprocess_sampled"],
@@ -383,6 +384,7 @@ def test_an_interrupt_at_any_place_of_a_step_leaves_nothing_behind(engine, monke
     owner = {
         "scheduler": front.scheduler,
         "student scheduler": front.scheduler.student,
+        "weights": front.worker.student_weights,
         "worker": front.worker,
         "teacher runner": front.worker.model_runner,
         "student runner": front.worker.student_runner,
@@ -431,7 +433,7 @@ def test_requests_whose_end_was_lost_in_a_failed_step_are_forgotten(engine, monk
 
     sample(engine)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._frontend.worker, "_check_weights", interrupted)
+        patch.setattr(engine._frontend.worker.student_weights, "check", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sample(engine, PROMPTS[:1])
     check_forgotten(engine)

@@ -18,7 +18,8 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from osd.core import MixingConfig
-from osd.engine.backend.worker import PairWorker, workers
+from osd.engine.backend.two_models import workers
+from osd.engine.backend.worker import PairWorker
 from osd.engine.engine import PairConfig, PairEngine, PairPrompt
 from tests.architectures import save_model
 from tests.exact import completion_logits, q_star, reference

@@ -27,6 +27,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from osd.engine.backend.configuration import StudentCache, student_vllm_config
 from osd.engine.backend.scheduler import PairScheduler
+from osd.engine.backend.side_scheduler import SideScheduler
 from osd.engine.backend.speculative_scheduler import SpeculativeScheduler
 from osd.engine.config import PairConfig
 from osd.engine.request import PairOptions
@@ -207,6 +208,57 @@ class Workers:
         raise AssertionError(f"not finished after {limit} steps: {self.scheduler.requests}")
 
 
+class SickWorkers(Workers):
+    """Workers with a KV cache, in which some requests write NaN.
+
+    A row fails if it meets NaN in a block that it reads, also in slots that are masked: attention multiplies those by 0. What a
+    row that fails writes is NaN.
+
+    Args:
+        sick: by request, the side (0: teacher, 1: student) and the first position of its NaN.
+    """
+
+    def __init__(self, scheduler: PairScheduler, sick: dict[str, tuple[int, int]]) -> None:
+        super().__init__(scheduler)
+        self.sick = sick
+        self.tables: dict[tuple[int, str], list[int]] = {}
+        self.nan: dict[tuple[int, int], set[int]] = {}  # slots by side and block
+        self.harmed: set[str] = set()
+
+    def execute(self, output: SchedulerOutput) -> tuple[SchedulerOutput, ModelRunnerOutput]:
+        failed = self.compute(0, output) | self.compute(1, output.osd.student_output)
+        self.harmed |= failed - self.sick.keys()
+        output, runner_output = super().execute(output)
+        runner_output.num_nans_in_logits = dict.fromkeys(failed, 2)
+        return output, runner_output
+
+    def compute(self, side: int, output: SchedulerOutput) -> set[str]:
+        """Write the tokens of a step into the cache of one side; return the requests that meet NaN."""
+        start = {}
+        for new in output.scheduled_new_reqs:
+            self.tables[side, new.req_id], start[new.req_id] = list(new.block_ids[0]), new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for i, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            self.tables[side, i] += blocks[0] if blocks else []
+            start[i] = computed
+        for block in output.new_block_ids_to_zero or ():
+            self.nan.pop((side, block), None)
+        failed = set()
+        for i, count in output.num_scheduled_tokens.items():
+            table, written = self.tables[side, i], range(start[i], start[i] + count)
+            sick_side, position = self.sick.get(i, (None, 0))
+            self.write(side, table, written, written[max(position - start[i], 0) :] if sick_side == side else range(0))
+            if any(self.nan.get((side, block)) for block in table[: -(-written.stop // BLOCK)]):
+                failed.add(i)
+                self.write(side, table, written, written)
+        return failed
+
+    def write(self, side: int, table: list[int], written: range, nan: range) -> None:
+        for position in written:
+            slots = self.nan.setdefault((side, table[position // BLOCK]), set())
+            (slots.add if position in nan else slots.discard)(position % BLOCK)
+
+
 def known_tokens(request: Request) -> int:
     """Tokens of a scheduled request that the device knows: not the one that this step samples."""
     return request.num_tokens + max(request.num_output_placeholders - 1, 0)
@@ -265,6 +317,40 @@ def test_random_schedules_cover_the_cases_of_the_rule(pair):
     assert (seen["drafts"] > 0) == (pair[3] > 0)
 
 
+def harmed_by_others(pair, seed: int) -> set[str]:
+    """Return the requests that met NaN of another request, whose prompts have nothing in common with theirs."""
+    rng = random.Random(seed)
+    scheduler = make_scheduler(pair, blocks=18, budget=rng.choice([9, 64]), student_budget=rng.choice([11, 64]))
+    requests, sick = [], {}
+    for n in range(14):
+        prompts = [[n, *(rng.randrange(50) for _ in range(rng.randint(0, 39)))] for _ in range(2)]
+        requests.append(request(f"r{n}", *prompts, max_tokens=rng.randint(1, 20)))
+        if rng.random() < 0.4:
+            side = rng.randrange(2)
+            sick[f"r{n}"] = side, rng.randint(0, len(prompts[side]) + 5)
+    workers = SickWorkers(scheduler, sick)
+    while requests or workers.in_flight or scheduler.has_requests():
+        if requests and rng.random() < 0.5:
+            scheduler.add_request(requests.pop(0))
+        if rng.random() < 0.05 and scheduler.requests:
+            scheduler.finish_requests(rng.choice(list(scheduler.requests)), RequestStatus.FINISHED_ABORTED)
+        workers.step()
+    assert any(done.finish_reason == FinishReason.ERROR for done in workers.finished.values())
+    return workers.harmed
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nan_of_a_request_never_reaches_another(pair, seed):
+    """Regression: blocks of a request that was preempted or aborted while its step ran were used again as they were."""
+    assert not harmed_by_others(pair, seed)
+
+
+def test_nan_in_blocks_that_are_not_zeroed_is_seen(pair, monkeypatch):
+    """The planted error: vLLM's own way of freeing blocks."""
+    monkeypatch.delattr(SideScheduler, "_free_request_blocks")
+    assert any(harmed_by_others(pair, seed) for seed in range(8))
+
+
 @pytest.mark.parametrize("pair", [(True, 3)], ids=["async drafts"], indirect=True)
 def test_sides_with_different_numbers_of_drafts_are_seen(pair, monkeypatch):
     """The planted error: each side keeps the drafts that its own step has room for."""
@@ -280,10 +366,10 @@ def test_sides_with_different_numbers_of_drafts_are_seen(pair, monkeypatch):
 def test_a_side_that_does_not_wait_falls_out_of_step(pair, monkeypatch, side):
     """The planted error: one side computes its newest token whenever it can, and its row counts as sampled."""
     if side == "teacher":
-        monkeypatch.setattr(PairScheduler, "_teacher_may_finish", lambda self, finishing, request_id: True)
+        monkeypatch.setattr(PairScheduler, "_teacher_may_finish", lambda self, finishing: set(self.requests))
     else:
         monkeypatch.setattr(PairScheduler, "_within_reach", lambda self: set(self.requests))
-        monkeypatch.setattr("osd.engine.backend.scheduler._preempt", lambda side, request: None)
+        monkeypatch.setattr("osd.engine.backend.side_scheduler.SideScheduler.preempt", lambda side, request: None)
     scheduler = make_scheduler(pair, blocks=24, budget=64 if side == "teacher" else 8, student_budget=12)
     workers = Workers(scheduler)
     for r in random_requests(random.Random(0), 6):
@@ -355,7 +441,7 @@ def test_one_bad_request_is_answered_and_the_others_go_on(pair):
     workers.run()
     assert len(workers.outputs["good"]) == 5
     assert workers.finished["long"].finish_reason == FinishReason.ERROR
-    assert "student's prompt (120 tokens)" in workers.finished["long"].stop_reason
+    assert "student's prompt has 120 tokens" in workers.finished["long"].stop_reason
     assert "empty" in workers.finished["empty"].stop_reason
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from osd.engine.backend import worker as pair_worker
+from osd.engine.backend import two_models
 from osd.engine.backend.worker import PairWorker
 from osd.engine.engine import EngineState, PairConfig, PairEngine, PairPrompt
 from osd.generation import OSDGeneration
@@ -157,7 +157,7 @@ class TestOnAGpu:
         self.push(engine, student)
         model = engine._frontend.worker.student_runner.get_model()
         kept, mine = self.checksum(model), {p.untyped_storage().data_ptr() for p in model.parameters()}
-        data = [d for address, d in pair_worker._allocator().pointer_to_data.items() if address in mine]
+        data = [d for address, d in two_models._allocator().pointer_to_data.items() if address in mine]
         assert data, "no parameter is the first in its segment of memory"
         for allocation in data:
             allocation.tag = "student_weights"

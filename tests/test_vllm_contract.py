@@ -63,18 +63,17 @@ from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBackedTensor
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import ExecuteModelState, GPUModelRunner
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import SamplingStates
-from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 from vllm.v1.worker.worker_base import WorkerBase
 
 from osd.engine.backend import arguments, cpu, versions
-from osd.engine.backend.worker import PairWorker, Worker
+from osd.engine.backend.two_models import TwoModelWorker, Worker
 from osd.engine.request import _ACTING
 from tests.vllm_names import Names, attributes, imports
 
@@ -87,6 +86,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "args": (Arguments,),
     "AutoConfig": (AutoConfig,),
     "arch": (ModelArchitectureConfig,),
+    "arguments": (EngineArgs,),
     "batch": (InputBatch,),
     "block": (KVCacheBlock,),
     "cache_config": (CacheConfig,),
@@ -160,6 +160,8 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "utils": (layer_utils, triton_utils),
     "vllm_config": (VllmConfig,),
     "_keys": (AuthenticationMiddleware,),
+    "_config": (VllmConfig,),
+    "_runner": (GPUModelRunner,),
     "_allocator()": (CuMemAllocator,),
     "student_vllm_config()": (VllmConfig,),
     "get_tp_group()": (GroupCoordinator,),
@@ -176,6 +178,7 @@ FIELDS: dict[str, type] = {
     "GPUModelRunner.req_states": RequestState,
     "GPUModelRunner.sampler": Sampler,
     "GPUModelRunner.structured_outputs_worker": StructuredOutputsWorker,
+    "KVCacheManager.block_pool": BlockPool,
     "KVCacheManager.get_blocks": KVCacheBlocks,
     "KVCacheConfig.kv_cache_groups": KVCacheGroupSpec,
     "KVCacheGroupSpec.kv_cache_spec": FullAttentionSpec,
@@ -191,7 +194,6 @@ FIELDS: dict[str, type] = {
     "Sampler.penalties_state": PenaltiesState,
     "Sampler.req_states": RequestState,
     "Sampler.sampling_states": SamplingStates,
-    "Sampler.thinking_budget_state": ThinkingBudgetState,
     "Scheduler.kv_cache_manager": KVCacheManager,
     "RoutedExperts.quant_method": UnquantizedFusedMoEMethod,
     "VllmConfig.cache_config": CacheConfig,
@@ -207,7 +209,9 @@ FIELDS: dict[str, type] = {
 }
 # What ``self`` and ``super()`` are, by the class or function of the backend.
 BASES: dict[str, type] = {
+    "TwoModelWorker": Worker,
     "PairWorker": Worker,
+    "SideScheduler": AsyncScheduler,
     "PairScheduler": AsyncScheduler,
     "SpeculativeScheduler": AsyncScheduler,
     "SpeculativeWorker": Worker,
@@ -253,7 +257,7 @@ def test_the_names_are_few(names, record_property):
     every = {attr for _, attr in names.used} | {name for _, name in imports()}
     record_property("names_of_vllm", len(attrs | imported))
     print(f"{len(attrs | imported)} names of vllm.v1 ({len(attrs)} attributes), {len(every)} of vLLM")
-    assert len(attrs | imported) <= 223
+    assert len(attrs | imported) <= 218
 
 
 def test_an_attribute_that_vllm_does_not_have_is_seen(names, monkeypatch):
@@ -326,10 +330,12 @@ def test_replaced_methods_take_these_parameters():
         (KVCacheManager.cache_blocks, "self request num_computed_tokens"),
         (KVCacheManager.evict_blocks, "self block_ids"),
         (KVCacheManager.get_blocks, "self request_id"),
-        (LogitsProcessor.apply, "self logits ctx"),
-        (ThinkingBudgetState.apply, "self logits ctx"),
-        (SamplingStates.apply_min_p, "self logits expanded_idx_mapping idx_mapping_np"),
-        (SamplingStates.apply_top_k_top_p, "self logits expanded_idx_mapping idx_mapping_np"),
+        (SamplingStates.apply_temperature, "self logits expanded_idx_mapping idx_mapping_np"),
+        (
+            Sampler.apply_sampling_params,
+            """self logits expanded_idx_mapping idx_mapping idx_mapping_np pos input_ids expanded_local_pos
+            seq_lens_upper_bound_np skip_top_k_top_p""",
+        ),
         (WorkerBase.load_model, "self load_dummy_weights"),
         (WorkerBase.execute_model, "self scheduler_output"),
     ],
@@ -362,8 +368,6 @@ def test_what_is_built_has_these_fields():
     assert {"sampled_token_ids", "logprobs_tensors", "num_nans", "num_sampled", "num_rejected"} <= fields(SamplerOutput)
     known = {"sampled_token_ids", "logprobs_tensors", "num_nans", "num_sampled", "num_rejected", "sampling_mask_tensors"}
     assert fields(SamplerOutput) <= known, "the sampler may have to fill a new field"
-    context = "expanded_idx_mapping idx_mapping idx_mapping_np expanded_local_pos input_ids pos seq_lens_upper_bound_np"
-    assert fields(LogitsContext) == set(context.split())
     assert {"num_blocks", "kv_cache_tensors", "kv_cache_groups"} <= fields(KVCacheConfig)
     assert {"layer_names", "kv_cache_spec"} <= fields(KVCacheGroupSpec)
     assert {"request_id", "new_token_ids", "finish_reason", "stop_reason"} <= set(EngineCoreOutput.__struct_fields__)
@@ -372,7 +376,7 @@ def test_what_is_built_has_these_fields():
     assert "ERROR" in FinishReason.__members__
     assert {"vllm_config", "kv_cache_config"} <= set(parameters(Scheduler.__init__))
     assert "__slots__" not in vars(SchedulerOutput), "SchedulerOutput can no longer carry the pair's step as an attribute"
-    assert hasattr(BlockPool, "get_num_free_blocks")
+    assert "self._reuse_watchers.pop(block.block_id" in inspect.getsource(BlockPool._notify_reuse)
 
 
 def test_the_runner_calls_what_the_pair_replaces():
@@ -388,7 +392,7 @@ def test_weights_are_a_part_of_the_memory_profile_that_the_runner_reports():
     """Regression: only the teacher's weights were counted, and the KV caches took the memory of the student's."""
     runners = {name: SimpleNamespace(model_memory_usage=m, profile_run=None) for name, m in (("model", 5), ("student", 3))}
     worker = SimpleNamespace(model_runner=runners["model"], student_runner=runners["student"])
-    with PairWorker._profile_both(worker):
+    with TwoModelWorker._profile_both(worker):
         assert worker.model_runner.model_memory_usage == 8
     assert worker.model_runner.model_memory_usage == 5
 

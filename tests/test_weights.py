@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from osd.engine.engine import EngineState, PairEngine, PairPrompt
+from osd.engine.engine import EngineState, PairEngine, PairPrompt, checked_params
+from osd.engine.request import PairOptions
+from osd.engine.weights import dump_weights
 from tests.exact import completion_logits, reference
 from tests.pairs import runners
 from tests.tiny import save_tokenizer, tiny_model
@@ -192,3 +194,66 @@ def test_a_sync_that_stops_half_way_is_refused_by_the_worker_too(engine):
         engine.generate(PROMPT, sampling=dict(max_tokens=2))
     engine.load_student_weights(another(engine, 10).items())
     check_policy(engine, another(engine, 10))
+
+
+# -- requests that are given to `engine.llm` itself, and name no version of the weights ---------------------------------
+
+
+def long_prompt(first: int) -> PairPrompt:
+    """Return a prompt that fills blocks of both prefix caches."""
+    return PairPrompt(teacher_token_ids=[first, *range(3, 43)], student_token_ids=[first, *range(43, 3, -1)])
+
+
+def direct(engine: PairEngine, prompt: PairPrompt) -> list[int]:
+    """Return the most likely completion of a request to `engine.llm`."""
+    options = PairOptions(student_prompt_token_ids=prompt.student_token_ids).to_extra_args()
+    params = checked_params(dict(max_tokens=12, temperature=0.0, ignore_eos=True, extra_args=options))
+    [output] = engine.llm.generate([{"prompt_token_ids": prompt.teacher_token_ids}], params, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
+
+
+def check_direct(engine: PairEngine, prompt: PairPrompt) -> None:
+    """Compare a request to `engine.llm` with the same one on empty caches."""
+    got = direct(engine, prompt)
+    assert engine.reset_prefix_cache()
+    [expected] = engine.generate([prompt], sampling=dict(max_tokens=12, temperature=0.0, ignore_eos=True))
+    assert got == expected.token_ids
+
+
+def test_a_request_without_a_version_follows_a_sync(engine):
+    for seed in (11, 12):
+        direct(engine, long_prompt(5))  # fills the caches
+        engine.load_student_weights(another(engine, seed).items())
+        check_direct(engine, long_prompt(5))
+
+
+def test_a_request_that_a_half_synced_student_refuses_leaves_nothing_behind(engine):
+    """Regression: it stayed in the engine, and its blocks, which were never computed, in the prefix caches."""
+    with pytest.raises(ValueError, match="left"):
+        engine.load_student_weights(list(another(engine, 13).items())[:3])
+    with pytest.raises(RuntimeError, match="the last weight sync of the student failed half way"):
+        direct(engine, long_prompt(6))
+    assert not engine._frontend.busy
+    engine.load_student_weights(another(engine, 13).items())
+    check_direct(engine, long_prompt(6))
+
+
+def test_weights_that_another_handle_loads_never_meet_older_blocks(engine):
+    """Regression: where no request had named a version, the student's prefix cache was that of older weights."""
+    engine._frontend.scheduler.weights_version = None
+    direct(engine, long_prompt(7))
+    [version] = engine.llm.collective_rpc("load_student_weights", args=(dump_weights(another(engine, 14).items()),))
+    with pytest.raises(RuntimeError, match=f"KV cache is of its weights version {version - 1}, and version {version} is"):
+        direct(engine, long_prompt(7))
+    direct(engine, long_prompt(7))  # the failed step emptied the caches
+    assert engine.load_student_weights(another(engine, 15).items()) == version + 1
+    check_direct(engine, long_prompt(7))
+
+
+def test_weights_do_not_change_under_a_running_request(engine):
+    engine._frontend.add("running", [7, 8, 9], checked_params(dict(max_tokens=4)))
+    with pytest.raises(RuntimeError, match="unfinished requests; let them finish before a weight sync"):
+        engine.load_student_weights(another(engine, 16).items())
+    assert list(engine._frontend.finished())
+    engine.load_student_weights(another(engine, 16).items())
+    check_policy(engine, another(engine, 16))

@@ -145,6 +145,7 @@ def _known_elsewhere() -> set[str]:
     import os
     import queue
     import random
+    import signal
     import sys
     import threading
     import weakref
@@ -153,6 +154,7 @@ def _known_elsewhere() -> set[str]:
     from importlib import metadata
     from unittest import mock
 
+    import yaml
     from fastapi import FastAPI
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
@@ -200,6 +202,6 @@ def _known_elsewhere() -> set[str]:
         FastAPI(),
         Request({"type": "http"}),
     ]
-    owners += [metadata, mock, mock.patch, type, weakref.WeakSet, torch.cuda.Stream]
+    owners += [signal, yaml, metadata, mock, mock.patch, type, weakref.WeakSet, torch.cuda.Stream]
     # "osd" is ours, on vLLM's SchedulerOutput; quantisation methods make a layer's weight.
     return {"osd", "weight", "wait_stream", "language", *(name for owner in owners for name in dir(owner))}

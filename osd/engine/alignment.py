@@ -126,7 +126,7 @@ class Aligner:
         return torch.zeros(len(ids), dtype=torch.int32, device=self.device) if ready.issuperset(ids) else None
 
     def _index(self, rows: list[int], size: int) -> torch.Tensor | None:
-        """Rows as an index tensor; None if they are all rows in order."""
+        """Return rows as an index tensor; None if they are all rows in order."""
         return None if rows == list(range(size)) else self._tensor(rows, torch.int64)
 
     def _alpha(self, fixed: list[float | None]) -> torch.Tensor | None:

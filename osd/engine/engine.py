@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -65,9 +64,7 @@ class PairEngine:
         self.config = config
         self.mixing = config.mixing
         self.weights_version = 0
-        self._state = EngineState.CLOSED
         self._stale_reason = ""
-        self._caches_in_doubt = False
         self._request_number = itertools.count()
         self._frontend = Frontend(config)
         self._state = EngineState.OPEN
@@ -83,15 +80,19 @@ class PairEngine:
     @property
     def state(self) -> EngineState:
         """The engine's state."""
-        return self._state
+        return EngineState.CLOSED if self._frontend.llm is None else self._state
 
     @property
     def asleep(self) -> bool:
-        return self._state is EngineState.ASLEEP
+        return self.state is EngineState.ASLEEP
 
     @property
     def llm(self) -> Any:
-        """The vLLM ``LLM`` inside, for what `PairEngine` does not offer."""
+        """The vLLM ``LLM`` inside, for what `PairEngine` does not offer.
+
+        Where its engine core is another process, a request after a weight sync must name the weights:
+        ``PairOptions(weights_version=engine.weights_version)``. The engine ends at a request that would meet older KV blocks.
+        """
         self._check_open()
         return self._frontend.llm
 
@@ -158,8 +159,6 @@ class PairEngine:
             return list(zip(prompts, params, strict=True))
 
         shared, own = (requests(), slice(None)) if self._group is None else self._group.share(requests)
-        if self._caches_in_doubt:
-            self._forget_caches()
         ids: dict[str, str] = {}
         try:
             for prompt, param in shared:
@@ -231,28 +230,11 @@ class PairEngine:
         return load_records(data)
 
     def _abandon(self, ids: dict[str, str]) -> None:
-        """Clean up after an exception in mid-run: end every request, drop their records, and forget the prefix caches.
-
-        vLLM puts a block into the prefix cache when it schedules it, and a step that failed never filled it. An engine that
-        cannot be cleaned up is closed: Ctrl-C reaches the whole process group, and a process that is ending may look alive.
-        """
-        if self._state is EngineState.CLOSED:
-            return
-        self._caches_in_doubt = True  # until they are reset, whatever ends this
-        try:
-            self._frontend.abort(ids.values())
-            self._frontend.call("forget_records")
-            self._caches_in_doubt = not self.reset_prefix_cache()
-        except BaseException as error:
-            with suppress(Exception):  # the caller's exception says more
-                self.close()
-            if not isinstance(error, Exception):  # a second Ctrl-C
-                raise
-
-    def _forget_caches(self) -> None:
-        if not self.reset_prefix_cache():
-            raise RuntimeError("a run failed, and blocks it left in the prefix cache are in use; let the other requests finish")
-        self._caches_in_doubt = False
+        """End a run's requests after an exception, and drop their records."""
+        if self.state is not EngineState.CLOSED:
+            with self._frontend.cleaning_up():
+                self._frontend.abort(ids.values())
+                self._frontend.call("forget_records")
 
     # -- the student's weights --------------------------------------------------------------------------------------
 
@@ -268,8 +250,11 @@ class PairEngine:
 
         Raises:
             ValueError: parameters missing from ``named_tensors``; ``partial`` without a whole sync before it.
+            RuntimeError: requests are running.
         """
         self._check_awake()
+        if self._frontend.busy:
+            raise RuntimeError("this engine has unfinished requests; let them finish before a weight sync")
         self._state, self._stale_reason = EngineState.STALE, "the last sync did not finish"
         # One worker in this process takes the tensors as they come; others need them all in one message.
         sent = named_tensors if self._frontend.worker is not None else dump_weights(named_tensors)
@@ -281,7 +266,7 @@ class PairEngine:
         assert len(set(versions)) == 1, f"workers disagree on the student's weights version: {versions}"
         self.weights_version, self._state = versions[0], EngineState.OPEN
         if (scheduler := self._frontend.scheduler) is not None:
-            scheduler._adopt_weights_version(self.weights_version)  # elsewhere it learns it from the next request
+            scheduler.adopt_weights_version(self.weights_version)  # elsewhere it learns it from the next request
         return self.weights_version
 
     @property
@@ -349,7 +334,7 @@ class PairEngine:
         return self._frontend.ask("reset_prefix_cache")
 
     def _check_open(self) -> None:
-        if self._state is EngineState.CLOSED:
+        if self.state is EngineState.CLOSED:
             raise RuntimeError("this engine is closed; start another PairEngine")
 
     def _check_awake(self) -> None:
@@ -364,11 +349,8 @@ class PairEngine:
 
     def close(self) -> None:
         """Shut the engine down and free its memory. Idempotent."""
-        was, self._state = self._state, EngineState.CLOSED
-        if was is EngineState.CLOSED:
-            return
         try:
-            if was is EngineState.ASLEEP and self._frontend.alive:
+            if self.state is EngineState.ASLEEP and self._frontend.alive:
                 self._frontend.ask("wake_up")  # vLLM's allocator cannot free memory that it has unmapped
         finally:
             self._frontend.close()

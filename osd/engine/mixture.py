@@ -119,7 +119,7 @@ def _kernel_arguments(inputs: MixtureInputs) -> dict[str, Any]:
 
 
 def _side(bad_side_P: torch.Tensor, solo: bool) -> torch.Tensor:
-    """Sides whose logits are not numbers; solo rows pass the teacher's logits for both sides, so only the teacher counts."""
+    """Return the sides whose logits are not numbers; solo rows have the teacher's logits on both sides: only it counts."""
     return bad_side_P.clamp(max=2) if solo else bad_side_P
 
 

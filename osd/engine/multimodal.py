@@ -19,7 +19,7 @@ _PREFIXES = {
 
 
 def is_multimodal(config: Any) -> bool:
-    """Return whether a (transformers) configuration holds a language model's beside others."""
+    """Return whether a (transformers) configuration has the language model's as one part of several."""
     return config.get_text_config() is not config
 
 
@@ -29,7 +29,7 @@ def text_architecture(config: Any) -> str | None:
 
 
 def text_parameters(model: Any) -> list[Any]:
-    """Return a (transformers) model's parameters; of a multimodal one those of its language model, which compute text."""
+    """Return a (transformers) model's parameters; for a multimodal model, those of its language model alone."""
     parts = [model.get_decoder(), model.get_output_embeddings()] if is_multimodal(model.config) else [model]
     return list({id(parameter): parameter for part in parts for parameter in part.parameters()}.values())
 

@@ -16,8 +16,6 @@ from osd.core import RECORD_FIELDS, TokenRecord
 # B rows of a step, R record fields (osd.core.RECORD_FIELDS), H teacher hidden size, T tokens of a completion, N rows of all
 # steps, X columns: R, H, or those of the teacher's largest log-probabilities (osd.engine.topk).
 
-_TENSORS = ("values_TR", "hidden_TH", "topk_TX", "origin_T1")
-_SCALARS = ("weights_version", "teacher_cached_tokens", "student_cached_tokens")
 _MOST_PINNED = 1 << 30  # bytes a call; pinned memory is nobody else's, and torch keeps it
 
 
@@ -184,30 +182,13 @@ def _apart(rows_NX: torch.Tensor, orders: Sequence[torch.Tensor]) -> list[torch.
 
 
 def dump_records(records: dict[str, RequestRecord]) -> bytes:
-    """Return records as bytes, to cross the processes of a vLLM engine; tensors of all requests travel as one."""
-    fields = {name: [getattr(record, name) for record in records.values()] for name in _SCALARS}
-    packed = {name: _pack([getattr(record, name) for record in records.values()]) for name in _TENSORS}
+    """Return records as bytes, to cross the processes of a vLLM engine."""
     buffer = io.BytesIO()
-    torch.save({"ids": list(records), **fields, **packed}, buffer)
+    torch.save({request_id: vars(record) for request_id, record in records.items()}, buffer)
     return buffer.getvalue()
 
 
 def load_records(data: bytes) -> dict[str, RequestRecord]:
     """Return the records of :func:`dump_records`."""
     loaded = torch.load(io.BytesIO(data), weights_only=True)
-    columns = {name: loaded[name] for name in _SCALARS} | {name: _unpack(*loaded[name]) for name in _TENSORS}
-    return {
-        request_id: RequestRecord(**{name: values[i] for name, values in columns.items()})
-        for i, request_id in enumerate(loaded["ids"])
-    }
-
-
-def _pack(tensors: list[torch.Tensor | None]) -> tuple[torch.Tensor | None, list[int | None]]:
-    """Concatenate tensors along their first dimension; None and empty tensors keep only their length."""
-    filled = [tensor for tensor in tensors if tensor is not None and len(tensor)]
-    return torch.cat(filled) if filled else None, [None if tensor is None else len(tensor) for tensor in tensors]
-
-
-def _unpack(whole: torch.Tensor | None, lengths: list[int | None]) -> list[torch.Tensor | None]:
-    parts = iter(() if whole is None else whole.split([length for length in lengths if length]))
-    return [None if length is None else next(parts) if length else torch.empty(0) for length in lengths]
+    return {request_id: RequestRecord(**fields) for request_id, fields in loaded.items()}

@@ -140,7 +140,7 @@ class SampledRequest:
 
     @classmethod
     def of(cls, params: Any, *, plain: bool = True) -> SampledRequest:
-        """Read them from vLLM's ``SamplingParams``; ``plain=False``: something else of the engine acts on q*."""
+        """Return the options in vLLM's ``SamplingParams``; ``plain=False``: the engine has something else that acts on q*."""
         acting = [name for name, inactive in _ACTING.items() if getattr(params, name) not in inactive]
         return cls(
             options=PairOptions.of(params),
@@ -241,7 +241,7 @@ def check_request(
 
 
 def draw_seeds(given: Sequence[int | None], own: int) -> list[int]:
-    """Return a seed per request: the given one, or for None one of torch's random state and the engine's own seed.
+    """Return a seed per request: the given one; for None, a number from torch's random state XOR the engine's own seed.
 
     A trainer saves and restores torch's random state with its checkpoints; the own seed differs between processes. One number
     is taken from that state for every request, whatever is given.

@@ -62,7 +62,7 @@ def take_options(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def pair_options(options: Mapping[str, Any]) -> PairOptions:
-    """Return the engine's options of those of a request whose student's prompt is token ids.
+    """Return the engine's options for a request's options, in which the student's prompt is token ids.
 
     Raises:
         ValueError: a value of the wrong type or out of range.
@@ -75,7 +75,7 @@ def pair_options(options: Mapping[str, Any]) -> PairOptions:
 
 
 def returned(options: PairOptions) -> PairOptions:
-    """Return a request's options as a server runs them: the record comes with the tokens, and nobody collects it."""
+    """Return a request's options as a server runs them: the record travels with the tokens; the worker keeps none."""
     return replace(
         options,
         record=False,

@@ -134,7 +134,7 @@ def _step_limits(teacher: SchedulerConfig, own: dict[str, Any]) -> dict[str, int
 
 @dataclass(frozen=True)
 class StudentCache:
-    """The student's KV cache as its worker knows it, for its scheduler, which may be in another process.
+    """The student's KV cache: known to its worker, sent to its scheduler, which may be in another process.
 
     Attributes:
         specs: vLLM's ``KVCacheSpec`` of each layer.

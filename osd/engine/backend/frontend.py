@@ -25,7 +25,7 @@ from vllm.v1.engine import utils as engine_utils
 from osd.engine.backend import cpu
 from osd.engine.backend.configuration import check_engine_args, refusal, side_limits, student_vllm_config
 from osd.engine.backend.language_model import as_text
-from osd.engine.backend.worker import workers
+from osd.engine.backend.two_models import workers
 from osd.engine.config import PairConfig
 
 _DIED = "the engine's process has ended; close this engine and start another"
@@ -33,7 +33,7 @@ _POLL_SECONDS = 0.5  # how often a wait for another process looks whether it is 
 
 
 class EngineDied(RuntimeError):
-    """The process of the engine ended; nothing can be asked of it."""
+    """The process of the engine ended."""
 
 
 class Frontend:
@@ -56,6 +56,7 @@ class Frontend:
             with interruptible_start():
                 self.llm = LLM(**arguments)
             self._watch_outputs()
+            self._guard_steps()
             self._check_active()
             self.limits = side_limits(self.engine.vllm_config, student_vllm_config(self.engine.vllm_config))
         except BaseException:
@@ -174,7 +175,7 @@ class Frontend:
         return result[0]
 
     def _watch_outputs(self) -> None:
-        """Make the wait for a step of the engine's process end if the process does; vLLM's own wait never ends."""
+        """Stop waiting for a step of the engine's process when that process ends; vLLM would wait forever."""
         if self._core is not None:
             return
         outputs = self.engine.engine_core.outputs_queue
@@ -189,6 +190,41 @@ class Frontend:
                         raise EngineDied(_DIED) from None
 
         outputs.get = watched
+
+    def _guard_steps(self) -> None:
+        """Make a step that fails end every request, and empty both prefix caches.
+
+        The scheduler counts the tokens of such a step as computed, and has put their blocks into the prefix caches. An engine
+        in another process ends with the step.
+        """
+        if (scheduler := self.scheduler) is None:
+            return
+        step = self.engine.step
+
+        def guarded() -> list[Any]:
+            try:
+                return step()
+            except BaseException:
+                with self.cleaning_up():
+                    self.abort(scheduler.requests)
+                    assert self.engine.reset_prefix_cache(), "no request is left"
+                raise
+
+        self.engine.step = guarded
+
+    @contextmanager
+    def cleaning_up(self) -> Iterator[None]:
+        """Close the engine if the body fails, which cleans up after an exception; that exception is the one to raise.
+
+        Ctrl-C reaches the whole process group, and a process that is ending may look alive.
+        """
+        try:
+            yield
+        except BaseException as error:
+            with suppress(Exception):
+                self.close()
+            if not isinstance(error, Exception):  # a second Ctrl-C
+                raise
 
     @property
     def alive(self) -> bool:

@@ -39,7 +39,7 @@ def as_text(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def reads_text_names(config: VllmConfig) -> bool:
-    """Return whether the weights of this model are to be renamed by :func:`osd.engine.multimodal.text_weights`."""
+    """Return whether :func:`osd.engine.multimodal.text_weights` must rename this model's weights."""
     return config.load_config.load_format == LOAD_FORMAT
 
 

@@ -1,4 +1,4 @@
-"""Find the output layer of a vLLM model by what the model does with a hidden state, not by an attribute's name."""
+"""The output layer of a vLLM model, found by what the model does with a hidden state, not by an attribute's name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+from osd.engine.wire import pack
 
 
 @torch.inference_mode()
@@ -47,3 +50,29 @@ def output_layer(model: Any, model_config: Any) -> tuple[Any, Tensor | None]:
             "teacher_signal='topk' or 'recompute'"
         )
     return layer, bias  # vLLM adds no bias of the layer that it is not given
+
+
+def whole_output_layer(model: Any, model_config: Any) -> tuple[Tensor, Tensor | None]:
+    """Return a model's output layer, weight [V, H] and bias [V] or None: by reference, or gathered from its shards."""
+    layer, bias = output_layer(model, model_config)
+    weight = layer.weight
+    if getattr(layer, "tp_size", 1) > 1:
+        weight = tensor_model_parallel_all_gather(weight, 0)
+        bias = None if bias is None else tensor_model_parallel_all_gather(bias, 0)
+    vocab_size = model_config.get_vocab_size()
+    return weight[:vocab_size], None if bias is None else bias[:vocab_size]
+
+
+def output_layer_rows(model: Any, model_config: Any, start: int, stop: int) -> bytes:
+    """Return rows ``start`` to ``stop`` of a model's output layer as bytes, or those of them that this rank has."""
+    layer, bias = output_layer(model, model_config)
+    shard = getattr(layer, "shard_indices", None)
+    first = 0 if shard is None else shard.org_vocab_start_index
+    end = model_config.get_vocab_size() if shard is None else shard.org_vocab_end_index
+    low, high = max(start, first), min(stop, end)
+    if low >= high:
+        return b""
+    tensors = {"weight": layer.weight[low - first : high - first]}
+    if bias is not None:
+        tensors["bias"] = bias[low - first : high - first]
+    return pack({"start": low}, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})

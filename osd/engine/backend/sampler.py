@@ -17,7 +17,6 @@ import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -96,6 +95,7 @@ class PairSampler:
         self.mixing = mixing
         self.vocab_size = vocab_size
         self.stock = stock
+        stock.sampling_states.apply_temperature = lambda *_: None  # both policies are tempered before they are mixed
         self._kernel_draw: KernelDraw | None = None
 
     def __call__(self, inputs: StepInputs) -> StepOutputs:
@@ -186,7 +186,7 @@ class PairSampler:
     def _processed(self, inputs: StepInputs, parts: list[Any]) -> StepOutputs:
         """Apply the sampling parameters to log q*, and draw."""
         logq_BV = self._scatter(inputs.teacher, parts)
-        processed_BV = self._process(logq_BV.clone(), inputs)  # the record and logprobs need log q* as it is
+        processed_BV = self._process(logq_BV, inputs)
         rows = inputs.alignment
         token_B, logp_draw_B = draw(processed_BV, uniform(rows.seed_B, inputs.batch.seq_lens[: len(logq_BV)]))
         greedy_B = rows.temperature_B < GREEDY_BELOW
@@ -205,26 +205,23 @@ class PairSampler:
         return StepOutputs(token_B=token_B, values_BR=out.values_BR, bad_side_B=out.bad_side_B, logprobs=logprobs)
 
     def _process(self, logq_BV: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
-        """Apply everything but the temperature, in vLLM's order; both policies are tempered before they are mixed."""
-        batch, stock = inputs.batch, self.stock
+        """Return what the grammars and sampling parameters make of log q*, which stays as it is: in vLLM's order."""
         if inputs.constrain is not None:
+            logq_BV = logq_BV.clone()
             inputs.constrain(logq_BV)
         if inputs.alignment.plain:
             return logq_BV
-        context = LogitsContext(
-            expanded_idx_mapping=batch.expanded_idx_mapping,
-            idx_mapping=batch.idx_mapping,
-            idx_mapping_np=batch.idx_mapping_np,
-            expanded_local_pos=batch.expanded_local_pos,
-            input_ids=batch.input_ids[batch.logits_indices],
-            pos=batch.positions[batch.logits_indices],
-            seq_lens_upper_bound_np=batch.seq_lens_cpu_upper_bound.numpy(),
+        batch = inputs.batch
+        return self.stock.apply_sampling_params(
+            logq_BV,
+            batch.expanded_idx_mapping,
+            batch.idx_mapping,
+            batch.idx_mapping_np,
+            batch.positions[batch.logits_indices],
+            batch.input_ids[batch.logits_indices],
+            batch.expanded_local_pos,
+            batch.seq_lens_cpu_upper_bound.numpy(),
         )
-        for processor in stock.logits_processors:
-            logq_BV = processor.apply(logq_BV, context)
-        stock.thinking_budget_state.apply(logq_BV, context)
-        stock.sampling_states.apply_min_p(logq_BV, batch.expanded_idx_mapping, batch.idx_mapping_np)
-        return stock.sampling_states.apply_top_k_top_p(logq_BV, batch.expanded_idx_mapping, batch.idx_mapping_np)
 
     def _logprobs(
         self, logq_BV: torch.Tensor, processed_BV: torch.Tensor, token_B: torch.Tensor, batch: InputBatch

@@ -98,9 +98,8 @@ class SpeculativeSampler(PairSampler):
         mixture = KernelMixture if use_kernels(self.mixing, inputs.teacher.device) else ReferenceMixture
         parts: list[Any] = [mixture(part, self.mixing) for part in self._parts(inputs)]
         logq_NV = self._scatter(inputs.teacher, parts)
-        plain = rows.plain and inputs.constrain is None
-        target_NV = logq_NV if plain else self._process(logq_NV.clone(), inputs)
-        lse_N = 0.0 if plain else target_NV.logsumexp(dim=-1)
+        target_NV = self._process(logq_NV, inputs)
+        lse_N = 0.0 if target_NV is logq_NV else target_NV.logsumexp(dim=-1)
         draft_N = torch.zeros_like(alignment.student_N) if draft_M is None else draft_M[alignment.student_N]
         greedy_N = rows.temperature_B < GREEDY_BELOW
 
@@ -132,7 +131,7 @@ class SpeculativeSampler(PairSampler):
         logp_draw_N = torch.where(greedy_N, 0.0, logp_target(verdict.token_N))
         values_NR = self._record(inputs.teacher, parts, verdict.token_N, logp_draw_N)
         bad_side_B = self._bad_side(parts, target_NV, verdict.final_B)
-        logprobs = None if plain else self._logprobs(logq_NV, target_NV, verdict.token_N, inputs.batch)
+        logprobs = None if rows.plain else self._logprobs(logq_NV, target_NV, verdict.token_N, inputs.batch)
         positions = StepOutputs(
             token_B=verdict.token_N,
             values_BR=values_NR,

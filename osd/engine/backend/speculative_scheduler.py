@@ -68,7 +68,7 @@ class SpeculativeScheduler(PairScheduler):
             self._observe(self.chooser, scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.requests:
-            self._step_ended = None  # what comes until the next request is no step's time
+            self._step_ended = None  # the wait for the next request is not part of a step
         return outputs
 
     def _observe(self, chooser: DraftChooser, output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:
@@ -95,14 +95,9 @@ class SpeculativeScheduler(PairScheduler):
                 if request_id in of_side.num_scheduled_tokens:
                     _drop_drafts(side, of_side, request_id, count)
 
-    def make_spec_decoding_stats(
-        self, spec_decoding_stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not self.log_stats:
-            return None
-        stats = spec_decoding_stats or SpecDecodingStats.new(self.drafts)
-        stats.observe_draft(num_draft_tokens=num_draft_tokens, num_accepted_tokens=num_accepted_tokens)
-        return stats
+    def make_spec_decoding_stats(self, spec_decoding_stats: Any, *args: Any, **kwargs: Any) -> Any:
+        # vLLM would count the drafts of its own draft models, of which there are none.
+        return super().make_spec_decoding_stats(spec_decoding_stats or SpecDecodingStats.new(self.drafts), *args, **kwargs)
 
 
 def can_draft(params: SamplingParams) -> bool:

@@ -27,7 +27,6 @@ from osd.engine.mixture import as_index, take
 from osd.engine.positions import CycleAligner, CycleAlignment
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import GrammarOutput
     from vllm.v1.outputs import ModelRunnerOutput
 
 # B rows of the teacher's batch, S rows of a pass of the student, N positions that the teacher scores, H hidden.
@@ -200,7 +199,7 @@ class SpeculativeWorker(PairWorker):
         )
 
     def _sample(
-        self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: GrammarOutput | None
+        self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: Any
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         """Decide a cycle; stands in the place of the teacher runner's ``sample``."""
         runner = self.model_runner
@@ -235,7 +234,7 @@ class SpeculativeWorker(PairWorker):
         return sampler_output(tokens, num_sampled, num_rejected), num_sampled, num_rejected
 
     def _warm_up_step(
-        self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: GrammarOutput | None
+        self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: Any
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         """Stand in for ``sample`` in vLLM's warm-up: its sampler has no drafts, so all of them are rejected."""
         if not batch.num_draft_tokens:

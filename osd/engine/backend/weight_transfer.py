@@ -1,7 +1,7 @@
 """vLLM's weight transfer into the student of a pair: by NCCL, or in the messages themselves.
 
-`PairWorker` counts the versions, checks that every parameter came, and refuses to sample before that. So the engines here only
-receive tensors. vLLM's own reload one layer at a time, which a load that breaks half way would leave without weights.
+`StudentWeights` counts the versions, checks that every parameter came, and refuses to sample before that. So the engines here
+only receive tensors. vLLM's own engines reload layer by layer: a load that breaks half way would leave layers without weights.
 """
 
 from __future__ import annotations

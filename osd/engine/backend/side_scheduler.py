@@ -1,0 +1,135 @@
+"""SideScheduler: vLLM's scheduler for one side of a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.request import Request, RequestStatus
+
+
+class SideScheduler(AsyncScheduler):
+    """vLLM's scheduler for one side of a pair.
+
+    Attributes:
+        may_finish: returns whether a request's newest token may be computed in the step being scheduled.
+        cornered: requests that were not admitted, because they had no other token left to compute.
+        resets: how often the prefix cache was emptied, with no request left that has blocks.
+    """
+
+    may_finish: Callable[[str], bool]
+    cornered: set[str]
+    resets = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cornered = set()
+        self._to_zero: set[int] = set()
+        self._allocate_quickly()
+
+    def _allocate_quickly(self) -> None:
+        """Skip vLLM's block allocation for a token whose block a request already has: half of a step's scheduling time.
+
+        Only for one group of full attention, where vLLM would allocate nothing. A block that becomes full enters the prefix
+        cache when its last token is known, in ``update_from_output``. The student's last block does not enter it if the
+        request ends with that token.
+        """
+        groups = self.kv_cache_config.kv_cache_groups
+        if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:
+            return
+        # The scheduler's own block size is that of all the teacher's groups together, for the student too.
+        manager, block_size = self.kv_cache_manager, groups[0].kv_cache_spec.block_size
+        allocate = manager.allocate_slots
+
+        def allocate_slots(request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+            if num_new_tokens == 1 and request.num_computed_tokens % block_size:
+                return manager.empty_kv_cache_blocks
+            return allocate(request, num_new_tokens, *args, **kwargs)
+
+        manager.allocate_slots = allocate_slots
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Return how many tokens of a request to schedule.
+
+        vLLM calls it for every request, after all other limits, to leave room for a draft model, which a pair has not.
+        """
+        if self.may_finish(request.request_id):
+            return num_new_tokens
+        known = request.num_tokens + request.num_output_placeholders
+        if num_computed_tokens + num_new_tokens < known:
+            return num_new_tokens
+        if num_computed_tokens >= known - 1 and request.status != RequestStatus.RUNNING:
+            self.cornered.add(request.request_id)
+        return max(known - 1 - num_computed_tokens, 0)
+
+    @property
+    def step_in_flight(self) -> bool:
+        """Whether a scheduled step has not come back yet."""
+        return any(request.num_in_flight_tokens for request in self.requests.values())
+
+    def finishing(self, output: SchedulerOutput) -> set[str]:
+        """Return the requests whose newest token a scheduled step computes."""
+        requests = self.requests
+        return {i for i in output.num_scheduled_tokens if not requests[i].is_prefill_chunk}
+
+    def preempt(self, request: Request) -> None:
+        """Free a running request's KV blocks and queue it to be computed anew; a step that was scheduled computes it still."""
+        self.running.remove(request)
+        self._preempt_request(request, monotonic())
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        done = super().reset_prefix_cache(*args, **kwargs)
+        self.resets += done
+        return done
+
+    # -- NaN in the cache -------------------------------------------------------------------------------------------
+    # Attention multiplies masked slots by 0, and 0 × NaN is NaN, so NaN in a freed block would fail its next owner.
+
+    def scrub(self, request_id: str) -> None:
+        """Evict a failed request's own KV blocks from the prefix cache, and zero them before their next use."""
+        if request_id in self.requests:
+            own = self._own_blocks(request_id, 0)
+            self.kv_cache_manager.evict_blocks(own)
+            self._zero_before_reuse(own)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Free a request's KV blocks; those that no sampled token has shown to be free of NaN are zeroed before their next use.
+
+        A step that is in flight may write NaN after its request was preempted or ended, and so may the chunks of a prompt.
+        """
+        proven = request.num_computed_tokens - request.num_in_flight_tokens
+        if not request.num_output_tokens or request.num_preemptions:  # a preempted request is computed anew
+            proven = 0
+        if request.num_computed_tokens > proven:
+            self._zero_before_reuse(self._own_blocks(request.request_id, proven))
+        super()._free_request_blocks(request)
+
+    def _own_blocks(self, request_id: str, start: int) -> set[int]:
+        """Return the blocks of a request from token ``start`` on that no other request shares."""
+        groups = self.kv_cache_config.kv_cache_groups
+        blocks = self.kv_cache_manager.get_blocks(request_id).blocks
+        return {
+            block.block_id
+            for group, of_group in zip(groups, blocks, strict=True)
+            for block in of_group[start // group.kv_cache_spec.block_size :]
+            if block.ref_cnt == 1 and not block.is_null
+        }
+
+    def _zero_before_reuse(self, block_ids: set[int]) -> None:
+        watchers = self.kv_cache_manager.block_pool._reuse_watchers
+        watchers.update(dict.fromkeys(block_ids, lambda block: self._to_zero.add(block.block_id)))
+
+    def zero_reused_blocks(self, output: SchedulerOutput) -> None:
+        """Make the step that was just scheduled zero the blocks that it reuses and that may hold NaN."""
+        if self._to_zero:
+            output.new_block_ids_to_zero = sorted({*(output.new_block_ids_to_zero or ()), *self._to_zero})
+            self._to_zero.clear()
+
+
+def position(request: Request) -> int:
+    """Return how many tokens of its completion a request has computed, with those of the step being scheduled."""
+    return request.num_computed_tokens - request.num_prompt_tokens
