@@ -26,7 +26,7 @@ class PairOptions:
         record: keep the per-token record on the device until ``take_records``.
         hidden: keep, or return, the teacher's final hidden state with it.
         topk: keep, or return, so many of the teacher's largest log-probabilities with it (`osd.engine.topk`); 0: none. All
-            requests that run together and want them, or hidden states, must want the same.
+            requests that are recorded together must want the same number, or all of them hidden states.
         return_record: send the per-token record with the tokens: :mod:`osd.engine.backend.returned`.
         weights_version: the student weights to sample with. A version newer than the scheduler's resets the student's prefix
             cache. An older one ends the request in error. The worker refuses to run with weights of another version than the
