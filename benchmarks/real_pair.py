@@ -30,7 +30,7 @@ from benchmarks.process import ROOT
 from benchmarks.systems import Job, Paired
 from benchmarks.worker import start, step_times
 
-PAIRS = ("demo", "healed")
+PAIRS, SIDES = ("demo", "healed"), ("teacher", "student")
 TASK = "bookings"
 WARM_UP = 2  # turns that are not counted; "auto" has its first steps in them
 RESAMPLES = 10_000
@@ -82,12 +82,10 @@ _completions: list[Any] = []  # of its turns, for the record
 
 def begin(name: str, job: dict[str, Any]) -> None:
     """Start the engine of this process."""
-    os.environ.pop(
-        "VLLM_USE_V2_MODEL_RUNNER", None
-    )  # set by importing osd.engine, as the main module does; vLLM has its default
-    if name not in ("teacher", "student"):
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    _systems.append(start("paired" if name not in ("teacher", "student") else name, Job(**job))[0])
+    alone = name in SIDES
+    if alone:  # at vLLM's default, which importing osd.engine in the main module may have changed
+        os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+    _systems.append(start(name if alone else "paired", Job(**job))[0])
 
 
 def turn(pairs: list[tuple[list[int], list[int]]], tokens: int, side: int) -> float:
@@ -150,7 +148,7 @@ def measure(
     shape = {"kind": "batch", "batch_size": len(pairs), "new_tokens": tokens, "acceptance": None}
     rows = {name: {**shape, **step_times(of, tokens), "observed": calls[name](observed)} for name, of in times.items()}
     if "0" in rows:
-        for name in rows.keys() - {"teacher", "student", "0"}:
+        for name in rows.keys() - {*SIDES, "0"}:
             rows[name]["over_no_drafts"] = over(times[name]["seen"], times["0"]["seen"])
     return rows
 
