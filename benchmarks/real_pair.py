@@ -30,23 +30,27 @@ from benchmarks.process import ROOT
 from benchmarks.systems import Job, Paired
 from benchmarks.worker import start, step_times
 
-PAIRS = ("demo", "healed")
+PAIRS, SIDES = ("demo", "healed"), ("teacher", "student")
 TASK = "bookings"
 WARM_UP = 2  # turns that are not counted; "auto" has its first steps in them
 RESAMPLES = 10_000
 
 
-def make_models(pair: str, folder: Path, base: str | None, layers: int | None, steps: int) -> tuple[str, str, dict[str, Any]]:
+def make_models(pair: str, folder: Path, base: Path | None, layers: int | None, steps: int) -> tuple[str, str, dict[str, Any]]:
     """Return teacher, student, and how the student was made; healing runs in a process of its own, which frees the GPU."""
     from studies.quality.models import smollm2
 
-    base = base or smollm2()
+    teacher = smollm2() if base is None else str(base)
     if pair == "demo":
-        return base, base, {}
+        return teacher, teacher, {}
     began = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.real_pair", base, str(folder / "healed"), str(layers or 0), str(steps)]
+    command = [sys.executable, "-m", "benchmarks.real_pair", teacher, str(folder / "healed"), str(layers or 0), str(steps)]
     subprocess.run(command, check=True, cwd=ROOT)
-    return base, str(folder / "healed"), {"layers": layers or "a third", "steps": steps, "seconds": time.perf_counter() - began}
+    return (
+        teacher,
+        str(folder / "healed"),
+        {"layers": layers or "a third", "steps": steps, "seconds": time.perf_counter() - began},
+    )
 
 
 def heal(base: str, path: str, layers: int, steps: int) -> None:
@@ -82,12 +86,10 @@ _completions: list[Any] = []  # of its turns, for the record
 
 def begin(name: str, job: dict[str, Any]) -> None:
     """Start the engine of this process."""
-    os.environ.pop(
-        "VLLM_USE_V2_MODEL_RUNNER", None
-    )  # set by importing osd.engine, as the main module does; vLLM has its default
-    if name not in ("teacher", "student"):
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    _systems.append(start("paired" if name not in ("teacher", "student") else name, Job(**job))[0])
+    alone = name in SIDES
+    if alone:  # at vLLM's default, which importing osd.engine in the main module may have changed
+        os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+    _systems.append(start(name if alone else "paired", Job(**job))[0])
 
 
 def turn(pairs: list[tuple[list[int], list[int]]], tokens: int, side: int) -> float:
@@ -150,19 +152,23 @@ def measure(
     shape = {"kind": "batch", "batch_size": len(pairs), "new_tokens": tokens, "acceptance": None}
     rows = {name: {**shape, **step_times(of, tokens), "observed": calls[name](observed)} for name, of in times.items()}
     if "0" in rows:
-        for name in rows.keys() - {"teacher", "student", "0"}:
+        for name in rows.keys() - {*SIDES, "0"}:
             rows[name]["over_no_drafts"] = over(times[name]["seen"], times["0"]["seen"])
     return rows
 
 
 def over(seconds: list[float], reference: list[float]) -> dict[str, Any]:
-    """Return the ratio of the total times of two engines, and its 95 % interval: a bootstrap over repeats, paired."""
+    """Return the ratio of the median times of two engines with its 95 % interval, a bootstrap over paired repeats.
+
+    A machine that stops for a while gives a few times that are many times longer; `of_totals` has them in it.
+    """
     both = np.array([seconds, reference])
     drawn = np.random.default_rng(0).integers(both.shape[1], size=(RESAMPLES, both.shape[1]))
-    above, below = both[:, drawn].sum(-1)
+    above, below = np.median(both[:, drawn], axis=-1)
     return {
-        "ratio": float(both[0].sum() / both[1].sum()),
+        "ratio": float(np.divide(*np.median(both, axis=-1))),
         "interval": [float(q) for q in np.quantile(above / below, [0.025, 0.975])],
+        "of_totals": float(np.divide(*both.sum(axis=-1))),
     }
 
 

