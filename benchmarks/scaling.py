@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def run(command: list[str], out: Path, seconds: float) -> dict[str, Any]:
         process = subprocess.Popen(
             [sys.executable, *command, *(["--output", str(out)] if written else [])],
             cwd=ROOT,
+            env=os.environ | ({} if GPU else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}),  # vLLM has a NUMA node per worker
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

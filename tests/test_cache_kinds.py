@@ -106,8 +106,8 @@ def test_records_are_exact_under_a_hard_schedule(kind, engine, models, monkeypat
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_a_prefix_hit_on_one_side_alone_is_exact(kind, engine, models, side):
     """The other side computes its whole prompt."""
-    if not caches_prefixes(kind):
-        pytest.skip("no prefix caching")
+    if not caches_prefixes(kind) or kind in ROOMY:
+        pytest.skip("no prefix caching, or blocks that are longer than the prompts")
     rng = random.Random(side)
 
     def ids(count: int) -> list[int]:
@@ -128,8 +128,11 @@ def test_the_loss_is_that_of_a_transformers_teacher(kind, engine, model_paths, t
     """Recorded supervision against a second teacher in transformers, on the same completions."""
     if kind in NOT_SYNCED:
         pytest.skip("such a student cannot be trained")
+    eager = {"attn_implementation": "eager"}  # no other one of transformers' caps Gemma 2's attention
+    fields = {"model_init_kwargs": eager}, {"model_init_kwargs": eager, "teacher_model_init_kwargs": eager}
     recorded, recompute = (
-        build_trainer(engine, model_paths[1], tmp_path, teacher_signal=signal) for signal in ("recorded", "recompute")
+        build_trainer(engine, model_paths[1], tmp_path, teacher_signal=signal, **given)
+        for signal, given in zip(("recorded", "recompute"), fields, strict=True)
     )
     batch, _ = sampled(recorded, ROWS[:4])
     loss, gradient = loss_and_gradient(recorded, batch)
@@ -140,9 +143,9 @@ def test_the_loss_is_that_of_a_transformers_teacher(kind, engine, model_paths, t
     assert loss > 0.01
     assert again == pytest.approx(loss, rel=1e-3)
     assert (gradient_again - gradient).norm() < 1e-2 * gradient.norm()
-    wrong = recompute._teacher.columns(completions, prompts[::-1], batch["completion_mask"])  # planted: another row's prompt
-    _, planted = loss_and_gradient(recompute, batch | wrong)
-    assert (planted - gradient).norm() > 0.1 * gradient.norm()
+    other = [[*ids, 9, 33, 20, 41] for ids in prompts]  # planted: a teacher that reads another prompt
+    _, planted = loss_and_gradient(recompute, batch | recompute._teacher.columns(completions, other, batch["completion_mask"]))
+    assert (planted - gradient).norm() > 0.05 * gradient.norm()
 
 
 def on_disk(engine, model: torch.nn.Module) -> Any:
