@@ -179,7 +179,7 @@ def test_the_commands_of_the_scaling_page_parse(monkeypatch):
                 assert pair_config(parser().parse_args(words[2:]), given(words[2:])).engine_kwargs["weight_transfer_config"]
             elif words[:2] == ["osd", "train"]:
                 launch, rest = _split(words[2:])
-                parse(rest)
+                parse([*rest, "--bf16", "false"])  # this machine may be a CPU
                 flags = [*_accelerate_flags(launch, use_cpu=False), "-m", "osd.train.train_osd"]
                 args, *_ = _validate_launch_command(launch_command_parser().parse_args(flags))
                 assert args.use_fsdp
