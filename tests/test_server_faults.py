@@ -234,13 +234,13 @@ def running(server):
 
 @contextmanager
 def killed_after_two_updates(server, again):
-    """Kill the server and start it again, once, when the student has been updated twice."""
-    killing = threading.Event()
+    """Kill the server and start it again, once, when the student has been updated twice from here on."""
+    killing, client = threading.Event(), Client(server)
+    before = client.http.get(STATE_ROUTE).json()["version"]
 
     def kill_once():
-        client = Client(server)
         while not killing.is_set():
-            if client.http.get(STATE_ROUTE).json()["version"] >= 2:
+            if client.http.get(STATE_ROUTE).json()["version"] >= before + 2:
                 again()
                 return
             time.sleep(0.01)
