@@ -76,7 +76,7 @@ def test_every_block_has_a_tested_language(path):
 
 def test_skipped_blocks_are_few_and_state_a_reason():
     marked = [(path.name, block) for path in PAGES for block in blocks(path.read_text()) if block.not_run]
-    assert len(marked) <= 5, [(name, block.line) for name, block in marked]
+    assert len(marked) <= 6, [(name, block.line) for name, block in marked]
     for name, block in marked:
         assert len(block.not_run) > 15, f"{name}:{block.line}"
 

@@ -68,7 +68,7 @@ class SideScheduler(AsyncScheduler):
 
     @property
     def step_in_flight(self) -> bool:
-        """Whether a scheduled step has not come back yet."""
+        """True if a scheduled step has not come back yet."""
         return any(request.num_in_flight_tokens for request in self.requests.values())
 
     def finishing(self, output: SchedulerOutput) -> set[str]:
