@@ -48,7 +48,7 @@ VALUES = {
 # Read by the trainer, the renderer or the generator; each has its test there.
 ELSEWHERE = {
     *("chat_template_kwargs", "drop_bad_rows", "enable_chat_template", "privileged_template"),
-    *("student_system_prompt", "teacher_system_prompt", "teacher_model_name_or_path", "teacher_signal"),
+    *("student_system_prompt", "teacher_system_prompt", "teacher_model_name_or_path", "teacher_signal", "teacher_topk"),
     *("importance_clip", "importance_correction", "num_iterations", "privilege_gap_steps", "privilege_gap_tokens"),
     *("mix_fraction", "mix_tokens", "vllm_enable_sleep_mode"),
     *("max_completion_length", "min_p", "repetition_penalty", "top_k", "top_p"),
