@@ -70,7 +70,7 @@ def test_rows_are_the_teachers_in_every_schedule(engine, models, monkeypatch):
     beside = torch.cat([record.logp_teacher for _, record in results.values()])
     id_Nk, logp_NO = ids_and_logprobs(rows)
     twice = id_Nk == drawn[:, None]
-    assert twice.sum() > 500
+    assert twice.sum() > 400  # of 960 tokens
     torch.testing.assert_close(logp_NO[:, :K][twice], beside[:, None].expand(-1, K)[twice], atol=1e-5, rtol=1e-5)
 
 
