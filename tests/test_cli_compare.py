@@ -91,6 +91,7 @@ HEADLINES = {
         ("yes", {"student": 0.2, "linear 0.5": 0.5, "q*": 0.9, "teacher": 0.8}, FAR),
         ("yes", {"student": 0.2, "q*": 0.6, "teacher": 0.8}, FAR),
         ("yes", {"student": 0.2, "q*": 0.25, "teacher": 0.9}, FAR),  # below the line, on which no linear mixture is
+        ("mixing", {"student": 0.0, "q*": 0.0, "teacher": 0.6}, FAR),
         ("mixing", {"student": 0.0, "linear 0.5": 0.0, "q*": 0.0, "teacher": 0.6}, FAR),  # half-way, no answer is right yet
         ("mixing", {"student": 0.2, "linear 0.5": 0.6, "q*": 0.6, "teacher": 0.8}, NEAR),
         ("mixing", {"student": 0.5, "linear 0.5": 0.2, "q*": 0.5, "teacher": 0.8}, NEAR),  # above the line, not the student
@@ -108,6 +109,7 @@ def test_the_verdict(expected, worth, far):
     assert result["verdict"]["worth_it"] == expected
     headline, reasons = sentence(result)
     assert headline.startswith(HEADLINES[expected])
+    assert ("linear mixtures" in headline) is ("linear 0.5" in worth and expected in ("yes", "mixing", "linear"))
     assert "400 prompts" in reasons
     assert "No student was trained" in reasons
 

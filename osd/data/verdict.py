@@ -192,8 +192,8 @@ def _worth_it(v: dict[str, Any]) -> str:
 
 HEADLINES = {
     "yes": "Worth it: q* samples better than the student alone, and better than linear mixtures at the same distance",
-    "mixing": "Worth it to mix, undecided how: the teacher is better, and half-way to it q* samples no worse than the student "
-    "alone; it is not measurably better than linear mixtures at the same distance",
+    "mixing": "Worth it to mix, undecided how: the teacher is better, and half-way to it q* samples not measurably worse than "
+    "the student alone; it is not measurably better than linear mixtures at the same distance",
     "linear": "Worth it to mix, but not with q*: linear mixtures are measurably better at the same distance",
     "no": "Not worth it: q* samples worse than the student alone",
     "no lead": "The teacher is not measurably better than the student here",
@@ -225,8 +225,8 @@ def sentence(result: dict[str, Any]) -> tuple[str, str]:
             "distance from the student.",
         ]
     headline = HEADLINES[v["worth_it"]]
-    if v["worth_it"] == "yes" and not v["linear_drawn"]:
-        headline = headline.partition(",")[0]
+    if not v["linear_drawn"]:  # what comes last is about linear mixtures
+        headline = headline.partition({"yes": ",", "mixing": ";"}.get(v["worth_it"], "\n"))[0]
     return headline, " ".join([*said, UNTRAINED])
 
 
