@@ -70,8 +70,8 @@ def test_rows_are_the_teachers_in_every_schedule(engine, models, monkeypatch):
     beside = torch.cat([record.logp_teacher for _, record in results.values()])
     id_Nk, logp_NO = ids_and_logprobs(rows)
     twice = id_Nk == drawn[:, None]
-    assert twice.sum() > 400  # of 960 tokens
-    torch.testing.assert_close(logp_NO[:, :K][twice], beside[:, None].expand(-1, K)[twice], atol=1e-5, rtol=1e-5)
+    assert twice.sum() > 400
+    torch.testing.assert_close(logp_NO[:, :K][twice], beside[:, None].expand(-1, K)[twice], atol=2e-5, rtol=1e-5)
 
 
 def test_what_acts_on_q_star_does_not_act_on_the_rows(engine, models):
