@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -69,8 +68,9 @@ def _known(report: Report) -> tuple[float, int]:
 
 def page() -> str:
     """Return the page with its table computed again."""
-    begin, end = map(re.escape, MARKS)
-    return re.sub(f"(?<={begin}\n).*?(?=\n{end})", table(), PAGE.read_text(), flags=re.DOTALL)
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}"
 
 
 if __name__ == "__main__":

@@ -419,6 +419,19 @@ def test_generated_data_is_that_of_an_engine_in_this_process(server, here, tmp_p
         assert {name: str(value) for name, value in one.items()} == {name: str(value) for name, value in other.items()}
 
 
+def drafts_in_metrics(text):
+    """Return vLLM's counters of speculative decoding, summed over their labels."""
+    counted = Counter()
+    for name, value in re.findall(r"^vllm:spec_decode_num_(\w+)_total\{.*\} (\S+)$", text, re.MULTILINE):
+        counted[name] += float(value)
+    return counted
+
+
+def test_without_drafts_vllm_has_no_metrics_of_them(server):
+    assert "vllm:num_requests_running" in server.http.get("/metrics").text
+    assert not drafts_in_metrics(server.http.get("/metrics").text)
+
+
 def test_sigterm_leaves_no_process(server):
     """The last test of the module: it ends the server."""
     assert len(server.server.members()) >= 2, "the engine is a process of its own"
@@ -640,16 +653,3 @@ def in_training(client, teacher, student):
         return torch.cat([c.record.origin_T for c in completions])
     finally:
         engine.close()
-
-
-def drafts_in_metrics(text):
-    """Return vLLM's counters of speculative decoding, summed over their labels."""
-    counted = Counter()
-    for name, value in re.findall(r"^vllm:spec_decode_num_(\w+)_total\{.*\} (\S+)$", text, re.MULTILINE):
-        counted[name] += float(value)
-    return counted
-
-
-def test_without_drafts_vllm_has_no_metrics_of_them(server):
-    assert "vllm:num_requests_running" in server.http.get("/metrics").text
-    assert not drafts_in_metrics(server.http.get("/metrics").text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -21,7 +22,7 @@ import osd.train.trainer
 from osd.engine.remote import RemoteEngine
 from osd.engine.wire import STATE_ROUTE
 from osd.train import OSDConfig
-from osd.train.lookahead import Lookahead
+from osd.train.lookahead import Lookahead, warn_without_overlap
 from tests.exact import completion_logits
 from tests.served import KEY, served
 from tests.training import ROWS, build_trainer, logged, watch
@@ -399,7 +400,11 @@ def test_fields_without_effect_warn(tmp_path):
     with pytest.warns(UserWarning, match="max_staleness=2 has no effect without async_generation"):
         config(tmp_path, max_staleness=2)
     with pytest.warns(UserWarning, match="async_generation=True without importance_correction trains on samples of older"):
-        config(tmp_path, **AHEAD)
+        given = config(tmp_path, **AHEAD, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    with pytest.warns(UserWarning, match="async_generation=True has no effect: .* 15 rows are one batch of 8 completions"):
+        warn_without_overlap(given, range(15))
+    with warnings.catch_warnings(action="error"):
+        warn_without_overlap(given, range(16))
 
 
 # -- reading ahead ------------------------------------------------------------------------------------------------------

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 from osd.train.alpha_schedule import unmixed
 
 if TYPE_CHECKING:
+    from osd.train.config import OSDConfig
     from osd.train.trainer import OSDTrainer
 
 
@@ -57,6 +59,17 @@ class Lookahead:
         loader = self._state.active_dataloader
         if loader is not None and self._ended:
             loader.end_of_dataloader = ended
+
+
+def warn_without_overlap(args: OSDConfig, dataset: Any) -> None:
+    """Warn if no epoch has a second batch, which could be sampled during the first."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.async_generation and isinstance(dataset, Sized) and len(dataset) < 2 * batch:
+        warnings.warn(
+            f"async_generation=True has no effect: the first batch of an epoch is not sampled ahead, and {len(dataset)} rows "
+            f"are one batch of {batch} completions; use more rows or smaller batches",
+            stacklevel=3,
+        )
 
 
 class SampledAhead:

@@ -40,7 +40,7 @@ from osd.train.checkpointing import EpochSampler, check_same_run, marked_when_wh
 from osd.train.completion_logging import log_completions
 from osd.train.config import OSDConfig
 from osd.train.lm_head import head_of
-from osd.train.lookahead import SampledAhead
+from osd.train.lookahead import SampledAhead, warn_without_overlap
 from osd.train.losses import batch_loss, pad_column
 from osd.train.metrics import batch_metrics, end_metrics, loss_metrics, take_reduced
 from osd.train.model_card import model_card
@@ -147,6 +147,7 @@ class OSDTrainer(DistillationTrainer):
         self.chat_template_kwargs = self._renderer.template_kwargs(self._renderer.student_tokenizer)
         freeze_encoders(self.model)
         check_saving(self)
+        warn_without_overlap(args, train_dataset)
         self._schedule, self._divergence = args.schedule(), args.loss_divergence()
         self._pass = Pass(counted=False)
         self._earlier_syncs = 0  # of a resumed run, before it stopped

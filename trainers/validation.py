@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import regex
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 TEACHER_SIGNALS = ("recorded", "topk", "recompute")
 MODES = ("colocate", "server")
+_OF_A_SERVER = {"vllm_server_timeout": "float", "vllm_server_port": "int", "vllm_group_port": "int"}  # TRL's fields
+_KINDS = {"bool": ((bool,), "true or false"), "int": ((Integral,), "a whole number"), "float": ((Real,), "a number")}
 
 
 def check(args: OSDConfig) -> None:
@@ -31,6 +34,7 @@ def check(args: OSDConfig) -> None:
     Raises:
         ValueError: naming the field, the value and the fix.
     """
+    _types(args)
     _choices(args)
     _ranges(args)
     args.schedule()
@@ -40,6 +44,20 @@ def check(args: OSDConfig) -> None:
     check_fields(args)
     _combinations(args)
     _no_effect(args)
+
+
+def _types(args: OSDConfig) -> None:
+    """Check values that come from Python; the command line has converted its own."""
+    from osd.train.config import OSDConfig
+
+    for name, annotation in {**OSDConfig.__annotations__, **_OF_A_SERVER}.items():
+        kind, _, none = str(annotation).partition(" | ")
+        value = getattr(args, name)
+        if kind not in _KINDS or (value is None and none):
+            continue
+        types, words = _KINDS[kind]
+        if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
+            raise ValueError(f"{name}={value!r} is not {words}{' or null' if none else ''}; correct its type")
 
 
 def _choices(args: OSDConfig) -> None:
@@ -60,11 +78,10 @@ def _ranges(args: OSDConfig) -> None:
         ("kl_clip", args.kl_clip is None or args.kl_clip > 0, "use a positive number of nats, or null for no limit"),
         ("importance_clip", args.importance_clip is None or args.importance_clip > 0, "use a positive weight, or null"),
         ("num_iterations", args.num_iterations >= 1, "use at least 1"),
-        (
-            "teacher_topk",
-            isinstance(args.teacher_topk, int) and args.teacher_topk >= 1,
-            "use a whole number, from 1 to the size of the vocabulary",
-        ),
+        ("teacher_topk", args.teacher_topk >= 1, "use a whole number, from 1 to the size of the vocabulary"),
+        ("vllm_server_timeout", args.vllm_server_timeout > 0, "use a positive number of seconds"),
+        ("vllm_server_port", 1 <= args.vllm_server_port <= 65535, "use a port, 1 to 65535"),
+        ("vllm_group_port", 1 <= args.vllm_group_port <= 65535, "use a port, 1 to 65535"),
         ("max_staleness", args.max_staleness >= 1, "use at least 1; for samples of the present weights async_generation=False"),
         ("privilege_gap_steps", args.privilege_gap_steps >= 0, "use a number of steps, or 0 for never"),
         ("privilege_gap_tokens", args.privilege_gap_tokens >= 1, "use at least 1; privilege_gap_steps=0 turns it off"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -104,11 +105,18 @@ class ServedPair:
 
     def wait(self, client: httpx.Client) -> dict[str, Any]:
         """Return what the server says of itself, once it does. Raises as `info`."""
-        deadline, pause = time.monotonic() + self.timeout, 0.1
+        deadline, pause, silent = time.monotonic() + self.timeout, 0.1, True
         while True:
             try:
                 return self.look(client)
             except httpx.TransportError as error:
+                if silent and pause > 1:
+                    silent = False
+                    warnings.warn(
+                        f"no `osd serve` answers at {self.url} yet ({error}); waiting for it, {self.timeout:g} seconds at most "
+                        "(vllm_server_timeout)",
+                        stacklevel=2,
+                    )
                 if time.monotonic() > deadline:
                     raise RuntimeError(
                         f"no `osd serve` has answered at {self.url} for {self.timeout:g} seconds ({error}); start one there, "
