@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 import re
@@ -75,11 +76,12 @@ FAR = {"student": 0.0, "linear 0.5": 0.5, "q*": 0.2, "teacher": 1.0}
 NEAR = FAR | {"linear 0.5": 0.2}
 HEADLINES = {
     "yes": "Worth it: q*",
-    "mixing": "Worth it to mix, undecided how",
-    "linear": "Worth it to mix, but not with q*",
-    "no": "Not worth it: q* samples worse",
-    "no lead": "The teacher is not measurably better",
-    "no lead, but q*": "The teacher is not measurably better than the student here, but q* is",
+    "mixing": "Worth it to mix: the teacher",
+    "undecided": "Undecided: the teacher",
+    "linear": "Not worth it with q*: linear",
+    "no": "Not worth it: q* samples measurably worse",
+    "no lead": "The teacher is ",
+    "no lead, but q*": "The teacher is not measurably better than the student here, but q* is measurably better",
     "too few": "Undecided: fewer than 10 prompts",
 }
 
@@ -95,11 +97,14 @@ HEADLINES = {
         ("mixing", {"student": 0.0, "linear 0.5": 0.0, "q*": 0.0, "teacher": 0.6}, FAR),  # half-way, no answer is right yet
         ("mixing", {"student": 0.2, "linear 0.5": 0.6, "q*": 0.6, "teacher": 0.8}, NEAR),
         ("mixing", {"student": 0.5, "linear 0.5": 0.2, "q*": 0.5, "teacher": 0.8}, NEAR),  # above the line, not the student
+        ("undecided", {"student": 0.5, "linear 0.5": 0.5, "q*": 0.497, "teacher": 0.8}, NEAR),
+        ("undecided", {"student": 0.5, "q*": 0.497, "teacher": 0.8}, FAR),
         ("linear", {"student": 0.2, "linear 0.5": 0.8, "q*": 0.6, "teacher": 0.8}, NEAR),
         ("linear", {"student": 0.2, "linear 0.5": 0.78, "q*": 0.3, "teacher": 0.8}, FAR | {"linear 0.5": 0.4}),
         ("no", {"student": 0.4, "linear 0.5": 0.5, "q*": 0.2, "teacher": 0.8}, FAR),
         ("no lead", {"student": 0.5, "linear 0.5": 0.5, "q*": 0.5, "teacher": 0.5}, FAR),
         ("no lead", {"student": 0.6, "linear 0.5": 0.5, "q*": 0.5, "teacher": 0.4}, FAR),
+        ("yes", {"student": 0.2, "linear 0.5": 0.5, "q*": 0.9, "teacher": 0.8}, FAR | {"q*": 1.4}),  # further than any mixture
         ("no lead, but q*", {"student": 0.5, "linear 0.5": 0.5, "q*": 0.8, "teacher": 0.5}, FAR),
     ],
 )
@@ -109,7 +114,7 @@ def test_the_verdict(expected, worth, far):
     assert result["verdict"]["worth_it"] == expected
     headline, reasons = sentence(result)
     assert headline.startswith(HEADLINES[expected])
-    assert ("linear mixtures" in headline) is ("linear 0.5" in worth and expected in ("yes", "mixing", "linear"))
+    assert ("linear mixtures" in headline) is (result["verdict"]["linear_compared"] and expected in ("yes", "mixing", "linear"))
     assert "400 prompts" in reasons
     assert "No student was trained" in reasons
 
@@ -253,8 +258,107 @@ def test_the_linear_row_lies_on_the_line_through_the_other_arms():
     assert verdict.linear_at_same_distance(result) == pytest.approx(expected)
 
 
-def test_every_verdict_says_what_would_change_it():
-    assert set(verdict.CHANGES) == set(verdict.HEADLINES)
+# Every claim that the headline, the side of the line and the change may make, and when it is true of the numbers.
+LEAD, GAIN, LINE = "teacher_lead_interval", "student_gain_interval", "over_linear_interval"
+CLAIMS = {
+    r"teacher is measurably better than the student": lambda v: v[LEAD][0] > 0,
+    r"teacher is not measurably better than the student here": lambda v: v[LEAD][0] <= 0 <= v[LEAD][1],
+    r"teacher is measurably worse than the student here": lambda v: v[LEAD][1] < 0,
+    r"and so is q\*|(samples|but q\* is) measurably better": lambda v: v[GAIN][0] > 0,
+    r"samples measurably worse": lambda v: v[GAIN][1] < 0,
+    r"but q\* is not measurably better or worse(?! than)": lambda v: v[GAIN][0] <= 0 <= v[GAIN][1],
+    r"q\* is measurably nearer to it": lambda v: v["nearer_share_interval"][0] > 0.1,
+    r"loses at most 10% of its lead": lambda v: v[GAIN][0] >= -0.1 * v["teacher_lead"] and v["student_gain"] >= 0,
+    r"(and|q\* is) measurably better than linear mixtures at the same": lambda v: v["linear_compared"] and v[LINE][0] > 0,
+    r"not measurably better or worse than linear": lambda v: v["linear_compared"] and v[LINE][0] <= 0 <= v[LINE][1],
+    r"linear mixtures are measurably better": lambda v: v["linear_compared"] and v[LINE][1] < 0,
+    r"it is measurably above": lambda v: v[LINE][0] > 0,
+    r"it is not measurably above or below": lambda v: v[LINE][0] <= 0 <= v[LINE][1],
+    r"is measurably below the line|it is measurably below": lambda v: v[LINE][1] < 0,
+    r"(over|and over) the student (and over linear .*)?contains zero": lambda v: v[GAIN][0] <= 0 <= v[GAIN][1],
+    r"over linear mixtures at the same distance contains zero": lambda v: (
+        v["linear_compared"] and v[LINE][0] <= 0 <= v[LINE][1]
+    ),
+    r"interval of its lead contains zero": lambda v: v[LEAD][0] <= 0 <= v[LEAD][1],
+    r"(?<!no )linear mixtures? (that|at the|are)|student, linear mixtures": lambda v: v["linear_compared"],
+    r"linear mixtures at its|no linear mixture": lambda v: not v["linear_compared"],
+    r"Worth it to mix": lambda v: v[LEAD][0] > 0 and v["student_gain"] >= 0 and v[GAIN][0] >= -0.1 * v["teacher_lead"],
+    r"Not worth it with": lambda v: v[LINE][1] < 0,
+    r"Worth it: q": lambda v: v[LEAD][0] > 0 and v[GAIN][0] > 0 and (not v["linear_compared"] or v[LINE][0] > 0),
+    r"their scores are the same": lambda v: v["student_gain"] == 0,
+}
+
+
+def said(v):
+    result = {"verdict": v, "quality": "accuracy", "prompts": v["prompts_judged"], "arms": [{"accuracy": 0.5}]}
+    headline, reasons = sentence(result)
+    return f"{headline}. {reasons.removesuffix(verdict.UNTRAINED)} {verdict.what_would_change(result)}"
+
+
+def check_claims(v):
+    """Raise AssertionError for a claim that contradicts the numbers, or one that `CLAIMS` does not have."""
+    text = said(v)
+    rest = text
+    assert ("fewer than 10" in text) is (v["prompts_judged"] < 10), text
+    for claim, holds in CLAIMS.items():
+        if re.search(claim, text):
+            assert holds(v), (claim, text)
+            rest = re.sub(claim, "", rest)
+    assert not re.search("measurabl|contains|half-way", rest), rest
+    for share in re.findall(r"at (\d+)% of", text):
+        assert int(share) == pytest.approx(100 * v["distance_share"], abs=0.5)
+    if prompts := re.search(r"about (\d+) prompts", text):
+        assert int(prompts[1]) >= v["prompts_judged"]
+
+
+def outcomes():
+    """Numbers of comparisons: every order of the intervals and zero, also where intervals just touch it."""
+    spans = [(0.12, 0.02, 0.25), (0.12, 0.0, 0.25), (0.01, -0.01, 0.03), (0.0, -0.01, 0.01), (0.0, -0.13, 0.13)]
+    spans += [(-estimate, -high, -low) for estimate, low, high in spans[:3]]
+    nearer = [(0.4, 0.35, 0.45), (0.01, 0.005, 0.015), (-0.2, -0.3, -0.1)]
+    for lead, gain, line, near, linear, prompts in itertools.product(spans, spans, spans, nearer, (True, False), (9, 100)):
+        found = {"linear_compared": linear, "prompts_judged": prompts, "distance_share": max(near[0], 0.01)}
+        for name, (estimate, *interval) in {
+            "teacher_lead": lead, "student_gain": gain, "over_linear": line, "nearer_share": near
+        }.items():  # fmt: skip
+            found |= {name: estimate, f"{name}_interval": interval}
+        yield {**found, "worth_it": verdict._worth_it(found)}
+
+
+def test_every_claim_of_the_verdict_follows_from_its_numbers():
+    seen = set()
+    for v in outcomes():
+        check_claims(v)
+        seen.add(v["worth_it"])
+    assert seen == set(HEADLINES)
+
+
+# What a planted verdict says is also true of some numbers of these other verdicts.
+ALSO_TRUE = {
+    "undecided": {"mixing", "linear"},
+    "linear": {"no", "no lead", "no lead, but q*"},
+    "no": {"no lead"},
+    "no lead": {"no lead, but q*"},
+}
+
+
+@pytest.mark.parametrize("planted", HEADLINES)
+def test_a_planted_verdict_contradicts_the_numbers(planted):
+    skipped = {planted} | ALSO_TRUE.get(planted, set())
+    for v in outcomes():
+        if v["worth_it"] not in skipped:
+            with pytest.raises(AssertionError):
+                check_claims(v | {"worth_it": planted})
+
+
+def test_the_prompts_that_would_decide():
+    """An interval shrinks with the root of the prompts: half as wide with four times as many."""
+    v = {"worth_it": "undecided", "prompts_judged": 100, "teacher_lead": 0.3, "linear_compared": True}
+    v |= {"student_gain": -0.05, GAIN: [-0.15, 0.05], LINE: [-0.1, 0.1], "nearer_share_interval": [0.3, 0.4]}
+    assert "about 400 prompts" in verdict._change(v)
+    equal = {"student_gain": 0.0, GAIN: [-0.06, 0.06]}
+    assert "about 400 prompts" in verdict._change(v | equal)  # a loss of 0.03 is a tenth of the lead
+    assert "their scores are the same" in verdict._change(v | equal | {"nearer_share_interval": [0.0, 0.1]})
 
 
 def test_completions_are_escaped(tmp_path):

@@ -1,9 +1,11 @@
 """Scores of the arms of `osd compare`, and the verdict on q*.
 
-Quality is accuracy where there are answers, else the teacher's mean log-probability. Distance is the mean KL(arm ‖ student) per
-token. Mixing is worth it where the teacher is better and q* is not worse than the student. Shares of lead and distance are not
-compared: a completion is right if all of its tokens are, so half-way per token is far less than half-way in accuracy, and arms
-that are further from the student trained no worse (docs/evidence.md). Distance says which linear mixture q* is compared with.
+Quality is accuracy where there are answers, else the teacher's mean log-probability. Distance is the mean KL(arm ‖ student)
+per token. Mixing is worth it where the teacher is measurably better than the student, and q* is, too. It is also worth it where
+q* is more than a tenth nearer to the teacher and its interval excludes a loss of more than a tenth of the teacher's lead:
+nearness to the teacher ranked arms as training did (docs/evidence.md). Shares of lead and distance are not compared: a
+completion is right if all of its tokens are, so half-way per token is far less than half-way in accuracy, and arms that are
+further from the student trained no worse. Distance says which linear mixture q* is compared with.
 
 A arms, P prompts, S sums. Intervals are 95 %: Wilson's for shares, else bootstraps over prompts.
 """
@@ -20,6 +22,7 @@ from osd.data.grading import wilson
 from osd.data.samples import Sample
 
 RESAMPLES = 2000
+SMALL = 0.1  # a smaller share of the teacher's lead counts as no loss, of the student's KL to the teacher as no nearness
 FEWEST = 10  # prompts; a bootstrap over fewer has intervals that are far too narrow
 SUMS = ("tokens", "logp_theta", "logp_teacher", "kl_theta", "kl_teacher", "alpha", "finished", "correct", "scored", "samples")
 UNTRAINED = (
@@ -136,6 +139,7 @@ def _verdict(
     one, many = (_differences(at, figures, quality) for figures in ({k: v[None] for k, v in estimates.items()}, resampled))
     student, teacher, mixed = (at[name] for name in ("student", "teacher", "q*"))
     to_teacher_A, from_student_A = estimates["kl_teacher"], estimates["kl_theta"]
+    reached = from_student_A[mixed] <= max(from_student_A[i] for name, i in at.items() if on_line(name))
     found = {
         "teacher_lead": float(one["lead"][0]),
         "teacher_lead_interval": _interval(many["lead"]),
@@ -143,8 +147,9 @@ def _verdict(
         "student_gain_interval": _interval(many["gained"]),
         "over_linear": float(one["over_line"][0]),
         "over_linear_interval": _interval(many["over_line"]),
-        "linear_drawn": any(name.startswith("linear ") for name in names),
+        "linear_compared": any(name.startswith("linear ") for name in names) and bool(reached),
         "nearer_share": _share(to_teacher_A[student] - to_teacher_A[mixed], to_teacher_A[student]),
+        "nearer_share_interval": _interval(1 - resampled["kl_teacher"][:, mixed] / resampled["kl_teacher"][:, student]),
         "distance_share": _share(from_student_A[mixed], from_student_A[teacher]),
         "prompts_judged": judged,
     }
@@ -176,30 +181,51 @@ def _share(part: float, whole: float) -> float:
     return float(part / whole) if whole else math.nan
 
 
+def _sign(interval: Sequence[float]) -> int:
+    """Return 1 for an interval above zero, -1 for one below, else 0."""
+    return int(interval[0] > 0) - int(interval[1] < 0)
+
+
 def _worth_it(v: dict[str, Any]) -> str:
-    """Return the outcome: a key of `HEADLINES`."""
+    """Return the outcome: yes, mixing, undecided, linear, no, no lead, no lead but q*, or too few."""
     if v["prompts_judged"] < FEWEST:
         return "too few"
-    gains, loses = v["student_gain_interval"][0] > 0, v["student_gain_interval"][1] < 0
-    if not v["teacher_lead_interval"][0] > 0:
-        return "no lead, but q*" if gains else "no lead"
-    if loses:
+    lead, gain, line = (_sign(v[f"{name}_interval"]) for name in ("teacher_lead", "student_gain", "over_linear"))
+    if lead <= 0:
+        return "no lead, but q*" if gain > 0 else "no lead"
+    if gain < 0:
         return "no"
-    if v["linear_drawn"] and v["over_linear_interval"][1] < 0:
+    if v["linear_compared"] and line < 0:
         return "linear"
-    return "yes" if gains and (not v["linear_drawn"] or v["over_linear_interval"][0] > 0) else "mixing"
+    if gain > 0:
+        return "yes" if line > 0 or not v["linear_compared"] else "mixing"
+    no_loss = v["student_gain"] >= 0 and v["student_gain_interval"][0] >= -SMALL * v["teacher_lead"]
+    return "mixing" if _nearer(v) and no_loss else "undecided"
 
 
-HEADLINES = {
-    "yes": "Worth it: q* samples better than the student alone, and better than linear mixtures at the same distance",
-    "mixing": "Worth it to mix, undecided how: the teacher is better, and half-way to it q* samples not measurably worse than "
-    "the student alone; it is not measurably better than linear mixtures at the same distance",
-    "linear": "Worth it to mix, but not with q*: linear mixtures are measurably better at the same distance",
-    "no": "Not worth it: q* samples worse than the student alone",
-    "no lead": "The teacher is not measurably better than the student here",
-    "no lead, but q*": "The teacher is not measurably better than the student here, but q* is",
-    "too few": f"Undecided: fewer than {FEWEST} prompts could be judged",
-}
+def _nearer(v: dict[str, Any]) -> bool:
+    """Return whether q* is measurably nearer to the teacher than the student is, by more than a small share."""
+    return bool(v["nearer_share_interval"][0] > SMALL)
+
+
+def _headline(v: dict[str, Any]) -> str:
+    """Return the verdict in one sentence; each claim of it is one of the tests of `_worth_it`."""
+    gains, line = _sign(v["student_gain_interval"]) > 0, _sign(v["over_linear_interval"])
+    why = "so is q*" if gains else f"q* is measurably nearer to it and loses at most {SMALL:.0%} of its lead"
+    than_linear = "measurably better than" if line > 0 else "not measurably better or worse than"
+    linear = f"{than_linear} linear mixtures at the same distance"
+    teacher = "measurably worse" if _sign(v["teacher_lead_interval"]) < 0 else "not measurably better"
+    return {
+        "yes": "Worth it: q* samples measurably better than the student" + f", and {linear}" * v["linear_compared"],
+        "mixing": f"Worth it to mix: the teacher is measurably better than the student, and {why}"
+        + f"; q* is {linear}" * v["linear_compared"],
+        "undecided": "Undecided: the teacher is measurably better than the student, but q* is not measurably better or worse",
+        "linear": "Not worth it with q*: linear mixtures are measurably better at the same distance",
+        "no": "Not worth it: q* samples measurably worse than the student",
+        "no lead": f"The teacher is {teacher} than the student here",
+        "no lead, but q*": f"The teacher is {teacher} than the student here, but q* is measurably better",
+        "too few": f"Undecided: fewer than {FEWEST} prompts could be judged",
+    }[v["worth_it"]]
 
 
 def sentence(result: dict[str, Any]) -> tuple[str, str]:
@@ -207,39 +233,29 @@ def sentence(result: dict[str, Any]) -> tuple[str, str]:
     v, measure = result["verdict"], MEASURES[result["quality"]]
     lead = f"{v['teacher_lead']:+.3f} {measure} ({_between(v['teacher_lead_interval'])})"
     gained = f"{v['student_gain']:+.3f} over the student ({_between(v['student_gain_interval'])})"
-    said = [f"The teacher's lead over the student is {lead} on {result['prompts']} prompts."]
+    said = [f"The teacher's lead over the student is {lead} on {v['prompts_judged']} prompts."]
     if result["quality"] != "accuracy" and result["arms"][0]["accuracy"] == 0:
         said.insert(0, "No completion has the right answer, so the teacher's log-probability judges.")
-    if v["worth_it"] == "too few":
-        said.append("Give more prompts (100 are read by default).")
-    elif v["worth_it"].startswith("no lead"):
+    if v["worth_it"].startswith("no lead"):
         said.append(f"q* scores {gained}.")
-        if v["worth_it"] == "no lead":
-            said.append("There is nothing to gain here, or there are too few prompts to see it.")
-    else:
-        line = "student, linear mixtures and teacher" if v["linear_drawn"] else "student and teacher (no mixture was drawn)"
+    elif v["worth_it"] != "too few":
+        sides = {1: "measurably above", 0: "not measurably above or below", -1: "measurably below"}
+        low, high = v["nearer_share_interval"]
         said += [
-            f"q* scores {gained}, and {v['over_linear']:+.3f} over the line through {line} at the same distance "
-            f"({_between(v['over_linear_interval'])}).",
-            f"KL(q* ‖ teacher) is {v['nearer_share']:.0%} below the student's, at {v['distance_share']:.0%} of the teacher's "
-            "distance from the student.",
+            f"q* scores {gained}, and {v['over_linear']:+.3f} over the line through {_line(v)} at the same distance "
+            f"({_between(v['over_linear_interval'])}): it is {sides[_sign(v['over_linear_interval'])]} that line.",
+            f"KL(q* ‖ teacher) differs from the student's by {-v['nearer_share']:+.0%} (95 %: {-high:+.0%} to {-low:+.0%}), at "
+            f"{v['distance_share']:.0%} of the teacher's distance from the student.",
         ]
-    headline = HEADLINES[v["worth_it"]]
-    if not v["linear_drawn"]:  # what comes last is about linear mixtures
-        headline = headline.partition({"yes": ",", "mixing": ";"}.get(v["worth_it"], "\n"))[0]
-    return headline, " ".join([*said, UNTRAINED])
+    return _headline(v), " ".join([*said, UNTRAINED])
 
 
-CHANGES = {
-    "yes": "a linear mixture that is as good at the same distance, or an interval that reaches zero on other prompts.",
-    "mixing": "more prompts or samples (limit, num_samples): an interval of q*, over the student or over the linear mixtures, "
-    "still contains zero.",
-    "linear": "other values of alpha_method, alpha_min or alpha_max.",
-    "no": "another teacher, or another prompt for it: half-way to this one, samples get worse.",
-    "no lead": "a teacher that is better here: a larger one, or one that reads the answer; or more prompts.",
-    "no lead, but q*": "a teacher that is better here: a larger one, or one that reads the answer; or more prompts.",
-    "too few": f"at least {FEWEST} prompts, better 100.",
-}
+def _line(v: dict[str, Any]) -> str:
+    return (
+        "student, linear mixtures and teacher"
+        if v["linear_compared"]
+        else "the other arms (no linear mixture at this distance)"
+    )
 
 
 def scoring(result: dict[str, Any]) -> str:
@@ -251,14 +267,53 @@ def scoring(result: dict[str, Any]) -> str:
         else "No completion could be called right, so quality is the mean of log π_t per token, with the teacher's prompt."
     )
     return (
-        f"{judged} Mixing is worth it if the teacher is better than the student and q* is not worse; q* itself, if it is also "
-        "better than the student and than linear mixtures at the same distance. All by 95 % intervals over prompts."
+        f"{judged} Mixing is worth it if the teacher is better than the student and q* is, too; or if q* is more than "
+        f"{SMALL:.0%} nearer to the teacher, scores no less than the student, and loses at most {SMALL:.0%} of the teacher's "
+        "lead. q* itself is worth it if it is better than the student and than linear mixtures at the same distance. All by "
+        "95 % intervals over prompts."
     )
 
 
 def what_would_change(result: dict[str, Any]) -> str:
     """Return what would give another verdict."""
-    return "Another verdict would need " + CHANGES[result["verdict"]["worth_it"]]
+    return f"Another verdict would need {_change(result['verdict'])}."
+
+
+def _change(v: dict[str, Any]) -> str:
+    gain, line = _sign(v["student_gain_interval"]), _sign(v["over_linear_interval"])
+    other_alpha = "other values of alpha_method, alpha_min or alpha_max"
+    match v["worth_it"]:
+        case "yes":
+            undrawn = "linear mixtures at its distance (linear_weights)"
+            linear = "a linear mixture that is as good at the same distance" if v["linear_compared"] else undrawn
+            return f"{linear}, or an interval that reaches zero on other prompts"
+        case "mixing":
+            over_linear = v["linear_compared"] and line == 0
+            zeros = ["the student"] * (gain == 0) + ["linear mixtures at the same distance"] * over_linear
+            return f"more prompts (limit): the interval of q* over {' and over '.join(zeros)} contains zero"
+        case "undecided":
+            below = f", or, as q* is measurably below the line through {_line(v)}, {other_alpha}" * (line < 0)
+            return f"{_prompts_to_decide(v)}{below}"
+        case "linear":
+            return other_alpha
+        case "no":
+            at = f"at {v['distance_share']:.0%} of this one's distance q* samples measurably worse"
+            return f"another teacher, another prompt for it, or {other_alpha}: {at}"
+        case "too few":
+            return f"at least {FEWEST} prompts, better 100"
+    more = ", or more prompts: the interval of its lead contains zero" * (_sign(v["teacher_lead_interval"]) == 0)
+    return f"a teacher that is better here (a larger one, or one that reads the answer){more}"
+
+
+def _prompts_to_decide(v: dict[str, Any]) -> str:
+    """Return how many prompts would decide if the estimates stayed and intervals shrank with the root of the prompts."""
+    gain, (low, high) = v["student_gain"], v["student_gain_interval"]
+    width, enough = (high - gain, -gain) if gain < 0 else (gain - low, gain + _nearer(v) * SMALL * v["teacher_lead"])
+    if not enough > 0:
+        return "a q* that differs from the student: their scores are the same"
+    prompts = v["prompts_judged"] * max(width / enough, 1) ** 2
+    rounded = math.ceil(prompts / (step := 10 ** max(math.floor(math.log10(prompts)) - 1, 0))) * step
+    return f"about {rounded} prompts (limit) if q* stays at {gain:+.3f} over the student"
 
 
 def linear_at_same_distance(result: dict[str, Any]) -> float:
