@@ -129,7 +129,7 @@ def test_a_run_is_that_of_an_engine_in_the_process(tiny_pair, server, tmp_path, 
     assert_same_run(through, here)
     assert here[0]["osd/alpha/max"][0] > here[0]["osd/alpha/max"][-1], "the schedule moved"
     assert state(server)["sync"] is not None
-    assert state(server)["trainer"] is None, "a trainer that ends lets the server go"
+    wait_for(lambda: state(server)["trainer"] is None)  # a trainer that ends lets the server go
 
 
 def test_a_server_that_keeps_old_weights_is_found(tiny_pair, server, tmp_path, monkeypatch):
@@ -263,7 +263,7 @@ def test_bodies_that_are_none_are_answered_with_400(server):
     for route in ("/v1/osd/trainer", "/v1/osd/nothing"):
         assert server.post(route, {}).status_code in (400, 404)
     assert server.http.get("/v1/osd/teacher_head").status_code == 400
-    assert state(server)["trainer"] is None
+    wait_for(lambda: state(server)["trainer"] is None)
     server.complete([7, 8])
 
 
