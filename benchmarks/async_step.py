@@ -23,10 +23,7 @@ Writes a JSON after each system, so finished results are kept.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
 from benchmarks import serving, train_step
-from benchmarks.process import GPU, environment, exit_on_sigterm, header, nothing, result_path, run_worker
+from benchmarks.process import GPU, environment, exit_on_sigterm, nothing, run_worker
 from benchmarks.train_worker import TrainJob
 
 SYSTEMS = {
@@ -96,25 +93,7 @@ def measured(args: argparse.Namespace, spec: dict[str, Any], folder: Path, left:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    begin = time.monotonic()
-    command = ["python", "benchmarks/async_step.py", *(sys.argv[1:] if argv is None else argv)]
-    result: dict[str, Any] = {**header(command, vars(args)), "systems": {}, "summary": {}}
-    path = result_path(args.output, f"async_step_{args.pair}", result["hardware"]["device"])
-    with tempfile.TemporaryDirectory(prefix="osd-bench-") as scratch:
-        folder = Path(scratch)
-        models = train_step.make_models(args, folder / "models")
-        for system in args.systems:
-            train_step.say(begin, f"{SYSTEMS[system]} ...")
-            left = None if args.time_limit is None else args.time_limit - (time.monotonic() - begin)
-            spec = {"system": system, "job": train_step.job(args, models, folder / f"output-{system}")}
-            none_left = left is not None and left <= 0
-            result["systems"][system] = nothing("no time was left") if none_left else measured(args, spec, folder, left)
-            result["summary"] = train_step.summarise(result["systems"], "osd_async")
-            path.write_text(json.dumps(result, indent=1) + "\n")
-            train_step.say(begin, train_step.describe(result["systems"][system]))
-    print(f"\n{train_step.table(result['summary'])}\n\nwritten to {path}")
-    return int(any(system["status"] != "ok" for system in result["systems"].values()))
+    return train_step.run_systems(parse_args(argv), argv, "async_step", SYSTEMS, measured, ours="osd_async")
 
 
 if __name__ == "__main__":

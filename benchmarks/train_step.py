@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -177,27 +178,46 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    return run_systems(parse_args(argv), argv, "train_step", SYSTEMS, measured)
+
+
+def measured(args: argparse.Namespace, spec: dict[str, Any], folder: Path, left: float | None) -> dict[str, Any]:
+    """Run one system's worker; return what it wrote."""
+    env = environment(folder / f"caches-{spec['system']}") | {MULTIPROCESSING: "0", "HF_HUB_OFFLINE": "1"}
+    return run_worker(spec, env, folder, left, "benchmarks.train_worker", launcher(args))
+
+
+def run_systems(
+    args: argparse.Namespace,
+    argv: list[str] | None,
+    script: str,
+    names: dict[str, str],
+    measured: Callable[..., dict[str, Any]],
+    ours: str = "osd",
+) -> int:
+    """Measure the systems one after another, and write the result after each; returns the exit status.
+
+    Args:
+        script: name of the benchmark, without ".py".
+        names: of the systems, for the reader.
+        measured: called as `measured` above.
+        ours: the system that `summarise` compares the others with.
+    """
     begin = time.monotonic()
-    command = ["python", "benchmarks/train_step.py", *(sys.argv[1:] if argv is None else argv)]
+    command = ["python", f"benchmarks/{script}.py", *(sys.argv[1:] if argv is None else argv)]
     result: dict[str, Any] = {**header(command, vars(args)), "systems": {}, "summary": {}}
-    path = result_path(args.output, f"train_step_{args.pair}", result["hardware"]["device"])
+    path = result_path(args.output, f"{script}_{args.pair}", result["hardware"]["device"])
     with tempfile.TemporaryDirectory(prefix="osd-bench-") as scratch:
         folder = Path(scratch)
         say(begin, f"saving {args.pair} with random weights ...")
         models = make_models(args, folder / "models")
         for system in args.systems:
-            say(begin, f"{SYSTEMS[system]} ...")
+            say(begin, f"{names[system]} ...")
             left = None if args.time_limit is None else args.time_limit - (time.monotonic() - begin)
             spec = {"system": system, "job": job(args, models, folder / f"output-{system}")}
-            env = environment(folder / f"caches-{system}") | {MULTIPROCESSING: "0", "HF_HUB_OFFLINE": "1"}
             none_left = left is not None and left <= 0
-            result["systems"][system] = (
-                nothing("no time was left")
-                if none_left
-                else run_worker(spec, env, folder, left, "benchmarks.train_worker", launcher(args))
-            )
-            result["summary"] = summarise(result["systems"])
+            result["systems"][system] = nothing("no time was left") if none_left else measured(args, spec, folder, left)
+            result["summary"] = summarise(result["systems"], ours)
             path.write_text(json.dumps(result, indent=1) + "\n")
             say(begin, describe(result["systems"][system]))
     print(f"\n{table(result['summary'])}\n\nwritten to {path}")

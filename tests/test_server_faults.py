@@ -135,7 +135,7 @@ def test_a_server_killed_in_mid_step_and_in_mid_sync_changes_nothing(tiny_pair, 
 
 
 def test_a_server_killed_with_a_batch_in_flight_costs_no_completion(tiny_pair, tmp_path, mortal, monkeypatch):
-    """What had come is kept, from the older weights; the rest is drawn from the present ones. The records say which."""
+    """Completions that had come are kept, from the older weights; the rest comes from the present ones, as records say."""
     servers, again = mortal
     fields = {"max_completion_length": 120, "max_steps": 4, "async_generation": True}
     trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, **fields)
@@ -255,7 +255,7 @@ def killed_after_two_updates(server, again):
 
 
 def two_processes(tiny_pair, out):
-    """What each of two processes saw of a greedy run."""
+    """Return the observations of each of two processes in a greedy run."""
     result = launch(ACCELERATE / "cpu_ddp.yaml", "-m", "tests.launched", "served", out, *tiny_pair)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]

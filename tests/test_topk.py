@@ -207,7 +207,7 @@ def test_ids_that_the_teacher_excludes_leave_the_loss_finite_where_it_is(of):
 
 
 def test_logits_exist_one_chunk_at_a_time(monkeypatch):
-    """What autograd keeps, in the forward pass and inside of the backward pass."""
+    """Sizes that autograd keeps, in the forward pass and inside of the backward pass."""
     monkeypatch.setattr(divergence_module, "_CHUNK_LOGITS", 10 * V)
     kept = []
     hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TEACHER_SIGNALS = ("recorded", "topk", "recompute")
 MODES = ("colocate", "server")
-_OF_A_SERVER = {"vllm_server_timeout": "float", "vllm_server_port": "int", "vllm_group_port": "int"}  # TRL's fields
+_SERVER_TYPES = {"vllm_server_timeout": "float", "vllm_server_port": "int", "vllm_group_port": "int"}  # TRL's fields
 _KINDS = {"bool": ((bool,), "true or false"), "int": ((Integral,), "a whole number"), "float": ((Real,), "a number")}
 
 
@@ -50,7 +50,7 @@ def _types(args: OSDConfig) -> None:
     """Check values that come from Python; the command line has converted its own."""
     from osd.train.config import OSDConfig
 
-    for name, annotation in {**OSDConfig.__annotations__, **_OF_A_SERVER}.items():
+    for name, annotation in {**OSDConfig.__annotations__, **_SERVER_TYPES}.items():
         kind, _, none = str(annotation).partition(" | ")
         value = getattr(args, name)
         if kind not in _KINDS or (value is None and none):
