@@ -10,6 +10,7 @@ from multiprocessing import current_process
 from typing import TYPE_CHECKING, Any
 
 from osd.core import suggest
+from osd.interrupts import kept_interrupts
 from osd.terminal import silence_libraries
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in ("env", "serve"):  # env shows the variables that the user has set, serve has vLLM's log
         silence_libraries()
     try:
-        COMMANDS[command](rest)
+        with kept_interrupts():
+            COMMANDS[command](rest)
     except (ValueError, ImportError) as error:
         if os.environ.get("OSD_TRACEBACK"):
             raise

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import itself and the layers before it.
 LAYERS = [
     "osd.terminal",
+    "osd.interrupts",
     "osd.core",
     "osd.log_partition",
     "osd.alpha",

@@ -26,6 +26,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from osd.core import suggest
 from osd.data.parse import data_keys, split_sections
+from osd.interrupts import kept_interrupts
 from osd.train import OSDConfig, OSDTrainer
 from osd.train.data import DataArguments, load_data
 from osd.train.preparation import Plan, plan
@@ -197,7 +198,8 @@ def _show(planned: Plan, dataset: Any) -> None:
 def command(argv: Sequence[str] | None = None) -> None:
     """Run `main` as a program: an error of the user ends in one line and status 2, Ctrl-C in status 130."""
     try:
-        main(argv)
+        with kept_interrupts():
+            main(argv)
     except ValueError as error:
         if os.environ.get("OSD_TRACEBACK"):
             raise

@@ -34,6 +34,7 @@ from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
 from osd.engine.config import PairConfig
 from osd.generation import OSDGeneration, check_groups
+from osd.interrupts import kept_interrupts
 from osd.prompts import PRIVILEGED_COLUMN, PROMPT_COLUMN, TEACHER_PROMPT_COLUMN, template_fields
 from osd.train.alpha_schedule import MIX_COLUMN, unmixed
 from osd.train.checkpointing import EpochSampler, check_same_run, marked_when_whole, resolve
@@ -378,7 +379,8 @@ class OSDTrainer(DistillationTrainer):
         if checkpoint is not None:
             self._earlier_syncs = check_same_run(checkpoint, self._run) - self.vllm_generation.engine.weights_version
         try:
-            return super().train(checkpoint, *args, **kwargs)
+            with kept_interrupts():
+                return super().train(checkpoint, *args, **kwargs)
         finally:
             self._ahead.end()
 

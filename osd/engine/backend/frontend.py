@@ -27,6 +27,7 @@ from osd.engine.backend.configuration import check_engine_args, refusal, side_li
 from osd.engine.backend.language_model import as_text
 from osd.engine.backend.two_models import workers
 from osd.engine.config import PairConfig
+from osd.interrupts import kept_interrupts
 
 _DIED = "the engine's process has ended; close this engine and start another"
 _POLL_SECONDS = 0.5  # how often a wait for another process looks whether it is alive
@@ -278,7 +279,7 @@ def interruptible_start() -> Iterator[None]:
     Symptom: a start that was interrupted waits for up to VLLM_ENGINE_READY_TIMEOUT_S, and then goes on. Cause: `zmq_socket_ctx`
     swallows KeyboardInterrupt. Versions: 0.32, 0.33. To be removed when it does not (tests/test_ctrl_c.py, test_serve.py).
     """
-    with mock.patch.object(engine_utils, "zmq_socket_ctx", _handshake):
+    with kept_interrupts(), mock.patch.object(engine_utils, "zmq_socket_ctx", _handshake):
         yield
 
 

@@ -1,0 +1,36 @@
+"""Ctrl-C that reaches the program also when it comes inside a destructor."""
+
+from __future__ import annotations
+
+import _thread
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_AGAIN = 0.05  # seconds, longer than a destructor takes
+
+
+@contextmanager
+def kept_interrupts() -> Iterator[None]:
+    """Deliver a KeyboardInterrupt again that Python dropped.
+
+    Python cannot raise out of a destructor. It prints "Exception ignored" and goes on, so a Ctrl-C during a collection of
+    garbage is lost. vLLM and the trainers collect garbage while they load models, which takes a second.
+    """
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            return before(dropped)
+        # From another thread: in this one it would be raised right here, and dropped again.
+        timer = threading.Timer(_AGAIN, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
