@@ -23,11 +23,11 @@ def kept_interrupts() -> Iterator[None]:
 
     def hook(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
-            return before(dropped)
-        # From another thread: in this one it would be raised right here, and dropped again.
-        timer = threading.Timer(_AGAIN, _thread.interrupt_main)
-        timer.daemon = True
-        timer.start()
+            before(dropped)
+        else:  # from another thread: in this one it would be raised right here, and dropped again
+            timer = threading.Timer(_AGAIN, _thread.interrupt_main)
+            timer.daemon = True
+            timer.start()
 
     sys.unraisablehook = hook
     try:

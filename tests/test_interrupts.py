@@ -75,14 +75,16 @@ def test_every_command_ends_with_130(monkeypatch, capsys):
     monkeypatch.setitem(cli.COMMANDS, "env", drop_an_interrupt)
     with pytest.raises(SystemExit) as ended:
         cli.main(["env"])
-    assert ended.value.code == 130 and "osd env: interrupted" in capsys.readouterr().err
+    assert ended.value.code == 130
+    assert "osd env: interrupted" in capsys.readouterr().err
 
 
 def test_the_training_command_ends_with_130(monkeypatch, capsys):
     monkeypatch.setattr(train_osd, "main", drop_an_interrupt)
     with pytest.raises(SystemExit) as ended:
         train_osd.command([])
-    assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert ended.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_the_start_of_an_engine_ends(monkeypatch, tiny_pair):
