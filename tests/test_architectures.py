@@ -55,7 +55,9 @@ def model_of(path, kind):
     return str(path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in ("Cohere", "GPTNeoX") else []) for kind in KINDS]
+)
 def test_the_recorded_states_and_the_engines_layer_give_the_teachers_distribution(tiny_pair, tmp_path, kind):
     teacher = model_of(tmp_path, kind)
     kwargs = tiny_engine_kwargs()

@@ -408,6 +408,7 @@ def real(tmp_path, tiny_pair):
     return settings, path
 
 
+@pytest.mark.slow
 def test_real_models_draw_the_same_in_batches_of_any_size(tmp_path, real):
     from osd.data.pair import EnginePair
 

@@ -555,6 +555,7 @@ def test_notebook_is_up_to_date():
         compile(source, "cell", "exec")
 
 
+@pytest.mark.slow
 def test_tutorial_trains_a_student(tiny_world, tiny_pair, monkeypatch, capfd):
     import runpy
 

@@ -73,6 +73,7 @@ def test_grpos_reward_is_of_the_answer():
     assert grpo.names_the_answer(["It is Paris.", "No idea"], ["paris", "42"]) == [1, 0]
 
 
+@pytest.mark.slow
 def test_a_bare_loop_brings_the_student_closer(flags, tiny_pair, tmp_path):
     losses = bare_loop.main([*flags, "--steps", "12"])
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])

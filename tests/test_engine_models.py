@@ -138,7 +138,7 @@ def test_custom_logits_processors_act_on_requests_without_other_parameters(tiny_
     assert {token for c in completions for token in c.token_ids} == {20, 21}
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_equal_policies_mix_to_themselves_at_every_alpha(tmp_path, alpha):
     model = tiny_model(tmp_path / "m", seed=1)
     prompts = [PairPrompt(teacher_token_ids=p.teacher_token_ids, student_token_ids=p.teacher_token_ids) for p in PROMPTS]
@@ -317,7 +317,15 @@ def test_an_engine_closed_by_an_error_gives_its_memory_back(tiny_pair, monkeypat
     assert not any(ref() is not None for ref in caches)
 
 
-@pytest.mark.parametrize("stage", ["load_model", "initialize_from_config", "_warm_up_sampler", None])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param("load_model", marks=pytest.mark.slow),
+        pytest.param("initialize_from_config", marks=pytest.mark.slow),
+        "_warm_up_sampler",
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
+)
 def test_an_engine_that_does_not_start_leaves_nothing_behind(tiny_pair, monkeypatch, stage):
     """A user who reads the error changes an argument and tries again, with the memory of the first try."""
     before = compiled_models()
@@ -344,6 +352,7 @@ def failing_after(method: Callable[..., Any]) -> Callable[..., Any]:
     return fail
 
 
+@pytest.mark.slow
 def test_process_groups_made_before_an_engine_outlive_it(tiny_pair):
     """Those of a trainer, which goes on; also after a start that failed."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -63,7 +63,12 @@ def in_process(tmp_path_factory, tiny_pair):
 
 
 @pytest.mark.parametrize(
-    ("multiprocessing", "tensor_parallel"), [(1, 1), (0, 2), (1, 2)], ids=["own process", "two ranks", "both"]
+    ("multiprocessing", "tensor_parallel"),
+    [
+        pytest.param(1, 1, id="own process", marks=pytest.mark.slow),
+        pytest.param(0, 2, id="two ranks", marks=pytest.mark.slow),
+        pytest.param(1, 2, id="both"),
+    ],
 )
 def test_every_mode_of_the_engine_samples_the_same(tmp_path, tiny_pair, in_process, multiprocessing, tensor_parallel):
     runs = run(tmp_path, tiny_pair, "other", multiprocessing=multiprocessing, tensor_parallel=tensor_parallel)

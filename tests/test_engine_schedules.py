@@ -100,6 +100,9 @@ SCENARIOS = {
 }
 
 
+SLOW = ("plain", "other architecture", "sync drafts")  # the others cover their parts
+
+
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """A student of another architecture, with biases, grouped heads, three layers and tied embeddings."""
@@ -152,9 +155,7 @@ def sample(engine: PairEngine, scenario: Scenario, requests: list[tuple[PairProm
     return {i: finished[name].token_ids for i, (name, _) in names.items() if i not in aborted}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "sync drafts" else []) for name in SCENARIOS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SCENARIOS])
 def test_no_token_is_wrong(tiny_pair, qwen, monkeypatch, name):
     scenario = SCENARIOS[name]
     paths = tiny_pair[0], (qwen if scenario.student == "qwen" else tiny_pair[1])

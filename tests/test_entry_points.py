@@ -82,6 +82,7 @@ def test_a_wrong_key_ends_the_launch_with_its_name(config):
     assert "alpha_metod" in out + err
 
 
+@pytest.mark.slow
 def test_the_training_example(tiny_pair, data, tmp_path):
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps({"prompt": r["question"], "privileged_context": r["answer"]}) + "\n" for r in rows))
