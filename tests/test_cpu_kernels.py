@@ -22,7 +22,7 @@ SLOTS, LONGEST, TOKENS, VOCAB, DRAFTS = 12, 64, 96, 50, 3
 
 def fresh(module: str) -> ModuleType:
     """Return a copy of a module of vLLM's runner whose kernels are vLLM's own, whatever this process has replaced."""
-    spec = importlib.util.find_spec(f"vllm.v1.worker.gpu.{module}")
+    spec = importlib.util.find_spec(f"vllm.v1.worker.{module}")
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     return copy
@@ -123,7 +123,7 @@ LAUNCHERS = {
 def differing(kernel: str, function: Callable[..., None], seeds: int = 40) -> int:
     """Return in how many random batches a function's results differ from a kernel's."""
     wrapper, call = LAUNCHERS[kernel]
-    stock, ours = fresh("input_batch"), fresh("input_batch")
+    stock, ours = fresh("gpu.input_batch"), fresh("gpu.input_batch")
     setattr(ours, kernel, cpu._Launcher(function))
     different = 0
     for seed in range(seeds):
@@ -133,16 +133,17 @@ def differing(kernel: str, function: Callable[..., None], seeds: int = 40) -> in
 
 
 def test_every_replaced_kernel_and_method_is_compared():
-    assert cpu.KERNELS.keys() == {"input_batch", "structured_outputs"}
-    assert cpu.KERNELS["input_batch"].keys() == LAUNCHERS.keys()
-    assert cpu.KERNELS["structured_outputs"].keys() == {"_apply_grammar_bitmask_kernel"}
+    assert cpu.KERNELS.keys() == {"gpu.input_batch", "gpu.structured_outputs", "utils"}
+    assert cpu.KERNELS["gpu.input_batch"].keys() == LAUNCHERS.keys()
+    assert cpu.KERNELS["gpu.structured_outputs"].keys() == {"_apply_grammar_bitmask_kernel"}
+    assert cpu.KERNELS["utils"].keys() == {"_zero_kv_blocks_kernel"}
     methods = {f"{owner}.{name}" for classes in cpu.METHODS.values() for owner, names in classes.items() for name in names}
     assert methods == {"BlockTables.gather_block_tables", "BlockTables.compute_slot_mappings", "StagedWriteTensor.apply_write"}
 
 
 @pytest.mark.parametrize("kernel", LAUNCHERS)
 def test_a_function_does_what_its_kernel_does(kernel):
-    assert differing(kernel, cpu.KERNELS["input_batch"][kernel]) == 0
+    assert differing(kernel, cpu.KERNELS["gpu.input_batch"][kernel]) == 0
 
 
 def test_ignored_prefills_and_skipped_rows_are_seen():
@@ -168,7 +169,7 @@ def test_grammar_masks_are_those_of_the_kernel(monkeypatch):
         return store(self, ptrs, value, mask, cache_policy)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", with_boolean_mask)
-    kernel = fresh("structured_outputs")._apply_grammar_bitmask_kernel
+    kernel = fresh("gpu.structured_outputs")._apply_grammar_bitmask_kernel
     found = 0
     for seed in range(20):
         batch = Batch(seed)
@@ -185,6 +186,19 @@ def test_grammar_masks_are_those_of_the_kernel(monkeypatch):
     assert found > 10
 
 
+def test_blocks_are_zeroed_as_by_the_kernel():
+    """Two layers with pages of different sizes, the second with a gap between them."""
+    kernel, caches = fresh("utils")._zero_kv_blocks_kernel, []
+    blocks, strides, sizes = torch.tensor([5, 0, 2]), torch.tensor([40, 64]), torch.tensor([40, 50])
+    for launch in (kernel[(3, 2, 2)], cpu._zero_blocks):
+        cache = torch.arange(1.0, 1000.0)
+        starts = cache.data_ptr() + 4 * torch.tensor([3, 300])
+        launch(starts.to(torch.uint64), strides, sizes, blocks, BLOCK_SIZE=32)
+        caches.append(cache)
+    assert int((caches[0] == 0).sum()) == 3 * (40 + 50)
+    assert torch.equal(*caches)
+
+
 def block_tables(batch: Batch, module: ModuleType, sizes: list[int]) -> Any:
     """Return vLLM's block tables with random blocks for every slot, written by vLLM's own kernel."""
     tables = module.BlockTables(sizes, SLOTS, TOKENS * 8, [LONGEST // size for size in sizes], torch.device("cpu"))
@@ -197,7 +211,7 @@ def block_tables(batch: Batch, module: ModuleType, sizes: list[int]) -> Any:
 
 @pytest.mark.parametrize("sizes", [[8], [4, 16]], ids=["one group", "two groups"])
 def test_block_tables_are_gathered_as_by_the_kernel(sizes):
-    module = fresh("block_table")
+    module = fresh("gpu.block_table")
     for seed in range(20):
         batch = Batch(seed)
         rows, padded = len(batch.slots), len(batch.slots) + batch.integer(0, 3)
@@ -217,13 +231,13 @@ def test_block_tables_are_gathered_as_by_the_kernel(sizes):
 
 @pytest.mark.parametrize("sizes", [[8], [4, 16]], ids=["one group", "two groups"])
 def test_slot_mappings_are_computed_as_by_the_kernel(sizes):
-    module = fresh("block_table")
+    module = fresh("gpu.block_table")
     for seed in range(20):
         batch = Batch(seed)
         tables = block_tables(batch, module, sizes)
         rows = len(batch.slots)
         positions, seq_lens = torch.zeros(TOKENS * 8, dtype=torch.int64), torch.zeros(SLOTS, dtype=torch.int32)
-        fresh("input_batch").prepare_pos_seq_lens(batch.slots, batch.starts, batch.computed, positions, seq_lens)
+        fresh("gpu.input_batch").prepare_pos_seq_lens(batch.slots, batch.starts, batch.computed, positions, seq_lens)
         arguments = (batch.slots, batch.starts[: rows + 1], positions, int(batch.starts[-1]) + 3)
         expected = tables.compute_slot_mappings(*arguments).clone(), tables.slot_mappings.clone()
         tables.slot_mappings.fill_(-7)
@@ -237,7 +251,7 @@ def test_slot_mappings_are_computed_as_by_the_kernel(sizes):
 def test_staged_writes_are_applied_as_by_the_kernel(shape, dtype):
     from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
 
-    module = fresh("buffer_utils")
+    module = fresh("gpu.buffer_utils")
     module.UvaBuffer, cls = UvaBuffer, module.StagedWriteTensor
     for seed in range(10):
         batch = Batch(seed)

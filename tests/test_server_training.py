@@ -234,7 +234,7 @@ def test_a_lost_connection_is_taken_up_again_with_whole_weights(connect, tiny_pa
     engine = connect()
     model, tensors = weights(tiny_pair[1], seed=6)
     engine.load_student_weights(tensors.items())
-    engine._held.close()  # as a proxy would
+    engine._sender._held.close()  # as a proxy would
     wait_for(lambda: engine.pair.info()["state"]["trainer"] is None)
     with pytest.raises(ServerLost, match="connection to the server has ended") as raised:
         engine.generate(PROMPTS, sampling=GREEDY)

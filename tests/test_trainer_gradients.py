@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import osd.train.passes as passes
 import osd.train.privilege_gap as privilege_module
+import osd.train.sampling as sampling_module
 from osd.train.importance import importance_weights
 from tests.test_generation import logp
 from tests.training import DEVICE, ROWS, build_trainer, logged, loss_and_gradient, sampled, watch, weights_after
@@ -353,11 +354,16 @@ def test_a_share_of_the_completions_is_the_students_own(make):
     assert [[bool((a == 0).all()) for a in step] for step in alphas_over_training(make(**fields))] == own
 
 
-def test_a_row_can_ask_for_the_student_alone(make):
+def test_a_row_can_ask_for_the_student_alone(make, monkeypatch):
     rows = [{**row, "mix": i % 3 != 0} for i, row in enumerate(ROWS)]
     trainer = make(rows=rows, per_device_train_batch_size=8)
-    asked, unmixed = [], trainer._alphas
-    trainer._alphas = lambda inputs, mode: (asked.append([row["mix"] for row in inputs]), unmixed(inputs, mode))[1]
+    asked, unmixed = [], sampling_module.unmixed
+
+    def watched(rows, *args, **kwargs):
+        asked.append([row["mix"] for row in rows])
+        return unmixed(rows, *args, **kwargs)
+
+    monkeypatch.setattr(sampling_module, "unmixed", watched)
     seen = [[bool((alpha != 0).any()) for alpha in step] for step in alphas_over_training(trainer)]
     assert seen == asked
     assert {True, False} <= set(seen[0])

@@ -30,12 +30,12 @@ class Marks(TrainerCallback):
             print("HERE", flush=True)
 
 class Marked(trainer.OSDTrainer):
-    def _start_generation(self, *args):
+    def _start(self, planned):
         if place == "loading":
             print("HERE", flush=True)
         else:
             self.add_callback(Marks())
-        return super()._start_generation(*args)
+        super()._start(planned)
 
 train_osd.OSDTrainer = Marked
 train_osd.command()

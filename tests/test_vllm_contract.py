@@ -40,7 +40,6 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms.interface import Platform
 from vllm.renderers.online_renderer import OnlineRenderer
-from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -178,7 +177,6 @@ FIELDS: dict[str, type] = {
     "GPUModelRunner.req_states": RequestState,
     "GPUModelRunner.sampler": Sampler,
     "GPUModelRunner.structured_outputs_worker": StructuredOutputsWorker,
-    "KVCacheManager.block_pool": BlockPool,
     "KVCacheManager.get_blocks": KVCacheBlocks,
     "KVCacheConfig.kv_cache_groups": KVCacheGroupSpec,
     "KVCacheGroupSpec.kv_cache_spec": FullAttentionSpec,
@@ -278,7 +276,7 @@ def parameters(function) -> list[str]:
 
 def written_parameters(module: str, function: str) -> list[str]:
     """Return a function's parameters from the source of vLLM's module: cpu.py may have replaced it in this process."""
-    tree = ast.parse(inspect.getsource(importlib.import_module(f"vllm.v1.worker.gpu.{module}")))
+    tree = ast.parse(inspect.getsource(importlib.import_module(f"vllm.v1.worker.{module}")))
     [found] = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function]
     return [argument.arg for argument in found.args.args]
 
@@ -292,6 +290,7 @@ KERNEL_PARAMETERS = {
     "_combine_sampled_and_draft_tokens_kernel": """input_ids idx_mapping last_sampled_tokens query_start_loc seq_lens
         prefill_len draft_tokens draft_tokens_stride cu_num_logits logits_indices BLOCK_SIZE NUM_NEW_SAMPLED_TOKENS""",
     "_get_num_sampled_and_rejected_kernel": """num_sampled num_rejected seq_lens cu_num_logits idx_mapping prefill_len""",
+    "_zero_kv_blocks_kernel": "seg_addrs seg_block_strides seg_page_sizes block_ids BLOCK_SIZE",
     "_expand_idx_mapping_kernel": """idx_mapping expanded_idx_mapping expanded_local_pos cu_num_logits BLOCK_SIZE""",
     "_post_update_kernel": """idx_mapping num_computed_tokens last_sampled_tokens output_bin_counts output_bin_counts_stride
         sampled_tokens sampled_tokens_stride num_sampled num_rejected query_start_loc all_token_ids all_token_ids_stride
@@ -376,7 +375,9 @@ def test_what_is_built_has_these_fields():
     assert "ERROR" in FinishReason.__members__
     assert {"vllm_config", "kv_cache_config"} <= set(parameters(Scheduler.__init__))
     assert "__slots__" not in vars(SchedulerOutput), "SchedulerOutput can no longer carry the pair's step as an attribute"
-    assert "self._reuse_watchers.pop(block.block_id" in inspect.getsource(BlockPool._notify_reuse)
+    assert isinstance(KVCacheConfig.needs_kv_cache_zeroing, property)
+    assert "kv_cache_config.needs_kv_cache_zeroing" in inspect.getsource(Scheduler.__init__)
+    assert "kv_cache_config.needs_kv_cache_zeroing" in inspect.getsource(Worker.initialize_from_config)
 
 
 def test_the_runner_calls_what_the_pair_replaces():

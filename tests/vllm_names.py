@@ -139,6 +139,7 @@ def _defined(folder: Path) -> set[str]:
 def _known_elsewhere() -> set[str]:
     """Return names of Python, torch, numpy and the HTTP framework that need no contract."""
     import asyncio
+    import ctypes
     import gc
     import itertools
     import json
@@ -195,6 +196,7 @@ def _known_elsewhere() -> set[str]:
     owners += [
         asyncio,
         asyncio.Task,
+        ctypes,
         ExitStack,
         itertools,
         HTTPStatus,

@@ -3,6 +3,7 @@
 One step of training and its modules:
     α's bounds, and rows without mixing                   osd.train.alpha_schedule
     both prompts of every row                             osd.train.rows
+    the completions, and their columns and metrics        osd.train.sampling
     sync of the student, sampling from q*                 osd.generation.OSDGeneration, called by TRL
     the next batch, sampled meanwhile (async_generation)  osd.train.lookahead
     the teacher, from the record or computed again        osd.train.teacher
@@ -26,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from accelerate.utils import gather_object
 from datasets import IterableDataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
@@ -35,25 +35,24 @@ from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 from osd.engine.config import PairConfig
 from osd.generation import OSDGeneration, check_groups
 from osd.interrupts import kept_interrupts
-from osd.prompts import PRIVILEGED_COLUMN, PROMPT_COLUMN, TEACHER_PROMPT_COLUMN, template_fields
-from osd.train.alpha_schedule import MIX_COLUMN, unmixed
+from osd.prompts import PRIVILEGED_COLUMN, TEACHER_PROMPT_COLUMN, template_fields
+from osd.train.alpha_schedule import MIX_COLUMN
 from osd.train.checkpointing import EpochSampler, check_same_run, marked_when_whole, resolve
 from osd.train.completion_logging import log_completions
 from osd.train.config import OSDConfig
 from osd.train.lm_head import head_of
 from osd.train.lookahead import SampledAhead, warn_without_overlap
-from osd.train.losses import batch_loss, pad_column
-from osd.train.metrics import batch_metrics, end_metrics, loss_metrics, take_reduced
+from osd.train.losses import batch_loss
+from osd.train.metrics import loss_metrics, take_reduced
 from osd.train.model_card import model_card
 from osd.train.passes import Pass, weigh
 from osd.train.preparation import Plan, plan
-from osd.train.privilege_gap import privilege_gap
+from osd.train.sampling import sampled_batch, start_generation
 from osd.train.saving import check_saving, copy_processor, freeze_encoders, repair_generation_config
 from osd.train.teacher import start_teacher
 
 if TYPE_CHECKING:
-    from osd.engine.engine import PairCompletion, PairEngine
-    from osd.engine.served import ServedPair
+    from osd.engine.engine import PairEngine
 
 
 class OSDTrainer(DistillationTrainer):
@@ -159,7 +158,7 @@ class OSDTrainer(DistillationTrainer):
 
     def _start(self, planned: Plan) -> None:
         """Start the engine, unless one is running; closes it again if anything after that fails."""
-        self.vllm_generation = self._start_generation(planned.pair)
+        self.vllm_generation = start_generation(self, planned.pair)
         try:
             self.vllm_generation.attach(self)
             engine = self.vllm_generation.engine
@@ -170,33 +169,6 @@ class OSDTrainer(DistillationTrainer):
         except BaseException:
             self.close()
             raise
-
-    def _start_generation(self, pair: PairConfig | PairEngine | ServedPair) -> OSDGeneration:
-        return OSDGeneration(
-            self.model,
-            self.accelerator,
-            self.processing_class,
-            pair=pair,
-            mix_tokens=self.args.mix_tokens,
-            enable_sleep_mode=self.args.vllm_enable_sleep_mode,
-            hidden=self.args.teacher_signal == "recorded",
-            topk=self.args.teacher_topk if self.args.teacher_signal == "topk" else 0,
-            max_staleness=self.args.max_staleness,
-            on_error="keep",
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            max_completion_length=self.max_completion_length,
-            generation_kwargs=self._sampling_kwargs(),
-        )
-
-    def _sampling_kwargs(self) -> dict[str, Any]:
-        kwargs = self.args.sampling_kwargs()
-        if not kwargs.get("ignore_eos"):
-            kwargs["stop_token_ids"] = sorted({*self.eos_token_ids, *(kwargs.get("stop_token_ids") or ())})
-        return kwargs
 
     def close(self) -> None:
         """Shut the paired engine down and free its memory, if this trainer started it."""
@@ -214,48 +186,7 @@ class OSDTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self.vllm_generation.stays_awake():
-            return self._sampled_and_supervised(inputs)
-
-    def _sampled_and_supervised(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        mode = "train" if self.model.training else "eval"
-        teacher_ids = self._renderer.teacher_ids(inputs)
-        generation, begun = self.vllm_generation, mode == "train" and self._ahead.has(inputs)
-        generation.model = self.model  # FSDP1 wraps it anew when training begins
-        generation.updates = self.state.global_step
-        if mode == "train" and not begun:
-            self._ahead.drop()
-        # Without other columns, in which TRL would look for images.
-        student_rows: list[dict[str, Any]] = [{PROMPT_COLUMN: self._renderer.student_prompt(row)} for row in inputs]
-        with generation.teacher_reads(teacher_ids, alpha=self._alphas(inputs, mode), begun=begun):
-            output = super()._generate_and_score_completions(student_rows)
-        batch = self.vllm_generation.last_batch
-        assert batch is not None, "TRL called generate()"
-        completions = batch.completions
-        output |= self._recorded_columns(completions, batch.staleness, output["completion_mask"])
-        if mode == "train" and not output["num_items_in_batch"]:  # of all processes, which stop together
-            raise RuntimeError(f"every completion of the batch ended in an error; the first: {completions[0].error}")
-        metrics = batch_metrics(self.vllm_generation, self.accelerator)
-        metrics["osd/engine/weights_version"] += self._earlier_syncs
-        if mode == "train":
-            metrics |= self._schedule.metrics(self.vllm_generation.engine.mixing) | self._privilege_metrics(output)
-            self._ahead.begin()  # after the last use of the engine in this step, and before the host's large copies
-        output |= self._teacher.columns(completions, teacher_ids, output["completion_mask"])
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
-        for name, value in end_metrics(completions, self.accelerator).items():
-            self._metrics[mode][name][-1] = value  # TRL's own count ends only at token ids
-        if self.log_completions:
-            self._logs["alpha"].extend(gather_object([_alpha(c) for c in completions]))
-            self._logs["token_ids"].extend(gather_object([list(c.token_ids) for c in completions]))
-        return output
-
-    def _alphas(self, inputs: list[dict[str, Any]], mode: str) -> float | list[float | None] | None:
-        """Set the mixing of this step, and return α of the completions that have their own."""
-        if mode == "eval":
-            return 0.0  # evaluation measures the student's own completions
-        step = self.state.global_step
-        self.vllm_generation.engine.set_mixing(self._schedule.at(step, self.state.max_steps))
-        return unmixed(inputs, self.args.mix_fraction, seed=self._seed_of(step))
+            return sampled_batch(self, inputs, super()._generate_and_score_completions)
 
     def _seed_of(self, step: int) -> str:
         """Return the seed of draws in an optimizer step that a resumed run repeats, apart from the global random state."""
@@ -267,35 +198,9 @@ class OSDTrainer(DistillationTrainer):
         batches = self._ahead.batches(epoch_iterator, num_batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def _privilege_metrics(self, output: dict[str, torch.Tensor]) -> dict[str, float]:
-        every, step = self.args.privilege_gap_steps, self.state.global_step
-        if not every or step % every:
-            return {}
-        plain = [ids[mask.bool()].tolist() for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
-        tokens = self.args.privilege_gap_tokens
-        return privilege_gap(self.vllm_generation, self.accelerator, plain, tokens=tokens, seed=self._seed_of(step))
-
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         # By the same code as the teacher's, which also takes texts and conversations in one batch.
         return self._renderer.student_ids(prompts), None, {}
-
-    def _recorded_columns(
-        self, completions: list[PairCompletion], staleness: list[int], completion_mask_BT: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Return `loss_mask`, `logp_theta` and `logp_draw`, [B, T], and `is_stale`, [B]; TRL shuffles and splits them too.
-
-        A completion that ended in an error is masked out whole. A stale one was drawn from older weights than the present ones.
-        """
-        length, device = completion_mask_BT.size(1), completion_mask_BT.device
-        records = [None if c.error else c.record for c in completions]
-        loss_mask_BT = completion_mask_BT * torch.tensor([[r is not None] for r in records], device=device)
-        return {
-            "loss_mask": loss_mask_BT,
-            "logp_theta": pad_column([None if r is None else r.logp_theta for r in records], length, device),
-            "logp_draw": pad_column([None if r is None else r.logp_draw for r in records], length, device),
-            "is_stale": torch.tensor([age > 0 for age in staleness], device=device),
-            "num_items_in_batch": self.accelerator.gather(loss_mask_BT.sum()).sum(),
-        }
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
@@ -446,7 +351,3 @@ class OSDTrainer(DistillationTrainer):
         named = template_fields(self.args.privileged_template) if self.args.privileged_template else ()
         wanted = {*(self._signature_columns or ()), TEACHER_PROMPT_COLUMN, PRIVILEGED_COLUMN, MIX_COLUMN, *named}
         self._signature_columns = sorted(wanted)
-
-
-def _alpha(completion: PairCompletion) -> list[float]:
-    return [] if completion.error or completion.record is None else torch.as_tensor(completion.record.alpha).tolist()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from osd.data import grading
+from osd.data.option_groups import as_mapping
 from osd.data.reader import Row
-from osd.data.settings import CompareConfig, GenerateConfig, as_mapping
+from osd.data.settings import CompareConfig, GenerateConfig
 from osd.prompt_checks import check_text_only, compare_templates, forget_warnings
 from osd.prompts import (
     PROMPT_COLUMN,

@@ -13,13 +13,10 @@ while it runs the server does nothing else for this run: whatever would change w
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,20 +26,13 @@ from accelerate.utils import gather_object, set_seed
 
 from osd.core import MixingConfig
 from osd.engine.remote_batch import Batch
+from osd.engine.remote_weights import ServerLost, WeightSender
 from osd.engine.request import PairCompletion, PairPrompt, SideLimits, draw_seeds, one_each
-from osd.engine.served import CONNECT_SECONDS, LONGEST_PAUSE, ServedPair
-from osd.engine.transport import HTTPTransport, NCCLTransport, Transport
-from osd.engine.wire import HEAD_ROUTE, SAMPLE_ROUTE, TRAINER_ROUTE, frames, unpack
+from osd.engine.served import LONGEST_PAUSE, ServedPair, error_message
+from osd.engine.wire import SAMPLE_ROUTE, frames, unpack
 from osd.validate_models import load_tokenizer
 
 _MOST_LOSSES = 5  # of the weights, in one batch
-_HEAD_ROWS = 8192  # of the teacher's output layer in one answer
-
-
-class ServerLost(RuntimeError):
-    """The server went away, or came back without the weights of the last sync; sync again, and then finish ``batch``."""
-
-    batch: Batch | None = None
 
 
 class RemoteEngine:
@@ -65,55 +55,21 @@ class RemoteEngine:
     def __init__(self, pair: ServedPair, *, rank: int = 0, device: torch.device | None = None) -> None:
         self.pair, self.config, self.mixing = pair, pair.config, pair.config.mixing
         self.rank, self.device = rank, device or torch.device("cpu")
-        self.weights_version = self.updates = 0
+        self.updates = 0
         self._ahead: Batch | None = None  # that a thread asks for
         self._sync: str | None = None
         self._stale = False
-        self._connected = False
         self._client = pair.client()
-        self._held = ExitStack()
-        self._transport: Transport | None = None
-        self._trainer: str | None = None
+        self._sender = WeightSender(pair, self._client, self.device)
         seed = self.config.engine_kwargs.get("seed", 0) + rank
         self._seed = random.Random(str(seed)).getrandbits(63)
         self.tokenizer: Any = load_tokenizer(self.config, "teacher")
         self.student_tokenizer: Any = load_tokenizer(self.config, "student")
-        self._trainer = self._of_main(self._connect)
+        self._trainer, self.weights_version = self._of_main(self._sender.connect)
         info = pair.info()
         self.limits = {side: SideLimits(**given) for side, given in info["limits"].items()}
         self.config = replace(self.config, engine_kwargs={**self.config.engine_kwargs, "dtype": info["state"]["dtype"]})
         set_seed(seed)  # as vLLM does in a process where an engine starts: a run draws the same in both modes
-
-    def _connect(self) -> str:
-        """Take the server for this run; return the id under which it knows it. The main process alone calls it."""
-        self._disconnect()
-        info = self.pair.wait(self._client)
-        deadline = time.monotonic() + CONNECT_SECONDS
-        while self._trainer is not None and info["state"]["trainer"] == self._trainer and time.monotonic() < deadline:
-            time.sleep(0.1)  # the server has yet to see that the last connection of this process has ended
-            info = self.pair.wait(self._client)
-        trainer = f"{socket.gethostname()} process {os.getpid()} {uuid.uuid4().hex[:8]}"
-        request = self._client.build_request("POST", TRAINER_ROUTE, json={"trainer": trainer}, timeout=CONNECT_SECONDS)
-        answer = self._client.send(request, stream=True)
-        self._held.callback(answer.close)
-        if answer.status_code != 200:
-            answer.read()
-            raise RuntimeError(f"server {self.pair.url}: {_message(answer)}")
-        self._transport = self._make_transport(info["state"]["transfer"], trainer)
-        self._held.callback(self._transport.close)
-        self._connected = True
-        self.weights_version = info["state"]["version"]
-        return trainer
-
-    def _make_transport(self, backend: str, trainer: str) -> Transport:
-        if backend == "http":
-            return HTTPTransport(self._client, trainer)
-        return NCCLTransport(self._client, trainer, device=self.device, port=self.pair.group_port)
-
-    def _disconnect(self) -> None:
-        self._connected = False
-        with suppress(Exception):
-            self._held.close()
 
     @property
     def is_main(self) -> bool:
@@ -300,7 +256,7 @@ class RemoteEngine:
                 self._take(batch, places, *unpack(data))
 
     def _refuse(self, answer: httpx.Response) -> None:
-        message = f"server {self.pair.url}: {_message(answer)}"
+        message = f"server {self.pair.url}: {error_message(answer)}"
         if answer.status_code == 409:
             raise ServerLost(message)
         if answer.status_code in (400, 401, 403, 404, 422):
@@ -341,13 +297,10 @@ class RemoteEngine:
         self.settle()
         self._stale = True
         tensors, name = iter(named_tensors), uuid.uuid4().hex
-        failure: Exception | None = None
+        failure, pushed = None, None
         try:
             if self.is_main:
-                self._push(tensors, name, partial)
-        except httpx.TransportError as error:
-            self._disconnect()
-            failure = ServerLost(f"server {self.pair.url} went away during a weight sync: {error!r}")
+                pushed = self._sender.push(tensors, name, partial=partial)
         except Exception as error:
             failure = error
         try:
@@ -355,32 +308,9 @@ class RemoteEngine:
                 pass
         except Exception as error:
             failure = failure or error
-        sync, version, trainer = self._agree(failure, (name, self.weights_version, self._trainer))[0]
-        self._sync, self.weights_version, self._trainer, self._stale = sync, version, trainer, False
-        return version
-
-    def _push(self, tensors: Iterator[tuple[str, torch.Tensor]], name: str, partial: bool) -> None:
-        if not (self._connected and self._still_held()):
-            self._trainer = self._connect()
-            if partial:
-                raise ServerLost(f"server {self.pair.url} has lost the weights that a partial sync builds upon")
-        assert self._transport is not None, "connected"
-        query = {"trainer": self._trainer, "partial": str(partial).lower()}
-        self._post("/start_weight_update", params=query)
-        self._transport.send(tensors)
-        self._post("/finish_weight_update", params=query, json={"weight_version": name})
-        self.weights_version = self.pair.look(self._client)["state"]["version"]
-
-    def _still_held(self) -> bool:
-        return self.pair.look(self._client)["state"]["trainer"] == self._trainer
-
-    def _post(self, route: str, **kwargs: Any) -> httpx.Response:
-        answer = self._client.post(route, **kwargs)
-        if answer.status_code == 409:
-            raise ServerLost(f"server {self.pair.url}: {_message(answer)}")
-        if answer.status_code != 200:
-            raise RuntimeError(f"server {self.pair.url} refuses {route} ({answer.status_code}): {_message(answer)}")
-        return answer
+        self._sync, (self._trainer, self.weights_version) = self._agree(failure, (name, pushed))[0]
+        self._stale = False
+        return self.weights_version
 
     # -- the teacher's output layer ---------------------------------------------------------------------------------
 
@@ -390,19 +320,7 @@ class RemoteEngine:
         Raises:
             RuntimeError: logits that are not one layer's product with the hidden state.
         """
-        vocab_size = self.limits["teacher"].vocab_size
-        whole: dict[str, torch.Tensor] = {}
-        for start in range(0, vocab_size, _HEAD_ROWS):
-            answer = self._client.get(HEAD_ROUTE, params={"start": start, "stop": min(start + _HEAD_ROWS, vocab_size)})
-            if answer.status_code != 200:
-                raise RuntimeError(f"server {self.pair.url} does not give the teacher's output layer: {_message(answer)}")
-            for data in frames([answer.content]):
-                of, tensors = unpack(data)
-                for name, rows in tensors.items():
-                    if name not in whole:
-                        whole[name] = torch.empty(vocab_size, *rows.shape[1:], dtype=rows.dtype, device=self.device)
-                    whole[name][of["start"] : of["start"] + len(rows)] = rows.to(self.device)
-        return whole["weight"], whole.get("bias")
+        return self.pair.output_layer(self._client, self.limits["teacher"].vocab_size, self.device)
 
     # -- the rest of PairEngine -------------------------------------------------------------------------------------
 
@@ -416,7 +334,7 @@ class RemoteEngine:
     def close(self) -> None:
         """Let the server go; it goes on. Idempotent."""
         self.drop()
-        self._disconnect()
+        self._sender.disconnect()
         self._client.close()
 
 
@@ -436,9 +354,3 @@ def _json(body: dict[str, Any]) -> bytes:
         return json.dumps(body).encode()
     except TypeError as error:
         raise ValueError(f"a sampling parameter cannot be sent to a server: {error}; use plain values") from None
-
-
-def _message(answer: httpx.Response) -> str:
-    with suppress(ValueError, KeyError, TypeError):
-        return str(answer.json()["error"]["message"])
-    return answer.text[:500]

@@ -7,22 +7,25 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
 import httpx
+import torch
 from huggingface_hub import try_to_load_from_cache
 
 from osd.engine.config import PairConfig
 from osd.engine.request import SideLimits
-from osd.engine.wire import INFO_ROUTE, STATE_ROUTE
+from osd.engine.wire import HEAD_ROUTE, INFO_ROUTE, STATE_ROUTE, frames, unpack
 
 API_KEY_VARIABLE = "VLLM_API_KEY"  # the server reads it too
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 5.0  # seconds between two looks for a server that is away
 _PART = 1 << 16  # bytes
+_HEAD_ROWS = 8192  # of the output layer in one answer
 
 
 @cache
@@ -151,3 +154,31 @@ class ServedPair:
                 """'{"backend": "nccl"}' (or "http")"""
             )
         return info
+
+    def output_layer(
+        self, client: httpx.Client, vocab_size: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a copy of the teacher's output layer on a device: weight [V, H] and bias [V] or None.
+
+        Raises:
+            RuntimeError: logits that are not one layer's product with the hidden state.
+        """
+        whole: dict[str, torch.Tensor] = {}
+        for start in range(0, vocab_size, _HEAD_ROWS):
+            answer = client.get(HEAD_ROUTE, params={"start": start, "stop": min(start + _HEAD_ROWS, vocab_size)})
+            if answer.status_code != 200:
+                raise RuntimeError(f"server {self.url} does not give the teacher's output layer: {error_message(answer)}")
+            for data in frames([answer.content]):
+                of, tensors = unpack(data)
+                for name, rows in tensors.items():
+                    if name not in whole:
+                        whole[name] = torch.empty(vocab_size, *rows.shape[1:], dtype=rows.dtype, device=device)
+                    whole[name][of["start"] : of["start"] + len(rows)] = rows.to(device)
+        return whole["weight"], whole.get("bias")
+
+
+def error_message(answer: httpx.Response) -> str:
+    """Return the message of an answer that is an error."""
+    with suppress(ValueError, KeyError, TypeError):
+        return str(answer.json()["error"]["message"])
+    return answer.text[:500]

@@ -7,6 +7,7 @@ kernels' source in the interpreter. The rarely used kernels (penalties, logit bi
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -148,6 +149,12 @@ def _grammar_mask(
             rows[first[request] + position, mask] = float("-inf")
 
 
+def _zero_blocks(addresses: Any, strides: Any, sizes: Any, blocks: Any, **_: Any) -> None:
+    for address, stride, size in zip(addresses.tolist(), strides.tolist(), sizes.tolist(), strict=True):  # of 4 bytes each
+        for block in blocks.tolist():
+            ctypes.memset(address + 4 * block * stride, 0, 4 * size)
+
+
 def _gather_block_tables(
     self: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **_: Any
 ) -> Any:
@@ -181,9 +188,9 @@ def _apply_write(self: Any) -> None:
     self.clear_staged_writes()
 
 
-# By module of vllm.v1.worker.gpu: the kernels, launched as `kernel[grid](...)`, and the methods that launch one each.
+# By module of vllm.v1.worker: the kernels, launched as `kernel[grid](...)`, and the methods that launch one each.
 KERNELS: dict[str, dict[str, Callable[..., None]]] = {
-    "input_batch": {
+    "gpu.input_batch": {
         "_prepare_prefill_inputs_kernel": _prefill_inputs,
         "_prepare_pos_seq_lens_kernel": _positions_and_lengths,
         "_combine_sampled_and_draft_tokens_kernel": _combine_tokens,
@@ -191,13 +198,14 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
         "_get_num_sampled_and_rejected_kernel": _sampled_and_rejected,
         "_post_update_kernel": _post_update,
     },
-    "structured_outputs": {"_apply_grammar_bitmask_kernel": _grammar_mask},
+    "utils": {"_zero_kv_blocks_kernel": _zero_blocks},
+    "gpu.structured_outputs": {"_apply_grammar_bitmask_kernel": _grammar_mask},
 }
 METHODS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
-    "block_table": {
+    "gpu.block_table": {
         "BlockTables": {"gather_block_tables": _gather_block_tables, "compute_slot_mappings": _compute_slot_mappings}
     },
-    "buffer_utils": {"StagedWriteTensor": {"apply_write": _apply_write}},
+    "gpu.buffer_utils": {"StagedWriteTensor": {"apply_write": _apply_write}},
 }
 
 
@@ -219,11 +227,11 @@ def install_kernels() -> None:
 
     for module, kernels in KERNELS.items():
         for name, function in kernels.items():
-            setattr(import_module(f"vllm.v1.worker.gpu.{module}"), name, _Launcher(function))
+            setattr(import_module(f"vllm.v1.worker.{module}"), name, _Launcher(function))
     for module, classes in METHODS.items():
         for owner, methods in classes.items():
             for name, function in methods.items():
-                setattr(getattr(import_module(f"vllm.v1.worker.gpu.{module}"), owner), name, function)
+                setattr(getattr(import_module(f"vllm.v1.worker.{module}"), owner), name, function)
     # The kernel of top-k and top-p needs more than the interpreter has.
     vars(import_module("vllm.v1.sample.ops.topk_topp_sampler"))["HAS_TRITON"] = False
 

@@ -92,8 +92,6 @@ class PairScheduler(SideScheduler):
             if (returned := self._returned.get(new.req_id)) is not None and returned.cached is None:
                 returned.cached = new.num_computed_tokens
         step.returned = {i: self._returned[i] for i in self._returned.keys() & step.ready}
-        self.zero_reused_blocks(output)
-        self.student.zero_reused_blocks(step.student_output)
         output.osd = step  # type: ignore[attr-defined]
         return output
 
@@ -161,13 +159,13 @@ class PairScheduler(SideScheduler):
         tokens = dict(zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True))
         record = take_record(model_runner_output, step.returned.values()) if step.returned else None
         for request_id in failed:
-            self._scrub(request_id)  # now: vLLM frees its blocks if a draft accepted before the failure ends it
+            self._evict(request_id)  # now: vLLM frees its blocks if a draft accepted before the failure ends it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if record is not None:
             return_record(outputs, step.returned, model_runner_output.req_id_to_index, record)
         self._update_student(step.student_output, tokens)
         for request_id, reason in failed.items():
-            self._scrub(request_id)
+            self._evict(request_id)
             for request in self.finish_requests(request_id, RequestStatus.FINISHED_ERROR):  # none if it was aborted meanwhile
                 append_error(outputs, request, reason)
         for request, reason in self._refused:
@@ -202,9 +200,9 @@ class PairScheduler(SideScheduler):
                 if computed % student.hash_block_size < len(new_tokens):  # a block became full
                     student.kv_cache_manager.cache_blocks(request, computed)
 
-    def _scrub(self, request_id: str) -> None:
-        self.scrub(request_id)
-        self.student.scrub(request_id)
+    def _evict(self, request_id: str) -> None:
+        self.evict(request_id)
+        self.student.evict(request_id)
 
     # -- a request's life -------------------------------------------------------------------------------------------
 

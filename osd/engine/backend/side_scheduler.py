@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any
+from unittest import mock
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 
 
@@ -26,9 +28,9 @@ class SideScheduler(AsyncScheduler):
     resets = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with zeroed_blocks():
+            super().__init__(*args, **kwargs)
         self.cornered = set()
-        self._to_zero: set[int] = set()
         self._allocate_quickly()
 
     def _allocate_quickly(self) -> None:
@@ -86,48 +88,22 @@ class SideScheduler(AsyncScheduler):
         self.resets += done
         return done
 
-    # -- NaN in the cache -------------------------------------------------------------------------------------------
-    # Attention multiplies masked slots by 0, and 0 × NaN is NaN, so NaN in a freed block would fail its next owner.
-
-    def scrub(self, request_id: str) -> None:
-        """Evict a failed request's own KV blocks from the prefix cache, and zero them before their next use."""
+    def evict(self, request_id: str) -> None:
+        """Evict a failed request's own KV blocks from the prefix cache, so that no other request reads NaN from them."""
         if request_id in self.requests:
-            own = self._own_blocks(request_id, 0)
+            groups = self.kv_cache_manager.get_blocks(request_id).blocks
+            own = {block.block_id for group in groups for block in group if block.ref_cnt == 1 and not block.is_null}
             self.kv_cache_manager.evict_blocks(own)
-            self._zero_before_reuse(own)
 
-    def _free_request_blocks(self, request: Request) -> None:
-        """Free a request's KV blocks; those that no sampled token has shown to be free of NaN are zeroed before their next use.
 
-        A step that is in flight may write NaN after its request was preempted or ended, and so may the chunks of a prompt.
-        """
-        proven = request.num_computed_tokens - request.num_in_flight_tokens
-        if not request.num_output_tokens or request.num_preemptions:  # a preempted request is computed anew
-            proven = 0
-        if request.num_computed_tokens > proven:
-            self._zero_before_reuse(self._own_blocks(request.request_id, proven))
-        super()._free_request_blocks(request)
+def zeroed_blocks() -> AbstractContextManager:
+    """Make the schedulers and workers that are built meanwhile zero every KV block that a request gets.
 
-    def _own_blocks(self, request_id: str, start: int) -> set[int]:
-        """Return the blocks of a request from token ``start`` on that no other request shares."""
-        groups = self.kv_cache_config.kv_cache_groups
-        blocks = self.kv_cache_manager.get_blocks(request_id).blocks
-        return {
-            block.block_id
-            for group, of_group in zip(groups, blocks, strict=True)
-            for block in of_group[start // group.kv_cache_spec.block_size :]
-            if block.ref_cnt == 1 and not block.is_null
-        }
-
-    def _zero_before_reuse(self, block_ids: set[int]) -> None:
-        watchers = self.kv_cache_manager.block_pool._reuse_watchers
-        watchers.update(dict.fromkeys(block_ids, lambda block: self._to_zero.add(block.block_id)))
-
-    def zero_reused_blocks(self, output: SchedulerOutput) -> None:
-        """Make the step that was just scheduled zero the blocks that it reuses and that may hold NaN."""
-        if self._to_zero:
-            output.new_block_ids_to_zero = sorted({*(output.new_block_ids_to_zero or ()), *self._to_zero})
-            self._to_zero.clear()
+    Attention multiplies masked slots by 0, and 0 × NaN is NaN: NaN that one request left in a block would fail its next owner.
+    Not every NaN is noticed: nothing is sampled between the chunks of a prompt, and no later token reads what has left a
+    sliding window. By itself vLLM zeroes the blocks of some models only.
+    """
+    return mock.patch.object(KVCacheConfig, "needs_kv_cache_zeroing", True)
 
 
 def position(request: Request) -> int:

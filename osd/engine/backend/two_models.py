@@ -22,6 +22,7 @@ from osd.engine.backend import cpu
 from osd.engine.backend.configuration import StudentCache, request_bytes, shared_length, student_vllm_config
 from osd.engine.backend.output_layer import output_layer_rows, whole_output_layer
 from osd.engine.backend.release import free, release_transformers_classes
+from osd.engine.backend.side_scheduler import zeroed_blocks
 from osd.engine.backend.student_weights import StudentWeights
 from osd.engine.backend.weight_transfer import transfer_engine
 
@@ -131,12 +132,11 @@ class TwoModelWorker(Worker):
             runner.model_memory_usage = weights
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        super().initialize_from_config(kv_cache_config)
         student, _ = self.student_cache.plan(self.student_config, self.vllm_config, kv_cache_config)
-        with self.as_student():
-            super().initialize_from_config(student)
-        for runner in (self.model_runner, self.student_runner):
-            runner._init_kv_zero_meta()  # vLLM does it for models that need it; the scheduler zeroes blocks after a NaN
+        with zeroed_blocks():
+            super().initialize_from_config(kv_cache_config)
+            with self.as_student():
+                super().initialize_from_config(student)
 
     def warm_up_student(self) -> None:
         with self.as_student(), mock.patch.object(self, "_maybe_activate_jit_monitor", create=True):
