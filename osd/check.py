@@ -19,8 +19,10 @@ from osd.engine.multimodal import text_parameters
 from osd.validate_models import (
     check_models,
     check_student_can_train,
+    check_weights,
     declared_ends,
     end_ids,
+    experts_of,
     load_generation_config,
     load_tokenizer,
     model_without_weights,
@@ -91,6 +93,7 @@ class Side:
 
     Attributes:
         facts: what vLLM makes of its configuration.
+        experts: in a layer; 0 if the model is dense.
         parameters: number of parameters, of a multimodal model those of its language model; None: transformers cannot build it.
         weights: bytes of all weights in the engine, over all GPUs; None: unknown.
         ends: token ids that end a completion by its files.
@@ -99,6 +102,7 @@ class Side:
     """
 
     facts: ModelFacts
+    experts: int
     parameters: int | None
     weights: int | None
     ends: list[int]
@@ -242,6 +246,7 @@ def check(teacher: str, student: str, wanted: Wanted) -> Report:
     kwargs = {**wanted.engine_kwargs(), "trust_remote_code": wanted.trust_remote_code}
     config = PairConfig(teacher=teacher, student=student, engine_kwargs=kwargs)
     (_, sampling), (layout, training) = _tried(check_models, config), _tried(check_student_can_train, config)
+    sampling = sampling or _tried(check_weights, config)[1]
     built = {"student": layout.model} if layout else {}
     sides: dict[str, Side] = {}
     for name in SIDES:
@@ -298,6 +303,7 @@ def _side(config: PairConfig, name: str, gpus: int, model: Any | None) -> Side:
         weights = parameters * facts.itemsize
     return Side(
         facts=facts,
+        experts=experts_of(config, name),
         parameters=parameters,
         weights=weights,
         ends=declared_ends(config, name),
@@ -328,7 +334,7 @@ def _too_large(sides: dict[str, Side], wanted: Wanted) -> str:
 def _no_drafts(sides: dict[str, Side]) -> str:
     """Return why the student cannot draft for the teacher; empty if it can."""
     for name, side in sides.items():
-        if any(layer.kind == "recurrent state" for layer in side.facts.layers or ()):
+        if side.facts.recurrent:
             return (
                 f"the {name} has recurrent layers (Mamba, linear attention), whose state cannot go back by a rejected draft; "
                 "use num_speculative_tokens=0"
@@ -345,7 +351,7 @@ def _model(path: str, side: Side) -> str:
         caches = "caches: " + ", ".join(
             f"{count} x {kind}" + (f" of {tokens} tokens" if tokens else "") for (kind, tokens), count in counted.items()
         )
-    experts = f"{facts.experts} experts" if facts.experts > 1 else "dense"
+    experts = f"{side.experts} experts" if side.experts else "dense"
     return f"{path}: {caches}; {experts}; {facts.quantization or 'not'} quantized; computes in {facts.dtype}"
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # The number of experts in a configuration of transformers; 0, 1 or absent in a dense model.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+# Ends of the names of classes that have no distribution over tokens.
+_NOT_GENERATIVE = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "RewardModel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,24 @@ def check_models(config: PairConfig) -> None:
     if any(config.side_kwargs(side).get("skip_tokenizer_init") for side in ("teacher", "student")):
         return  # the caller works in token ids, and vouches that they mean the same to both
     check_same_ids(*(load_tokenizer(config, side).get_vocab() for side in ("teacher", "student")))
+
+
+def check_weights(config: PairConfig) -> None:
+    """Raise if the folder of a model has no file of weights that vLLM would load by default.
+
+    Raises:
+        ValueError: such a folder; one of an adapter alone is one.
+    """
+    for side in ("teacher", "student"):
+        folder = Path(getattr(config, side))
+        if not folder.is_dir() or config.side_kwargs(side).get("load_format", "auto") not in ("auto", "hf", "safetensors"):
+            continue
+        files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt")]
+        if all(name.startswith(("adapter_", "training_args", "optimizer", "scheduler")) for name in files):
+            raise ValueError(
+                f"{side}={str(folder)!r}: the folder has no weights; save the whole model there (of an adapter, the merged "
+                "model), or give the folder or the id that has them"
+            )
 
 
 def load_tokenizer(config: PairConfig, side: str) -> Any:
@@ -210,9 +230,16 @@ def load_generation_config(config: PairConfig, side: str) -> GenerationConfig | 
         return None
 
 
+def experts_of(config: PairConfig, side: str) -> int:
+    """Return the number of experts of "teacher" or "student"; 0 if it is dense."""
+    return experts(_config(config, side))
+
+
 def experts(config: Any) -> int:
     """The number of experts of a model with this (transformers) configuration; 0 for a dense one."""
     text = config.get_text_config()
+    if text.model_type == "nemotron_h" and "moe" not in text.layers_block_type:
+        return 0  # its configuration declares experts whether a layer has them or not
     counts = [getattr(text, name, None) or 0 for name in _EXPERTS]
     most = max(max(count) if isinstance(count, (list, tuple)) else count for count in counts)
     return most if most > 1 else 0
@@ -223,12 +250,21 @@ def _check_implemented(side: str, model: str, config: Any, kwargs: dict[str, Any
     from osd.engine.backend.configuration import supported_architectures
 
     names = getattr(config, "architectures", None) or []
+    if unfit := [name for name in names if name.endswith(_NOT_GENERATIVE)]:
+        raise ValueError(
+            f"{side}={model!r} is a {unfit[0]}, which has no distribution over tokens; use a causal language model"
+        )
     if not names or set(names) & supported_architectures():
         return
     if (code := getattr(config, "auto_map", None)) and "AutoModel" not in code:
         raise ValueError(
             f"{side}={model!r}: vLLM has no {names[0]} of its own, and loads remote code as an AutoModel, which auto_map in "
             "config.json does not name; add the class of the model without its output layer there"
+        )
+    if not code and not hasattr(transformers, names[0]):
+        raise ValueError(
+            f"{side}={model!r}: neither vLLM nor transformers {transformers.__version__} has the class {names[0]} that "
+            "config.json names as its architecture; correct the name, or use a model that one of them has"
         )
     if kwargs.get("model_impl") == "vllm":
         raise ValueError(

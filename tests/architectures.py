@@ -28,6 +28,15 @@ _SIZES = dict(
 )
 _SLIDING = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
 _EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+_BIASED_EXPERTS = dict(
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+)
 _DELTA = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=32, linear_value_head_dim=32)
 
 # The name of the classes in transformers, and what differs from `_SIZES`.
@@ -60,13 +69,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             qk_rope_head_dim=64,
             qk_nope_head_dim=128,
             v_head_dim=128,
-            n_routed_experts=4,
-            n_shared_experts=1,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
+            **_BIASED_EXPERTS,
             topk_method="greedy",
         ),
     ),
@@ -107,6 +110,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             mamba_head_dim=32,
             ssm_state_size=16,
             n_groups=1,
+            time_step_min=1e-30,  # transformers clamps time steps in a prefill from below, vLLM does not
         ),
     ),
     "Mamba-2 everywhere": (
@@ -122,6 +126,76 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             layer_types=["linear_attention", "full_attention"] * 2,
             decoder_sparse_step=1,
             mlp_only_layers=[],
+        ),
+    ),
+}
+
+# Families of recent models by the names that people know; otherwise like `ARCHITECTURES`.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Phi-4": ("Phi3", {}),
+    "SmolLM3": ("SmolLM3", dict(no_rope_layers=[1, 1, 1, 0])),
+    "Seed-OSS": ("SeedOss", {}),
+    "Hunyuan": ("HunYuanDenseV1", {}),
+    "Ministral 3": ("Ministral3", {}),
+    "GLM-4": ("Glm4", {}),
+    "GLM-4.5": ("Glm4Moe", dict(_BIASED_EXPERTS, use_qk_norm=True)),
+    "Ernie 4.5": ("Ernie4_5", {}),
+    "Ernie 4.5 MoE": (
+        "Ernie4_5_Moe",
+        dict(_EXPERTS, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_end_index=3),
+    ),
+    "Llama 4": (
+        "Llama4",
+        dict(
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            interleave_moe_layer_step=2,
+            intermediate_size_mlp=64,
+            attention_chunk_size=32,
+            no_rope_layers=[1, 1, 1, 0],
+        ),
+    ),
+    "DeepSeek-V3": (
+        "DeepseekV3",
+        dict(ARCHITECTURES["latent attention"][1], head_dim=64, q_lora_rank=32, n_group=2, topk_method="noaux_tc"),
+    ),
+    "LFM2 MoE": (
+        "Lfm2Moe",
+        dict(_EXPERTS, layer_types=["conv", "full_attention"] * 2, conv_L_cache=3, num_dense_layers=1),
+    ),
+    "Falcon-H1": (
+        "FalconH1",
+        dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_expand=1),
+    ),
+    "Granite 4 with experts": (
+        "GraniteMoeHybrid",
+        dict(ARCHITECTURES["Mamba-2 and attention"][1], num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "Jamba": (
+        "Jamba",
+        dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=16, mamba_dt_rank=4),
+    ),
+    "Nemotron 3": (
+        "NemotronH",
+        dict(
+            ARCHITECTURES["Mamba-2, attention and MLP in layers of their own"][1],
+            layers_block_type=["mamba", "attention", "moe", "mamba"],
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            moe_shared_expert_intermediate_size=32,
+            n_group=1,
+            topk_group=1,
+        ),
+    ),
+    "Qwen3.5": ("Qwen3_5", dict(_DELTA, layer_types=["linear_attention", "full_attention"] * 2)),
+    "Qwen3.5 MoE": (
+        "Qwen3_5Moe",
+        dict(
+            _DELTA,
+            **_EXPERTS,
+            shared_expert_intermediate_size=32,
+            layer_types=["linear_attention", "full_attention"] * 2,
         ),
     ),
 }
@@ -163,15 +237,19 @@ def save_multimodal(path: Path, kind: str, seed: int = 3) -> Path:
 
 
 def save_model(path: Path, kind: str, seed: int = 3, **changes: Any) -> Path:
-    """Save a random model of a kind of ``ARCHITECTURES`` and its tokenizer at ``path``, and return ``path``."""
+    """Save a random model of a kind of ``ARCHITECTURES`` or ``FAMILIES`` and its tokenizer at ``path``, and return ``path``."""
     if kind in MULTIMODAL:
         return save_multimodal(path, kind, seed)
-    name, differs = ARCHITECTURES[kind]
+    name, differs = (ARCHITECTURES | FAMILIES)[kind]
     text = "Text" if hasattr(transformers, f"{name}TextConfig") else ""
     save_tokenizer(path, _SIZES["vocab_size"])
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}{text}Config")(**{**_SIZES, **differs, **changes})
-    getattr(transformers, f"{name}ForCausalLM")(config).float().save_pretrained(path)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    for weight, tensor in model.state_dict().items():
+        if weight.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(tensor)  # zeros would hide it
+    model.save_pretrained(path)
     return path
 
 

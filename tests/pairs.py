@@ -5,11 +5,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any
+
+import torch
 
 from osd.core import TokenRecord
 from osd.engine.engine import PairConfig, PairEngine, PairPrompt
 from osd.engine.request import PairOptions
+from osd.validate_models import student_layout
+from tests.exact import completion_logits
 from tests.tiny import tiny_engine_kwargs
 
 
@@ -132,3 +137,31 @@ def _events(scheduler: Any, output: Any) -> Iterator[str]:
                 yield f"{name} hits"
     if step.ready and list(output.num_scheduled_tokens) != list(step.student_output.num_scheduled_tokens):
         yield "rows in another order"
+
+
+def errors(models: Any, results: dict[int, tuple[Any, Any]], prompts: Any = None) -> dict[str, float]:
+    """Return the largest difference of a recorded log-probability from transformers' by column."""
+    prompts, worst = prompts or hard_prompts(), {"logp_teacher": 0.0, "logp_theta": 0.0}
+    for i, (output, record) in results.items():
+        token = torch.tensor(output.token_ids)[:, None]
+        sides = prompts[i].teacher_token_ids, prompts[i].student_token_ids
+        for model, prompt, name in zip(models, sides, worst, strict=True):
+            expected = completion_logits(model, prompt, output.token_ids).log_softmax(-1).gather(-1, token)[:, 0]
+            worst[name] = max(worst[name], (getattr(record, name).double() - expected).abs().max().item())
+    return worst
+
+
+def on_disk(engine: PairEngine, model: torch.nn.Module) -> Any:
+    """Yield a model's parameters as they are in its checkpoint, as the trainer does."""
+    layout = student_layout(engine.config)
+    return (stored for name, p in model.named_parameters() for stored in layout.as_on_disk(name, p.detach()).items())
+
+
+def moved(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model with every parameter changed."""
+    torch.manual_seed(0)
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for weight in copy.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return copy

@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import async_step, process, sampling, scaling, stopwatch, summary, train_step, train_worker, worker
 from benchmarks.shapes import config, parse_pair
@@ -190,6 +193,18 @@ def test_pair_option_takes_two_known_shapes():
     for wrong in ("3B", "3B+2B", "3B+1.5B+0.5B"):
         with pytest.raises(ValueError, match=r"pair|shape"):
             parse_pair(wrong)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("Qwen3.5-0.8B", 752_393_024), ("Qwen3.5-4B", 4_205_751_296)])
+def test_hybrid_shapes_are_three_delta_nets_to_one_attention(name, parameters):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(name)))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert type(model).__name__ == config(name)["architectures"][0]
+    assert Counter(model.config.layer_types) == {
+        "linear_attention": 3 * model.config.num_hidden_layers // 4,
+        "full_attention": model.config.num_hidden_layers // 4,
+    }
 
 
 def test_plot_draws_one_panel_per_pair(tmp_path):

@@ -6,7 +6,6 @@ Both sides have the architecture and weights of their own. Float32; bound 2e-3 o
 from __future__ import annotations
 
 import random
-from copy import deepcopy
 from math import prod
 from typing import Any
 
@@ -15,31 +14,29 @@ import torch
 
 from osd.engine.backend.layers import model_facts
 from osd.engine.engine import PairPrompt
-from osd.validate_models import student_layout
 from tests.architectures import ARCHITECTURES, reference, save_model
-from tests.exact import completion_logits
-from tests.pairs import cramped, hard_prompts, preempted, run_with_random_arrivals, runners, start, watch
+from tests.pairs import cramped, errors, moved, on_disk, preempted, run_with_random_arrivals, runners, start, watch
 from tests.tiny import tiny_model
-from tests.training import ROWS, build_trainer, loss_and_gradient, sampled
+from tests.training import compare_supervision
 
 IN_CI = ["sliding window and full", "Mamba-2 and attention"]
 NEMOTRON = "Mamba-2, attention and MLP in layers of their own"
-# Stock vLLM 0.32 on a CPU: 0.75 (LFM2), 9.5 (DeepSeek-V2), 0.03 nats (Nemotron-H) off transformers, no float32 (Qwen3-Next).
-ON_GPUS = ["short convolution", "latent attention", "gated delta net and attention", NEMOTRON]
+ON_GPUS = ["gated delta net and attention"]
 # OSD refuses to train gpt-oss and latent attention; vLLM 0.32's Gemma 3n is wrong where `correct_output_scale` is not 0.
 NOT_SYNCED = ["attention sinks", "latent attention", "shared KV caches"]
 RECURRENT = ["Mamba-2 and attention", "Mamba-2 everywhere", NEMOTRON, "short convolution", "gated delta net and attention"]
 EXPERTS = ["experts", "attention sinks", "gated delta net and attention"]
 # One block a request, or blocks of 512 tokens: their caches do not fill up.
 ROOMY = ["Mamba-2 everywhere", "head sizes that differ by layer", "short convolution"]
-ONE_GROUP = ["sliding window everywhere", "experts", "latent attention"]
+WHOLE_PROMPTS = ["latent attention"]  # vLLM on a CPU without AMX neither splits nor caches them
+ONE_GROUP = ["sliding window everywhere", "experts"]
 pytestmark = pytest.mark.gpu
 
 
 def parameter(kind: str) -> Any:
     marks = [] if kind in IN_CI else [pytest.mark.slow]
     if kind in ON_GPUS:
-        marks.append(pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM's CPU build has no right float32 of it"))
+        marks.append(pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has no float32 of it on a CPU"))
     return pytest.param(kind, marks=marks)
 
 
@@ -67,8 +64,8 @@ def drafts(kind, request) -> int:
 
 
 def caches_prefixes(kind: str) -> bool:
-    """vLLM 0.32 on a CPU: a prefill that ends inside a block of cached Mamba-2 states ends the engine."""
-    return torch.cuda.is_available() or "Mamba" not in kind
+    """vLLM 0.32 on a CPU: a prefill that ends inside a block of cached states ends the engine."""
+    return torch.cuda.is_available() or kind not in [*RECURRENT, *WHOLE_PROMPTS]
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +80,12 @@ def engine(kind, model_paths, drafts):
         yield engine
 
 
-def errors(models, results: dict[int, tuple[Any, Any]], prompts: Any = None) -> dict[str, float]:
-    """Return the largest difference of a recorded log-probability from transformers' by column."""
-    prompts, worst = prompts or hard_prompts(), {"logp_teacher": 0.0, "logp_theta": 0.0}
-    for i, (output, record) in results.items():
-        token = torch.tensor(output.token_ids)[:, None]
-        sides = prompts[i].teacher_token_ids, prompts[i].student_token_ids
-        for model, prompt, name in zip(models, sides, worst, strict=True):
-            expected = completion_logits(model, prompt, output.token_ids).log_softmax(-1).gather(-1, token)[:, 0]
-            worst[name] = max(worst[name], (getattr(record, name).double() - expected).abs().max().item())
-    return worst
-
-
 def test_records_are_exact_under_a_hard_schedule(kind, engine, models, monkeypatch):
     seen = watch(engine, monkeypatch)
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
     assert max(errors(models, results).values()) < 2e-3
     assert preempted(seen) or kind in ROOMY, seen
-    assert min(seen["teacher ahead in prefill"], seen["student ahead in prefill"]) > 0, seen
+    assert min(seen["teacher ahead in prefill"], seen["student ahead in prefill"]) > 0 or kind in WHOLE_PROMPTS, seen
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
@@ -125,44 +110,16 @@ def test_a_prefix_hit_on_one_side_alone_is_exact(kind, engine, models, side):
 
 
 def test_the_loss_is_that_of_a_transformers_teacher(kind, engine, model_paths, tmp_path):
-    """Recorded supervision against a second teacher in transformers, on the same completions."""
     if kind in NOT_SYNCED:
         pytest.skip("such a student cannot be trained")
-    eager = {"attn_implementation": "eager"}  # no other one of transformers' caps Gemma 2's attention
-    fields = {"model_init_kwargs": eager}, {"model_init_kwargs": eager, "teacher_model_init_kwargs": eager}
-    recorded, recompute = (
-        build_trainer(engine, model_paths[1], tmp_path, teacher_signal=signal, **given)
-        for signal, given in zip(("recorded", "recompute"), fields, strict=True)
-    )
-    batch, _ = sampled(recorded, ROWS[:4])
-    loss, gradient = loss_and_gradient(recorded, batch)
-    completions = recorded.vllm_generation.last_batch.completions
-    prompts = recorded._renderer.teacher_ids(ROWS[:4])
-    columns = recompute._teacher.columns(completions, prompts, batch["completion_mask"])
-    again, gradient_again = loss_and_gradient(recompute, batch | columns)
-    assert loss > 0.01
-    assert again == pytest.approx(loss, rel=1e-3)
-    assert (gradient_again - gradient).norm() < 1e-2 * gradient.norm()
-    other = [[*ids, 9, 33, 20, 41] for ids in prompts]  # planted: a teacher that reads another prompt
-    _, planted = loss_and_gradient(recompute, batch | recompute._teacher.columns(completions, other, batch["completion_mask"]))
-    assert (planted - gradient).norm() > 0.05 * gradient.norm()
-
-
-def on_disk(engine, model: torch.nn.Module) -> Any:
-    """Yield a model's parameters as they are in its checkpoint, as the trainer does."""
-    layout = student_layout(engine.config)
-    return (stored for name, p in model.named_parameters() for stored in layout.as_on_disk(name, p.detach()).items())
+    compare_supervision(engine, model_paths[1], tmp_path)
 
 
 def test_a_synced_student_is_the_live_one(kind, engine, models):
     """The sync reaches convolutions, state matrices and what layers share."""
     if kind in NOT_SYNCED:
         pytest.skip("such a student cannot be trained")
-    torch.manual_seed(0)
-    teacher, live = models[0], deepcopy(models[1])
-    with torch.no_grad():
-        for weight in live.parameters():
-            weight.add_(0.05 * torch.randn_like(weight))
+    teacher, live = models[0], moved(models[1])
     engine.load_student_weights(on_disk(engine, live))
     results = run_with_random_arrivals(engine, 6, count=6, temperature=1.0, ignore_eos=True)
     assert max(errors((teacher, live), results).values()) < 2e-3

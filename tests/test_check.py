@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from vllm import ModelRegistry
 
 from osd import cli
 from osd.check import TRAINING_BYTES, Wanted, check, size, stored_bytes
 from osd.data.settings import GenerateConfig
 from osd.engine.config import PairConfig
 from osd.engine.multimodal import text_config
-from osd.validate_models import end_ids
+from osd.validate_models import check_weights, end_ids
 from tests.architectures import WINDOW, save_model, save_multimodal
 from tests.tiny import save_tokenizer, tiny_model
 
@@ -224,6 +227,121 @@ def test_a_multimodal_model_is_counted_without_its_encoders(run, tmp_path):
     assert (done.status, done.lines["sampling"], done.lines["training"]) == (0, "yes", "yes")
     assert done.lines["memory, teacher"] == done.lines["memory, student"]
     assert f"2 x sliding window of {WINDOW} tokens, 2 x full attention" in done.lines["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["NoSuchForCausalLM"]}, "neither vLLM nor transformers .* has the class NoSuchForCausalLM"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "is a LlamaForSequenceClassification, which has no distribution",
+        ),
+    ],
+)
+def test_architectures_that_complete_no_text_are_refused(changes, message, tmp_path, tiny_pair):
+    edit(tiny_model(tmp_path), "config.json", **changes)
+    for pair in ((tmp_path, tiny_pair[1]), (tiny_pair[0], tmp_path)):
+        report = check(*map(str, pair), Wanted())
+        assert report.status == 1
+        assert re.search(message, report.sampling)
+        assert len(report.sampling) < 400
+
+
+@pytest.mark.parametrize("file", [None, "adapter_model.safetensors", "model.safetensors", "pytorch_model.bin"])
+def test_a_folder_without_weights_is_refused(file, tmp_path, tiny_pair):
+    (tiny_model(tmp_path) / "model.safetensors").unlink()
+    if file:
+        (tmp_path / file).write_bytes(b"")
+    report = check(str(tiny_pair[0]), str(tmp_path), Wanted())
+    refused = file in (None, "adapter_model.safetensors")
+    assert report.sampling.startswith(f"student='{tmp_path}': the folder has no weights") == refused
+    with pytest.raises(ValueError, match="the folder has no weights") if refused else nullcontext():
+        check_weights(PairConfig(teacher=str(tiny_pair[0]), student=str(tmp_path)))
+    check_weights(PairConfig(teacher=str(tiny_pair[0]), student=str(tmp_path), engine_kwargs={"load_format": "dummy"}))
+
+
+def test_experts_that_no_layer_has_are_not_counted(run, tmp_path, saved):
+    """A Nemotron-H declares them in every configuration."""
+    dense = saved("Mamba-2, attention and MLP in layers of their own")
+    assert AutoConfig.from_pretrained(dense).n_routed_experts > 1
+    assert "; dense;" in run(dense, dense).lines["teacher"]
+    assert run(saved("sliding window and full"), dense).status == 0
+    assert "; 4 experts;" in run(*[save_model(tmp_path, "Nemotron 3")] * 2).lines["student"]
+
+
+def test_qwen3_5_is_described_where_vllm_cannot_import_it(saved, monkeypatch):
+    """Its class imports torchvision; what vLLM knows of a class without importing it stands for it here."""
+    path = saved("Qwen 3.5")
+    inspected = ModelRegistry.inspect_model_cls(["Qwen3NextForCausalLM"], None)
+    monkeypatch.setattr(ModelRegistry, "inspect_model_cls", lambda *_: (inspected[0], "Qwen3_5ForCausalLM"))
+    monkeypatch.setattr(ModelRegistry.models["Qwen3_5ForCausalLM"], "module_name", "vllm.no_such_module")
+    side = check(str(path), str(path), FLOAT32).sides["teacher"]
+    config = text_config(AutoConfig.from_pretrained(path))
+    heads, size = config.linear_num_value_heads, config.linear_key_head_dim
+    channels = 2 * config.linear_num_key_heads * size + heads * size
+    state = 4 * (channels * (config.linear_conv_kernel_dim - 1) + heads * size * size)
+    assert side.request_bytes(300) == 2 * state + 2 * 300 * 2 * 2 * 32 * 4
+    assert side.facts.recurrent
+
+
+def test_a_class_that_cannot_be_imported_is_told_with_the_reason(monkeypatch, saved):
+    path = saved("sliding window and full")
+    monkeypatch.setattr("vllm.model_executor.models.registry._try_inspect_model_cls", lambda *_: None)
+    monkeypatch.setattr(ModelRegistry.models["Gemma3ForCausalLM"], "module_name", "vllm.no_such_module")
+    report = check(str(path), str(path), Wanted())
+    assert "vLLM's Gemma3ForCausalLM cannot be imported here: No module named 'vllm.no_such_module'" in report.sampling
+
+
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, 2048),
+        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}}, 2048),
+        ({"architectures": None}, 512),
+        ({"architectures": []}, 512),
+        ({"dtype": None, "torch_dtype": "bfloat16"}, 512),
+        ({"quantization_config": None}, 512),
+        ({"num_key_value_heads": None}, 512),
+        ({"sliding_window": None}, 512),
+        ({"tie_word_embeddings": True}, 512),
+        ({"vocab_size": 80}, 512),
+    ],
+)
+def test_odd_configurations_are_read(changes, context, tmp_path, tiny_pair, run):
+    edit(tiny_model(tmp_path, vocab=changes.get("vocab_size", 64), tokenizer_vocab=64), "config.json", **changes)
+    done = run(tiny_pair[0], tmp_path)
+    assert (done.status, done.lines["sampling"], done.lines["training"]) == (0, "yes", "yes")
+    assert "2 x full attention; dense; not quantized" in done.lines["student"]
+    assert done.lines["context"] == f"512 tokens of the teacher, {context} of the student"
+    parameters = 65_856 - 64 * 64 * ("tie_word_embeddings" in changes) + 2 * 16 * 64 * ("vocab_size" in changes)
+    assert f"({parameters:,} parameters in bfloat16)" in done.lines["memory, student"]
+
+
+QUANTIZED = {
+    "fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "awq": {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+    "gptq": {"bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+    "compressed-tensors": {"format": "int-quantized", "config_groups": {}, "ignore": ["lm_head"]},
+    "mxfp4": {"modules_to_not_convert": ["lm_head"]},
+    "modelopt": {"quant_algo": "NVFP4", "group_size": 16},
+    "bitsandbytes": {"load_in_4bit": True},
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_quantized_checkpoints(method, tmp_path, tiny_pair):
+    path = tiny_model(tmp_path)
+    edit(path, "config.json", quantization_config={"quant_method": method, **QUANTIZED[method]})
+    as_teacher, as_student = (check(*map(str, pair), Wanted()) for pair in ((path, tiny_pair[1]), (tiny_pair[0], path)))
+    assert "is quantized" in as_student.training
+    if method == "bitsandbytes":  # vLLM no longer has it of its own
+        assert "Unknown quantization method: bitsandbytes" in as_teacher.sampling
+        return
+    assert (as_teacher.sampling, as_teacher.training, as_student.sampling) == ("", "", "")
+    side = as_teacher.sides["teacher"]
+    assert method in side.facts.quantization
+    assert side.weights == (path / "model.safetensors").stat().st_size
 
 
 def test_drafts_are_refused_for_recurrent_models(run, saved, tiny_pair):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoConfig, Llama4TextConfig
 from vllm import LLM, ModelRegistry, SamplingParams, envs, triton_utils
+from vllm import _custom_ops as vllm_ops
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CacheConfig, LoadConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.config.model_arch import ModelArchitectureConfig
@@ -33,6 +34,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding, VocabParallelEmbeddingShardIndices
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.model_executor.models.granitemoehybrid import GraniteMoeHybridForCausalLM
@@ -443,6 +445,36 @@ def test_engine_arguments_that_act_on_tokens_are_known():
     """Arguments of the engine that change what is sampled, or what a sampler must return."""
     names = "logits_processors logprobs_mode watermark_config return_sampling_mask enable_trace_replay"
     assert set(names.split()) <= set(EngineArgs.__dataclass_fields__)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a kernel for CPUs")
+def test_the_rotary_kernel_of_cpus_still_takes_heads_for_tokens():
+    """Otherwise cpu._rotate can go."""
+    torch.manual_seed(0)
+    flat, table, positions = torch.randn(6, 2 * 32), torch.randn(64, 32), torch.arange(6)
+    by_head = flat.clone().view(6, 2, 32)
+    rotated = RotaryEmbedding.forward_static(positions, flat, None, 32, 32, table, True)[0]
+    for query in (flat, by_head):
+        vllm_ops.rotary_embedding(positions, query, query.clone(), 32, table, True)
+    torch.testing.assert_close(flat, rotated)
+    assert not torch.allclose(by_head.flatten(1), rotated, atol=0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a router for CPUs")
+def test_the_router_of_cpus_still_forgets_the_bias_of_experts_without_groups():
+    """Otherwise cpu._with_bias can go; with it, the experts are those of the largest biased scores."""
+    source = importlib.util.find_spec("vllm.model_executor.layers.fused_moe.router.cpu_router")
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)  # a copy, which cpu.py has not changed
+    scores, bias = torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.tensor([0.35, 0.0, 0.0, 0.0])
+    router = module.CPURouter(top_k=2, global_num_experts=4, e_score_correction_bias=bias)
+
+    def chosen(route):
+        weights, ids = route(router, None, scores.log(), None)
+        return dict(zip(ids[0].tolist(), weights[0].tolist(), strict=True))
+
+    assert chosen(module.CPURouter._compute_routing).keys() == {2, 3}
+    assert chosen(cpu._with_bias(module.CPURouter._compute_routing)) == pytest.approx({0: 0.2, 3: 0.8})
 
 
 def test_shared_memory_of_cpu_ranks_is_still_named_after_the_last_colon(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from datasets import Dataset
 
@@ -88,3 +89,25 @@ def loss_and_gradient(trainer, batch):
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+
+def compare_supervision(engine, student, output_dir):
+    """Compare loss and gradient of recorded supervision with those of a teacher in transformers, on the same completions."""
+    eager = {"attn_implementation": "eager"}  # no other one of transformers' caps Gemma 2's attention
+    fields = {"model_init_kwargs": eager}, {"model_init_kwargs": eager, "teacher_model_init_kwargs": eager}
+    recorded, recompute = (
+        build_trainer(engine, student, output_dir, teacher_signal=signal, **given)
+        for signal, given in zip(("recorded", "recompute"), fields, strict=True)
+    )
+    batch, _ = sampled(recorded, ROWS[:4])
+    loss, gradient = loss_and_gradient(recorded, batch)
+    completions = recorded.vllm_generation.last_batch.completions
+    prompts = recorded._renderer.teacher_ids(ROWS[:4])
+    columns = recompute._teacher.columns(completions, prompts, batch["completion_mask"])
+    again, gradient_again = loss_and_gradient(recompute, batch | columns)
+    assert loss > 0.01
+    assert again == pytest.approx(loss, rel=1e-3)
+    assert (gradient_again - gradient).norm() < 1e-2 * gradient.norm()
+    other = [[*ids, 9, 33, 20, 41] for ids in prompts]  # planted: a teacher that reads another prompt
+    _, planted = loss_and_gradient(recompute, batch | recompute._teacher.columns(completions, other, batch["completion_mask"]))
+    assert (planted - gradient).norm() > 0.05 * gradient.norm()

@@ -19,7 +19,7 @@ from osd.engine.group import RankGroup, Request
 from osd.engine.record import RequestRecord, load_records
 from osd.engine.request import PairCompletion, PairOptions, PairPrompt, SideLimits, check_request, draw_seeds, one_each
 from osd.engine.weights import dump_weights
-from osd.validate_models import check_models, load_tokenizer
+from osd.validate_models import check_models, check_weights, load_tokenizer
 
 __all__ = ["EngineState", "PairCompletion", "PairConfig", "PairEngine", "PairPrompt", "checked_params"]
 
@@ -59,6 +59,7 @@ class PairEngine:
     def __init__(self, config: PairConfig) -> None:
         Frontend._check_alone()
         check_models(config)
+        check_weights(config)
         if config.engine_kwargs.get("enable_sleep_mode") and not is_cuda():
             raise ValueError("engine_kwargs['enable_sleep_mode']=True: vLLM's sleep mode needs an NVIDIA GPU; leave it out")
         self.config = config

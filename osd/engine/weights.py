@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+# A buffer in transformers, which no optimizer changes, and a parameter in vLLM: the bias that balances experts.
+_CONSTANT = "e_score_correction_bias"
+
 
 class WeightLoad:
     """One load of Hugging Face named tensors into a vLLM model, in one part or several."""
@@ -36,8 +39,9 @@ class WeightLoad:
         """
         if self.partial:
             return
-        missing = {name for name, _ in self.model.named_parameters()} - self._loaded
-        missing |= {part for name in self._loaded for part in _parts(self.model, name) if _place(part) not in self._given}
+        missing = {name for name, _ in self.model.named_parameters() if not name.endswith(_CONSTANT)} - self._loaded
+        fused = [name for name in self._loaded if _place(name) not in self._given]  # the others came as one tensor
+        missing |= {part for name in fused for part in _parts(self.model, name) if _place(part) not in self._given}
         if missing:
             raise ValueError(
                 f"the weight sync left {len(missing)} of the student's parameters as they were: {sorted(missing)[:5]} ...; "

@@ -25,7 +25,7 @@ from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_opti
 from osd.engine.backend.configuration import check_engine_args, refusal, refusals
 from osd.engine.backend.language_model import as_text
 from osd.engine.config import PairConfig
-from osd.validate_models import check_models
+from osd.validate_models import check_models, check_weights
 
 # The neutral values of what vLLM would take from the teacher's generation_config.json where a request names none.
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -50,6 +50,7 @@ def server_arguments(argv: list[str]) -> Namespace:
         _check_takes_weights(args)
     args.student_chat_template = _template(args.student_chat_template)
     check_models(config)
+    check_weights(config)
     for name, value in as_text(config.teacher_engine_args()).items():
         setattr(args, name, value)
     with refusals():

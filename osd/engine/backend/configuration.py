@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,18 @@ def refusal(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
     if isinstance(error, ValidationError):
         text = "; ".join(_described(fault) for fault in error.errors())
+    if uninspected := re.search(r"architectures \['(\w+)'.* failed to be inspected", text):
+        text = _import_failure(uninspected[1]) or text
     return " ".join(text.split()) or "vLLM refuses it by an assertion"
+
+
+def _import_failure(architecture: str) -> str:
+    """Return why vLLM cannot import one of its model classes here, which its log alone says; empty if it can."""
+    try:
+        ModelRegistry.models[architecture].load_model_cls()
+    except Exception as error:  # of any module that the class imports
+        return f"vLLM's {architecture} cannot be imported here: {error}"
+    return ""
 
 
 def _described(fault: Any) -> str:

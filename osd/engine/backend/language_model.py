@@ -32,7 +32,7 @@ def as_text(arguments: dict[str, Any]) -> dict[str, Any]:
     if not is_multimodal(config):
         return arguments
     own = ("hf_overrides", "load_format", "config_format", "quantization")
-    special = any(arguments.get(name) not in (None, "auto", {}) for name in own) or hasattr(config, "quantization_config")
+    special = any(arguments.get(name) not in (None, "auto", {}) for name in own) or getattr(config, "quantization_config", None)
     if special or text_architecture(config) not in ModelRegistry.get_supported_archs():
         return {"language_model_only": True, **arguments}
     return {**arguments, "hf_overrides": text_config, "load_format": LOAD_FORMAT, "config_format": "hf"}

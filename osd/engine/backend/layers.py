@@ -14,7 +14,7 @@ from vllm.config import CacheConfig, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from osd.engine.backend.configuration import refusals
+from osd.engine.backend.configuration import refusal, refusals
 from osd.engine.backend.language_model import as_text
 from osd.engine.config import PairConfig
 
@@ -22,6 +22,8 @@ from osd.engine.config import PairConfig
 _FULL = ("full_attention", "attention")
 _STATES = ("linear_attention", "mamba", "conv")
 _NONE = ("mlp", "moe")
+# vLLM imports torchvision with Qwen3.5; the states of this class are the same.
+_GATED_DELTA_NET = "Qwen3NextForCausalLM"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class ModelFacts:
         context: the longest sequence in tokens.
         quantization: vLLM's name of the method, or None.
         refused_here: why the platform of this machine does not run that method; empty if it does.
-        experts: of each layer; 0 in a dense model.
+        recurrent: it has layers with a state (Mamba, linear attention, short convolutions).
         layers: one entry per cache; those of layers that share another's cache are left out. None: unknown.
         unknown: why `layers` is None.
     """
@@ -65,7 +67,7 @@ class ModelFacts:
     context: int
     quantization: str | None
     refused_here: str
-    experts: int
+    recurrent: bool
     layers: list[LayerCache] | None
     unknown: str = ""
 
@@ -89,14 +91,14 @@ def model_facts(config: PairConfig, side: str, gpus: int) -> ModelFacts:
     try:
         layers = list(_layers(model, gpus))
     except Exception as error:  # of vLLM's model classes, which read what they need from configurations of every kind
-        unknown = " ".join(str(error).split())
+        unknown = refusal(error)
     return ModelFacts(
         dtype=str(model.dtype).removeprefix("torch."),
         itemsize=model.dtype.itemsize,
         context=model.max_model_len,
         quantization=model.quantization,
         refused_here=_refused_here(model.quantization),
-        experts=model.get_num_experts(),
+        recurrent=model.is_hybrid or model.is_attention_free,
         layers=layers,
         unknown=unknown,
     )
@@ -150,7 +152,8 @@ def _state_bytes(model: ModelConfig, gpus: int) -> int:
     """Return the bytes of one layer's state of one request, by vLLM's class of the model."""
     text: Any = model.hf_text_config
     declared = getattr(text, "mamba_ssm_dtype", None) or getattr(text, "mamba_ssm_cache_dtype", None) or "auto"
-    model_class: Any = ModelRegistry.resolve_model_cls(model.architectures, model)[0]
+    same_states = [_GATED_DELTA_NET] if hasattr(text, "linear_num_value_heads") else []
+    model_class: Any = ModelRegistry.resolve_model_cls([*model.architectures, *same_states], model)[0]
     given = SimpleNamespace(
         model_config=model,
         cache_config=CacheConfig(mamba_ssm_cache_dtype=declared),
