@@ -130,8 +130,36 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-# Families of recent models by the names that people know; otherwise like `ARCHITECTURES`.
+# Families of recent models by the names that people know, those that need a GPU first; otherwise like `ARCHITECTURES`.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Jamba": (
+        "Jamba",
+        dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=16, mamba_dt_rank=4),
+    ),
+    "Nemotron 3": (
+        "NemotronH",
+        dict(
+            ARCHITECTURES["Mamba-2, attention and MLP in layers of their own"][1],
+            layers_block_type=["mamba", "attention", "moe", "mamba"],
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            moe_shared_expert_intermediate_size=32,
+            n_group=1,
+            topk_group=1,
+        ),
+    ),
+    "Qwen3-Next": ARCHITECTURES["gated delta net and attention"],
+    "Qwen3.5": ("Qwen3_5", dict(_DELTA, layer_types=["linear_attention", "full_attention"] * 2)),
+    "Qwen3.5 MoE": (
+        "Qwen3_5Moe",
+        dict(
+            _DELTA,
+            **_EXPERTS,
+            shared_expert_intermediate_size=32,
+            layer_types=["linear_attention", "full_attention"] * 2,
+        ),
+    ),
     "Phi-4": ("Phi3", {}),
     "SmolLM3": ("SmolLM3", dict(no_rope_layers=[1, 1, 1, 0])),
     "Seed-OSS": ("SeedOss", {}),
@@ -170,33 +198,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite 4 with experts": (
         "GraniteMoeHybrid",
         dict(ARCHITECTURES["Mamba-2 and attention"][1], num_local_experts=4, num_experts_per_tok=2),
-    ),
-    "Jamba": (
-        "Jamba",
-        dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=16, mamba_dt_rank=4),
-    ),
-    "Nemotron 3": (
-        "NemotronH",
-        dict(
-            ARCHITECTURES["Mamba-2, attention and MLP in layers of their own"][1],
-            layers_block_type=["mamba", "attention", "moe", "mamba"],
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-            moe_shared_expert_intermediate_size=32,
-            n_group=1,
-            topk_group=1,
-        ),
-    ),
-    "Qwen3.5": ("Qwen3_5", dict(_DELTA, layer_types=["linear_attention", "full_attention"] * 2)),
-    "Qwen3.5 MoE": (
-        "Qwen3_5Moe",
-        dict(
-            _DELTA,
-            **_EXPERTS,
-            shared_expert_intermediate_size=32,
-            layer_types=["linear_attention", "full_attention"] * 2,
-        ),
     ),
 }
 

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from math import prod
 from typing import Any
 
 import torch
@@ -139,15 +140,15 @@ def _events(scheduler: Any, output: Any) -> Iterator[str]:
         yield "rows in another order"
 
 
-def errors(models: Any, results: dict[int, tuple[Any, Any]], prompts: Any = None) -> dict[str, float]:
-    """Return the largest difference of a recorded log-probability from transformers' by column."""
+def errors(models: Any, results: dict[int, tuple[Any, Any]], prompts: Any = None, of: Any = torch.amax) -> dict[str, float]:
+    """Return the largest difference of recorded log-probabilities from transformers' by column; ``of``: of each completion."""
     prompts, worst = prompts or hard_prompts(), {"logp_teacher": 0.0, "logp_theta": 0.0}
     for i, (output, record) in results.items():
         token = torch.tensor(output.token_ids)[:, None]
         sides = prompts[i].teacher_token_ids, prompts[i].student_token_ids
         for model, prompt, name in zip(models, sides, worst, strict=True):
             expected = completion_logits(model, prompt, output.token_ids).log_softmax(-1).gather(-1, token)[:, 0]
-            worst[name] = max(worst[name], (getattr(record, name).double() - expected).abs().max().item())
+            worst[name] = max(worst[name], of((getattr(record, name).double() - expected).abs()).item())
     return worst
 
 
@@ -165,3 +166,22 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
         for weight in copy.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
     return copy
+
+
+def planned(spec: Any) -> tuple[int, int | None]:
+    """Return the bytes of a layer's cache, per token or of a state, and its window."""
+    if hasattr(spec, "shapes"):
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)), None
+    window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
+    return spec.page_size_bytes // spec.block_size, window
+
+
+def compare_caches(engine: PairEngine) -> None:
+    """Compare the caches that `osd check` counts with those of the running models."""
+    from osd.engine.backend.layers import model_facts
+
+    for side, runner in runners(engine).items():
+        layers = model_facts(engine.config, side, gpus=1).layers
+        assert sorted((layer.size, layer.tokens or 0) for layer in layers or ()) == sorted(
+            (size, window or 0) for size, window in map(planned, runner.get_kv_cache_spec().values())
+        )

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from vllm import ModelRegistry
+from vllm.model_executor.models import registry
 
 from osd import cli
 from osd.check import TRAINING_BYTES, Wanted, check, size, stored_bytes
@@ -223,6 +224,7 @@ def test_a_multimodal_model_is_counted_without_its_encoders(run, tmp_path):
     path = save_multimodal(tmp_path / "whole", "Gemma 3")
     text_config(AutoConfig.from_pretrained(path)).save_pretrained(tmp_path / "text")
     save_tokenizer(tmp_path / "text", 64)
+    (tmp_path / "text" / "model.safetensors").touch()
     done = run(path, tmp_path / "text", "--dtype", "float32")
     assert (done.status, done.lines["sampling"], done.lines["training"]) == (0, "yes", "yes")
     assert done.lines["memory, teacher"] == done.lines["memory, student"]
@@ -271,11 +273,12 @@ def test_experts_that_no_layer_has_are_not_counted(run, tmp_path, saved):
 
 
 def test_qwen3_5_is_described_where_vllm_cannot_import_it(saved, monkeypatch):
-    """Its class imports torchvision; what vLLM knows of a class without importing it stands for it here."""
+    """Its class imports torchvision; vLLM may know a class from its cache without importing it."""
     path = saved("Qwen 3.5")
-    inspected = ModelRegistry.inspect_model_cls(["Qwen3NextForCausalLM"], None)
-    monkeypatch.setattr(ModelRegistry, "inspect_model_cls", lambda *_: (inspected[0], "Qwen3_5ForCausalLM"))
-    monkeypatch.setattr(ModelRegistry.models["Qwen3_5ForCausalLM"], "module_name", "vllm.no_such_module")
+    inspect, load = registry._try_inspect_model_cls, registry._try_load_model_cls
+    known = inspect("Qwen3NextForCausalLM", ModelRegistry.models["Qwen3NextForCausalLM"])
+    monkeypatch.setattr(registry, "_try_inspect_model_cls", lambda name, m: known if "Qwen3_5" in name else inspect(name, m))
+    monkeypatch.setattr(registry, "_try_load_model_cls", lambda name, m: None if "Qwen3_5" in name else load(name, m))
     side = check(str(path), str(path), FLOAT32).sides["teacher"]
     config = text_config(AutoConfig.from_pretrained(path))
     heads, size = config.linear_num_value_heads, config.linear_key_head_dim
@@ -287,8 +290,9 @@ def test_qwen3_5_is_described_where_vllm_cannot_import_it(saved, monkeypatch):
 
 def test_a_class_that_cannot_be_imported_is_told_with_the_reason(monkeypatch, saved):
     path = saved("sliding window and full")
-    monkeypatch.setattr("vllm.model_executor.models.registry._try_inspect_model_cls", lambda *_: None)
-    monkeypatch.setattr(ModelRegistry.models["Gemma3ForCausalLM"], "module_name", "vllm.no_such_module")
+    missing = registry._LazyRegisteredModel(module_name="vllm.no_such_module", class_name="Gemma3ForCausalLM")
+    monkeypatch.setitem(ModelRegistry.models, "Gemma3ForCausalLM", missing)
+    monkeypatch.setattr(registry, "_try_inspect_model_cls", lambda *_: None)
     report = check(str(path), str(path), Wanted())
     assert "vLLM's Gemma3ForCausalLM cannot be imported here: No module named 'vllm.no_such_module'" in report.sampling
 

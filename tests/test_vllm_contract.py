@@ -33,12 +33,14 @@ from vllm.entrypoints.launchers.api_server import app_state as app_states
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding, VocabParallelEmbeddingShardIndices
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.model_executor.models.granitemoehybrid import GraniteMoeHybridForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.registry import _LazyRegisteredModel
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms.interface import Platform
 from vllm.renderers.online_renderer import OnlineRenderer
@@ -93,10 +95,15 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "cache_config": (CacheConfig,),
     "client": (EngineClient, AsyncLLM),
     "command": (ServeSubcommand,),
+    "CPURouter": (CPURouter,),
+    "RotaryEmbedding": (RotaryEmbedding,),
+    "ops": (vllm_ops,),
+    "re": (re,),
     "completion": (CompletionOutput,),
     "closure": (inspect.ClosureVars,),
     "config": (VllmConfig, ModelConfig),
     "ModelRegistry": (type(ModelRegistry),),
+    "registered": (_LazyRegisteredModel,),
     "model_config": (ModelConfig,),
     "current_platform": (Platform,),
     "emitted": (EngineCoreOutput,),
@@ -219,6 +226,9 @@ BASES: dict[str, type] = {
     "_gather_block_tables": BlockTables,
     "_compute_slot_mappings": BlockTables,
     "_apply_write": StagedWriteTensor,
+    "_rotate": RotaryEmbedding,
+    "_with_bias": CPURouter,
+    "routed": CPURouter,
 }
 
 

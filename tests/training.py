@@ -91,8 +91,11 @@ def loss_and_gradient(trainer, batch):
     return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
-def compare_supervision(engine, student, output_dir):
-    """Compare loss and gradient of recorded supervision with those of a teacher in transformers, on the same completions."""
+def compare_supervision(engine, student, output_dir, tolerance=1e-3):
+    """Compare loss and gradient of recorded supervision with those of a teacher in transformers, on the same completions.
+
+    ``tolerance`` is relative, of the loss; the gradient has ten times as much.
+    """
     eager = {"attn_implementation": "eager"}  # no other one of transformers' caps Gemma 2's attention
     fields = {"model_init_kwargs": eager}, {"model_init_kwargs": eager, "teacher_model_init_kwargs": eager}
     recorded, recompute = (
@@ -106,8 +109,8 @@ def compare_supervision(engine, student, output_dir):
     columns = recompute._teacher.columns(completions, prompts, batch["completion_mask"])
     again, gradient_again = loss_and_gradient(recompute, batch | columns)
     assert loss > 0.01
-    assert again == pytest.approx(loss, rel=1e-3)
-    assert (gradient_again - gradient).norm() < 1e-2 * gradient.norm()
+    assert again == pytest.approx(loss, rel=tolerance)
+    assert (gradient_again - gradient).norm() < 10 * tolerance * gradient.norm()
     other = [[*ids, 9, 33, 20, 41] for ids in prompts]  # planted: a teacher that reads another prompt
     _, planted = loss_and_gradient(recompute, batch | recompute._teacher.columns(completions, other, batch["completion_mask"]))
-    assert (planted - gradient).norm() > 0.05 * gradient.norm()
+    assert (planted - gradient).norm() > max(0.05, 10 * tolerance) * gradient.norm()

@@ -86,8 +86,9 @@ def refusal(error: BaseException) -> str:
 
 def _import_failure(architecture: str) -> str:
     """Return why vLLM cannot import one of its model classes here, which its log alone says; empty if it can."""
+    registered = ModelRegistry.models[architecture]
     try:
-        ModelRegistry.models[architecture].load_model_cls()
+        registered.load_model_cls()
     except Exception as error:  # of any module that the class imports
         return f"vLLM's {architecture} cannot be imported here: {error}"
     return ""

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# What a CPU cannot say about families of models, on one GPU: `bash scripts/gpu_models.sh [FOLDER]`. Each part has a time limit,
+# 8 minutes for the tests and 5 for the speed of the hybrid pair; logs and results go to FOLDER (default: outputs/gpu_models).
+# The families with experts need vLLM's _moe_C_stable_libtorch.abi3.so and are skipped without.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-outputs/gpu_models}
+mkdir -p "$out"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+# One process: vLLM is imported and CUDA set up once. Engines are tiny and eager. What no CPU runs comes first.
+timeout 480 python -m pytest -v -m gpu --tb=short --durations=0 -p no:cacheprovider tests/test_families.py 2>&1 | tee "$out/families.log"
+tests=${PIPESTATUS[0]}
+
+# Three engines, one process each: the pair, and each of its models alone.
+timeout 330 python benchmarks/sampling.py --pair Qwen3.5-4B+Qwen3.5-0.8B --systems teacher paired student --batch-sizes 8 32 128 \
+  --contexts --new-tokens 256 --repeats 2 --shape-seconds 15 --no-prime --time-limit 300 --output "$out" 2>&1 | tee "$out/speed.log"
+speed=${PIPESTATUS[0]}
+echo "families: exit status $tests; speed: exit status $speed"
+exit $((tests || speed))
