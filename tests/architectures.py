@@ -162,7 +162,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Phi-4": ("Phi3", {}),
     "SmolLM3": ("SmolLM3", dict(no_rope_layers=[1, 1, 1, 0])),
-    "Seed-OSS": ("SeedOss", {}),
+    "Seed-OSS": ("SeedOss", dict(attention_dropout=0.0, residual_dropout=0.0)),
     "Hunyuan": ("HunYuanDenseV1", {}),
     "Ministral 3": ("Ministral3", {}),
     "GLM-4": ("Glm4", {}),
@@ -185,7 +185,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "DeepSeek-V3": (
         "DeepseekV3",
-        dict(ARCHITECTURES["latent attention"][1], head_dim=64, q_lora_rank=32, n_group=2, topk_method="noaux_tc"),
+        dict(
+            ARCHITECTURES["latent attention"][1],
+            head_dim=64,
+            q_lora_rank=32,
+            n_group=2,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
+        ),
     ),
     "LFM2 MoE": (
         "Lfm2Moe",

@@ -116,6 +116,14 @@ def test_a_recurrent_model_gets_no_drafts(tmp_path, tiny_pair, side):
         pair(**paths, num_speculative_tokens=2, engine_kwargs={"enable_prefix_caching": False})
 
 
+@pytest.mark.skipif(torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(), reason="vLLM's kernels there can")
+def test_drafts_for_a_teacher_with_latent_attention_are_refused_on_a_cpu(tmp_path, tiny_pair):
+    """Its kernel would verify each draft without the tokens before it: 7 nats off, and nothing would show it."""
+    teacher = save_model(tmp_path, "latent attention")
+    with pytest.raises(ValueError, match=f"num_speculative_tokens: the teacher '{tmp_path}' has latent attention"):
+        pair(teacher, tiny_pair[1], num_speculative_tokens=2)
+
+
 def test_a_completion_ends_at_either_models_eos(tmp_path):
     teacher, student = tiny_model(tmp_path / "t", seed=1), tiny_model(tmp_path / "s", seed=2)
     config = json.loads((student / "generation_config.json").read_text())

@@ -217,6 +217,11 @@ class OSDTrainer(DistillationTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
         return loss
 
+    def _get_last_hidden_state(self, unwrapped_model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if unwrapped_model.base_model is unwrapped_model:  # a Llama4ForCausalLM names its backbone wrongly
+            unwrapped_model.base_model_prefix = "model"
+        return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
+
     def _compute_loss(
         self, unwrapped_student: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -89,6 +90,12 @@ class SpeculativeWorker(PairWorker):
                     f"num_speculative_tokens needs attention in every layer: the {side} {model.model!r} has recurrent layers "
                     "(Mamba, linear attention), whose state cannot go back by a rejected draft; use num_speculative_tokens=0"
                 )
+        # On a CPU without AMX vLLM splits no prompt of such a model: several tokens at once see nothing of those before them.
+        if current_platform.is_cpu() and self.model_config.use_mla and not self.scheduler_config.enable_chunked_prefill:
+            raise ValueError(
+                f"num_speculative_tokens: the teacher {self.model_config.model!r} has latent attention (MLA), whose kernel on "
+                "this CPU cannot verify several drafts at once; use num_speculative_tokens=0"
+            )
         self._pass_rows: dict[int, tuple[Any, PassRows]] = {}
         # Before the teacher's model is built, so that its graphs and buffers have room for the drafts.
         runner, drafts = self.model_runner, most_drafts(self.vllm_config)
