@@ -37,7 +37,7 @@ _BIASED_EXPERTS = dict(
     n_group=1,
     topk_group=1,
 )
-_DELTA = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=32, linear_value_head_dim=32)
+_DELTA = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=128, linear_value_head_dim=128)
 
 # The name of the classes in transformers, and what differs from `_SIZES`.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -24,7 +24,7 @@ KINDS = [kind for kind in ARCHITECTURES if kind != "gated delta net and attentio
 # OSD refuses to train gpt-oss and latent attention; vLLM 0.32's Gemma 3n is wrong where `correct_output_scale` is not 0.
 NOT_SYNCED = ["attention sinks", "latent attention", "shared KV caches"]
 RECURRENT = ["Mamba-2 and attention", "Mamba-2 everywhere", NEMOTRON, "short convolution"]
-EXPERTS = ["experts", "attention sinks"]
+EXPERTS = ["experts", "attention sinks", "latent attention"]
 # One block a request, or blocks of 512 tokens: their caches do not fill up.
 ROOMY = ["Mamba-2 everywhere", "head sizes that differ by layer", "short convolution"]
 WHOLE_PROMPTS = ["latent attention"]  # vLLM on a CPU without AMX neither splits nor caches them

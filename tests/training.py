@@ -88,7 +88,7 @@ def loss_and_gradient(trainer, batch):
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
 def compare_supervision(engine, student, output_dir, tolerance=1e-3):
