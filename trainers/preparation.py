@@ -87,6 +87,8 @@ def plan(
         raise ValueError(f"processing_class is a {type(student).__name__}; give the student's tokenizer")
     check_same_ids(teacher.get_vocab(), student.get_vocab())
     if isinstance(pair, ServedPair):
+        if args.process_index == 0:  # the process that will hold the server
+            pair.check_trainer(args.device)
         lengths = {side: limits.max_model_len for side, limits in pair.limits().items()}
         longer = "restart the server with a larger --max-model-len"
     else:
