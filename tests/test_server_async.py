@@ -52,7 +52,7 @@ def make(tiny_pair, server, tmp_path, monkeypatch):
 
 def against(server, tiny_pair, out, **fields):
     """A trainer against a server."""
-    fields = {"vllm_server_base_url": server.server.url, "vllm_server_timeout": 30.0, "seed": 5, **fields}
+    fields = {"vllm_server_base_url": server.server.url, "seed": 5, **fields}
     teacher = {"vllm_mode": "server", "teacher_model_name_or_path": str(tiny_pair[0])}
     return build_trainer(None, tiny_pair[1], out, **teacher, **fields)
 
