@@ -54,6 +54,7 @@ def engine(load_weights, group, seconds=1800.0):
         weight_transfer_config=SimpleNamespace(backend="nccl"), parallel_config=None, model_config=SimpleNamespace()
     )
     made = transfer_engine(config, torch.device("cpu"), load_weights)
+    assert hash(made.model), "vLLM 0.33 keeps it as a key"
     info = made.parse_init_info(nccl.init_info(51216, 1, seconds))
     made.model_update_group, made.packed, made._seconds = group, info.packed, info.seconds
     return made
