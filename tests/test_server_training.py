@@ -18,7 +18,7 @@ from osd.core import MixingConfig
 from osd.engine.config import PairConfig
 from osd.engine.engine import PairPrompt
 from osd.engine.remote import RemoteEngine, ServerLost
-from osd.engine.served import ServedPair
+from osd.engine.served import ServedPair, ServerUnavailable
 from osd.engine.transport import HTTPTransport
 from osd.engine.wire import STATE_ROUTE, framed, frames
 from osd.train import OSDConfig
@@ -388,6 +388,16 @@ def test_without_a_server_a_run_ends_before_its_models_load(tiny_pair, tmp_path)
     with pytest.raises(RuntimeError, match=r"no `osd serve` has answered at .* for 1 seconds"):
         build_trainer(None, tiny_pair[1], tmp_path, teacher_model_name_or_path=str(tiny_pair[0]), **fields)
     assert time.monotonic() - start < 30
+
+
+def test_a_server_that_another_trainer_uses_is_found_before_a_model_loads(tiny_pair, server, tmp_path, monkeypatch):
+    def taken(self, device):
+        raise ServerUnavailable(f"taken, on {device}")
+
+    monkeypatch.setattr(ServedPair, "check_trainer", taken)
+    monkeypatch.setattr("trl.trainer.utils.create_model_from_path", lambda *args, **kwargs: pytest.fail("weights"))
+    with pytest.raises(ServerUnavailable, match="taken, on c"):
+        run(tiny_pair, tmp_path, server)
 
 
 def test_a_server_of_other_models_or_without_the_key_is_refused(tiny_pair, server, monkeypatch, tmp_path):

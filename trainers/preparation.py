@@ -35,6 +35,11 @@ class Plan:
     renderer: Renderer
     run: dict[str, Any]
 
+    def check_server(self, args: OSDConfig) -> None:
+        """Check that the server can be trained against, if there is one; raises as `ServedPair.check_trainer`."""
+        if isinstance(self.pair, ServedPair) and args.process_index == 0:  # the process that will hold it
+            self.pair.check_trainer(args.device)
+
     def datasets(self, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
         """Return both datasets without rows that cannot be used.
 
@@ -87,8 +92,6 @@ def plan(
         raise ValueError(f"processing_class is a {type(student).__name__}; give the student's tokenizer")
     check_same_ids(teacher.get_vocab(), student.get_vocab())
     if isinstance(pair, ServedPair):
-        if args.process_index == 0:  # the process that will hold the server
-            pair.check_trainer(args.device)
         lengths = {side: limits.max_model_len for side, limits in pair.limits().items()}
         longer = "restart the server with a larger --max-model-len"
     else:
