@@ -171,7 +171,7 @@ def test_weights_go_by_nccl_between_two_gpus(tiny_pair, tmp_path, monkeypatch):
         flags = ("--api-key", KEY, "--weight-transfer-config", f'{{"backend": "{backend}"}}')
         with served(*tiny_pair, tmp_path / f"{backend}.log", *flags) as server:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-            runs.append(run(tiny_pair, tmp_path, server))
+            runs.append(run(tiny_pair, tmp_path, server, vllm_group_port=free_port()))
     assert_same_run(*runs, tolerance=1e-3)  # batches of other sizes round otherwise
 
 
