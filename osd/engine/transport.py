@@ -17,7 +17,6 @@ from osd.engine.wire import WEIGHTS_ROUTE
 
 Named = tuple[str, torch.Tensor]
 PART_BYTES = 256 << 20  # of weights that are sent at once, and held by the trainer at once
-_BY_HTTP = """start the server with --weight-transfer-config '{"backend": "http"}'"""
 _GRACE_SECONDS = 5.0  # for the second half of a collective call after the first has failed
 
 
@@ -86,7 +85,8 @@ class NCCLTransport:
             self._group = self._with_server("/init_weight_transfer_engine", body, lambda: nccl.join(info, self.device))
         except RuntimeError as error:
             raise RuntimeError(
-                f"{error}. Where trainer and server share a GPU, or NCCL has no way between them, {_BY_HTTP}"
+                f"{error}. Where trainer and server share a GPU, or NCCL has no way between them, start the server with "
+                """--weight-transfer-config '{"backend": "http"}'"""
             ) from error
 
     def send(self, named_tensors: Iterable[Named]) -> None:
@@ -154,7 +154,10 @@ def check_sender(backend: str, device: torch.device, port: int) -> None:
     if backend != "nccl":
         return
     if device.type != "cuda":
-        raise ValueError(f"the server takes weights by NCCL, and this process trains on {device}; {_BY_HTTP}")
+        raise ValueError(
+            f"the server takes weights by NCCL, and this process trains on {device}; start the server with "
+            """--weight-transfer-config '{"backend": "http"}'"""
+        )
     _check_port(port)
 
 

@@ -83,7 +83,7 @@ class StudentHTTPEngine(WeightTransferEngine[WeightTransferInitInfo, Tensors]):
 
 
 class _Student:
-    """What vLLM's engines take for the student's model; they keep it as a key."""
+    """Stand-in for the student's model in vLLM's engines, which keep it as a key."""
 
     def __init__(self, load_weights: Callable[[Any], None]) -> None:
         self.load_weights = load_weights
