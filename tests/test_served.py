@@ -102,7 +102,7 @@ def answering():
     def start(status, text=b"{}"):
         running.append(HTTPServer(("127.0.0.1", 0), Answers))
         running[-1].status, running[-1].text = status, text
-        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=running[-1].serve_forever, args=(0.02,), daemon=True).start()
         return f"http://127.0.0.1:{running[-1].server_port}"
 
     yield start

@@ -172,11 +172,15 @@ def test_a_worker_gives_up_a_transfer_that_will_not_end(trainer, monkeypatch, se
 
 
 def test_a_worker_whose_trainer_lives_goes_on(trainer, monkeypatch):
+    monkeypatch.setattr(nccl, "_PULSE_SECONDS", 0.05)
     waiting = Communicator(trainer[1])
     worker = engine(print, waiting)
-    monkeypatch.setattr(type(worker).__mro__[1], "update_weights", lambda self, info: time.sleep(2.5))
+    monkeypatch.setattr(type(worker).__mro__[1], "update_weights", lambda self, info: time.sleep(0.5))
     worker.update_weights({})
     assert not waiting.disabled
+    worker.model_update_group = without_store = Communicator(None)  # of a trainer that shared the id of the group itself
+    worker.update_weights({})
+    assert not without_store.disabled
     with pytest.raises(KeyError, match="as vLLM raised it"), nccl.watched(waiting, 600.0):
         raise KeyError("as vLLM raised it")
 

@@ -75,7 +75,7 @@ def watched(communicator: Any, seconds: float) -> Iterator[None]:
                 return
 
     late = threading.Timer(seconds, abort, [f"it has not ended after {seconds:g} seconds"])
-    threads = [late, threading.Thread(target=look)]
+    threads = [late] if communicator.group is None else [late, threading.Thread(target=look)]  # None: met without a store
     for thread in threads:
         thread.daemon = True
         thread.start()
