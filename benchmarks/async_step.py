@@ -14,6 +14,7 @@ trl_server_autocast   the same with the loss under autocast (see benchmarks/trai
 
 Models, prompts, lengths, loss, optimizer, dtypes, timing and the table are those of benchmarks/train_step.py. Each system has a
 server of its own, which starts before it and ends after it: `osd serve` with the pair, or `vllm serve` with TRL's student.
+The servers of both OSD systems are alike, so the second one finds what the first has compiled.
 `generate` is the time that training waits for samples. In the steps timed by part, the stopwatch drains the trainer's device
 around each part, so only the steps timed as a whole (`step_s`) show what the overlap gains.
 
@@ -23,7 +24,9 @@ Writes a JSON after each system, so finished results are kept.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -68,26 +71,38 @@ def engine_kwargs(system: str, job: TrainJob) -> dict[str, Any]:
 
 
 @contextmanager
-def server(system: str, job: TrainJob, folder: Path) -> Iterator[dict[str, str]]:
-    """Run a system's server on the GPUs after its trainer's; yields what the trainer has in its environment."""
-    kwargs, env, log = engine_kwargs(system, job), environment(folder / f"caches-server-{system}"), folder / f"{system}.server"
+def server(system: str, job: TrainJob, folder: Path, seconds: float) -> Iterator[dict[str, str]]:
+    """Run a system's server on the GPUs after its trainer's; yields what the trainer has in its environment.
+
+    Args:
+        seconds: for the server to start.
+    """
+    env = environment(folder / f"caches-server-{'osd' if system.startswith('osd') else 'trl'}")
+    kwargs, log, place = (
+        engine_kwargs(system, job),
+        folder / f"{system}.server",
+        {"first_gpu": job.processes, "seconds": seconds},
+    )
     if system.startswith("osd"):
-        with serving.server(job.teacher, job.student, kwargs, env, log, first_gpu=job.processes) as given:
+        with serving.server(job.teacher, job.student, kwargs, env, log, **place) as given:
             yield given
     else:
         command = ["-m", "vllm.entrypoints.cli.main", "serve", job.student]
         command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
         # TRL's client sends no key, and asks for vLLM's development mode.
-        with serving.started(command, kwargs, env | {"VLLM_SERVER_DEV_MODE": "1"}, log, first_gpu=job.processes) as given:
+        with serving.started(command, kwargs, env | {"VLLM_SERVER_DEV_MODE": "1"}, log, **place) as given:
             yield given
 
 
 def measured(args: argparse.Namespace, spec: dict[str, Any], folder: Path, left: float | None) -> dict[str, Any]:
     """Run a system's server and its trainer; return what the trainer wrote."""
+    begin, left = time.monotonic(), math.inf if left is None else left
     try:
-        with server(system := spec["system"], TrainJob(**spec["job"]), folder) as given:
+        with server(system := spec["system"], TrainJob(**spec["job"]), folder, left) as given:
             env = environment(folder / f"caches-{system}") | {"HF_HUB_OFFLINE": "1"} | given
-            return run_worker(spec, env, folder, left, "benchmarks.train_worker", train_step.launcher(args))
+            left -= time.monotonic() - begin
+            seconds = None if left == math.inf else left
+            return run_worker(spec, env, folder, seconds, "benchmarks.train_worker", train_step.launcher(args))
     except RuntimeError as error:
         return nothing(str(error))
 

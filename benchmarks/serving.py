@@ -35,22 +35,38 @@ def flags(engine_kwargs: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def server(
-    teacher: str, student: str, engine_kwargs: dict[str, Any], env: dict[str, str], log: Path, *, first_gpu: int
+    teacher: str,
+    student: str,
+    engine_kwargs: dict[str, Any],
+    env: dict[str, str],
+    log: Path,
+    *,
+    first_gpu: int,
+    seconds: float = START_SECONDS,
 ) -> Iterator[dict[str, str]]:
     """Run `osd serve` on the GPUs from ``first_gpu`` on; yields what its trainer, on the GPUs before, has in its environment.
+
+    Args:
+        seconds: for it to start, `START_SECONDS` at most.
 
     Raises:
         RuntimeError: it did not start; with the end of its log.
     """
     key = {"VLLM_API_KEY": secrets.token_hex(16)}
     command = ["-m", "osd", "serve", "--teacher", teacher, "--student", student]
-    with started(command, engine_kwargs, env | key, log, first_gpu=first_gpu) as given:
+    with started(command, engine_kwargs, env | key, log, first_gpu=first_gpu, seconds=seconds) as given:
         yield given | key
 
 
 @contextmanager
 def started(
-    command: list[str], engine_kwargs: dict[str, Any], env: dict[str, str], log: Path, *, first_gpu: int
+    command: list[str],
+    engine_kwargs: dict[str, Any],
+    env: dict[str, str],
+    log: Path,
+    *,
+    first_gpu: int,
+    seconds: float = START_SECONDS,
 ) -> Iterator[dict[str, str]]:
     """Run a server by arguments of Python; as `server`."""
     with socket.socket() as free:
@@ -70,14 +86,14 @@ def started(
             start_new_session=True,
         )
     try:
-        _wait(url, process, log)
+        _wait(url, process, log, min(seconds, START_SECONDS))
         yield {SERVER: url, **before}
     finally:
         end_group(process)
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         try:
             if httpx.get(f"{url}/health", timeout=5).status_code == 200:

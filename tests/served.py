@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 ROOT = Path(__file__).parent.parent
 KEY = "secret"
@@ -34,8 +35,10 @@ class Process:
 
     def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        # The engine's process is forked, which saves the seconds that it would import for.
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+        # On a CPU the engine's process is forked, which saves the seconds that it would import for.
+        method = "spawn" if torch.cuda.is_available() else "fork"
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": path, "VLLM_WORKER_MULTIPROC_METHOD": method}
         with log.open("ab") as file:
             self.process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
 

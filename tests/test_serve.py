@@ -555,10 +555,24 @@ def refusal(flags, *models):
         ("--seed|-5", "['seed']=-5 is too small; use 0 or more"),
         ("--additional-config|x", "['additional_config']='x' is not a mapping"),
         ("--distributed-executor-backend|x", "['distributed_executor_backend']='x' is unknown; use one of mp, ray"),
+        ("--runner|pooling", "['runner']='pooling': a pair generates text; use auto or generate"),
+        ("--decode-context-parallel-size|2", "['decode_context_parallel_size']=2: the pair's KV caches are not split"),
+        ("--kv-offloading-size|1", "['kv_offloading_size']=1.0 is not supported: the paired engine has no KV transfer"),
+        ("--spec-tokens|3", "in a pair the student drafts; set num_speculative_tokens instead"),
+        ("--return-sampling-mask", "['return_sampling_mask']=True is not supported: the pair draws its own tokens"),
+        ("--mm-encoder-only", "['mm_encoder_only']=True is not supported: a pair reads text"),
+        ("--enable-dbo", "['enable_dbo']=True is not supported"),
     ],
 )
 def test_a_bad_value_ends_in_one_line(flags, message):
     assert message in refusal(flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has NCCL")
+@pytest.mark.parametrize("given", ["{}", '{"backend": "nccl"}'])
+def test_nccl_is_refused_where_vllm_runs_on_a_cpu(given):
+    refused = refusal(f"--weight-transfer-config|{given}|--api-key|k")
+    assert "--weight-transfer-config has the backend 'nccl', vLLM's default: NCCL needs GPUs" in refused
 
 
 @pytest.mark.parametrize(
@@ -644,7 +658,7 @@ def test_drafts_are_in_the_record_and_in_vllms_metrics(model_paths, models, monk
 
 def in_training(client, teacher, student):
     """Return how the tokens came to be that a trainer gets from a server."""
-    engine = RemoteEngine(ServedPair(config=PairConfig(teacher=teacher, student=student), url=client.server.url, timeout=20.0))
+    engine = RemoteEngine(ServedPair(config=PairConfig(teacher=teacher, student=student), url=client.server.url))
     try:
         engine.load_student_weights(AutoModelForCausalLM.from_pretrained(student).named_parameters())
         prompts = [PairPrompt(teacher_token_ids=TEACHER, student_token_ids=STUDENT)] * 4

@@ -24,7 +24,7 @@ from osd.engine.wire import STATE_ROUTE
 from osd.train import OSDConfig
 from osd.train.lookahead import Lookahead, warn_without_overlap
 from tests.exact import completion_logits
-from tests.served import KEY, served
+from tests.served import KEY, free_port, served
 from tests.training import ROWS, build_trainer, logged, watch
 
 GREEDY = {"generation_kwargs": {"temperature": 0.0}, "optim": "sgd", "learning_rate": 0.1}
@@ -52,7 +52,7 @@ def make(tiny_pair, server, tmp_path, monkeypatch):
 
 def against(server, tiny_pair, out, **fields):
     """A trainer against a server."""
-    fields = {"vllm_server_base_url": server.server.url, "vllm_server_timeout": 30.0, "seed": 5, **fields}
+    fields = {"vllm_server_base_url": server.server.url, "seed": 5, **fields}
     teacher = {"vllm_mode": "server", "teacher_model_name_or_path": str(tiny_pair[0])}
     return build_trainer(None, tiny_pair[1], out, **teacher, **fields)
 
@@ -223,10 +223,11 @@ def test_two_gpus_sample_and_train_at_once(tiny_pair, tmp_path, monkeypatch):
     flags = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "nccl"}')
     with served(*tiny_pair, tmp_path / "serve.log", *flags) as server:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-        with against(server, tiny_pair, tmp_path, **AHEAD, **GREEDY) as ahead:
+        port = {"vllm_group_port": free_port()}
+        with against(server, tiny_pair, tmp_path, **AHEAD, **GREEDY, **port) as ahead:
             ours = batches_of(ahead)
             ahead.train()
-        with emulated(against(server, tiny_pair, tmp_path, **GREEDY), {0: 0, 1: 1, 2: 1}) as late:
+        with emulated(against(server, tiny_pair, tmp_path, **GREEDY, **port), {0: 0, 1: 1, 2: 1}) as late:
             theirs = batches_of(late)
             late.train()
     assert tokens(ours) == tokens(theirs)

@@ -86,7 +86,7 @@ def state(server):
     return server.http.get(STATE_ROUTE).json()
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

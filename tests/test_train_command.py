@@ -143,7 +143,7 @@ def test_a_mistake_is_one_line_and_status_2(config, capsys, argv, line, message)
     with pytest.raises(SystemExit) as end:
         train_osd.command([*([] if "--config" in argv else ["--config", str(config)]), *argv])
     assert end.value.code == 2
-    [printed] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("train_osd: error: ")]
+    [printed] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("osd train: error: ")]
     assert message in printed
 
 

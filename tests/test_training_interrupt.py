@@ -79,7 +79,7 @@ def test_sigint_to_the_process_group_ends_training_with_130(tmp_path, tiny_pair,
     finally:
         process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err[-2000:]
-    assert "train_osd: interrupted; `--resume_from_checkpoint last` goes on" in err
+    assert "osd train: interrupted; `--resume_from_checkpoint last` goes on" in err
     assert "Traceback" not in err
     if place == "training":
         last = Path(resolve("last", str(out)))

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import threading
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,14 @@ from transformers import AutoConfig, Llama4TextConfig
 from vllm import LLM, ModelRegistry, SamplingParams, envs, triton_utils
 from vllm import _custom_ops as vllm_ops
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-from vllm.config import CacheConfig, LoadConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, LoadConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig, WeightTransferConfig
 from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.device_allocator.cumem import CuMemAllocator
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.distributed.utils import StatelessProcessGroup
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -99,6 +103,7 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "RotaryEmbedding": (RotaryEmbedding,),
     "ops": (vllm_ops,),
     "re": (re,),
+    "communicator": (PyNcclCommunicator,),
     "completion": (CompletionOutput,),
     "closure": (inspect.ClosureVars,),
     "config": (VllmConfig, ModelConfig),
@@ -161,10 +166,12 @@ OWNERS: dict[str, tuple[Any, ...]] = {
     "student_config": (VllmConfig,),
     "student_output": (SchedulerOutput,),
     "student_runner": (GPUModelRunner,),
+    "over": (threading.Event,),
     "table": (StagedWriteTensor,),
     "teacher": (KVCacheConfig, VllmConfig, SchedulerConfig),
     "teacher_config": (VllmConfig,),
     "text": (Llama4TextConfig,),
+    "transfer": (WeightTransferConfig,),
     "utils": (layer_utils, triton_utils),
     "vllm_config": (VllmConfig,),
     "_keys": (AuthenticationMiddleware,),
@@ -190,6 +197,7 @@ FIELDS: dict[str, type] = {
     "KVCacheConfig.kv_cache_groups": KVCacheGroupSpec,
     "KVCacheGroupSpec.kv_cache_spec": FullAttentionSpec,
     "LLM.llm_engine": LLMEngine,
+    "PyNcclCommunicator.group": StatelessProcessGroup,
     "LLMEngine.engine_core": SyncMPClient,
     "LLMEngine.vllm_config": VllmConfig,
     "Scheduler.waiting": RequestQueue,
@@ -223,6 +231,7 @@ BASES: dict[str, type] = {
     "SpeculativeScheduler": AsyncScheduler,
     "SpeculativeWorker": Worker,
     "StudentHTTPEngine": WeightTransferEngine,
+    "StudentNCCLEngine": NCCLWeightTransferEngine,
     "_gather_block_tables": BlockTables,
     "_compute_slot_mappings": BlockTables,
     "_apply_write": StagedWriteTensor,

@@ -35,6 +35,11 @@ class Plan:
     renderer: Renderer
     run: dict[str, Any]
 
+    def check_server(self, args: OSDConfig) -> None:
+        """Check that the server can be trained against, if there is one; raises as `ServedPair.check_trainer`."""
+        if isinstance(self.pair, ServedPair) and args.process_index == 0:  # the process that will hold it
+            self.pair.check_trainer(args.device)
+
     def datasets(self, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
         """Return both datasets without rows that cannot be used.
 

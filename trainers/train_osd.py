@@ -26,6 +26,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from osd.core import suggest
 from osd.data.parse import data_keys, split_sections
+from osd.engine.served import ServerUnavailable
 from osd.interrupts import kept_interrupts
 from osd.train import OSDConfig, OSDTrainer
 from osd.train.data import DataArguments, load_data
@@ -196,7 +197,7 @@ def _show(planned: Plan, dataset: Any) -> None:
 
 
 def command(argv: Sequence[str] | None = None) -> None:
-    """Run `main` as a program: an error of the user ends in one line and status 2, Ctrl-C in status 130."""
+    """Run `main` as a program: an error of the user ends in one line and status 2, Ctrl-C in 130, no server in 1."""
     try:
         with kept_interrupts():
             main(argv)
@@ -204,13 +205,17 @@ def command(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("OSD_TRACEBACK"):
             raise
         _end(f"error: {error} (OSD_TRACEBACK=1 shows where)", 2)
+    except ServerUnavailable as error:
+        if os.environ.get("OSD_TRACEBACK"):
+            raise
+        _end(f"failed: {error} (OSD_TRACEBACK=1 shows where)", 1)
     except KeyboardInterrupt:
         _end("interrupted; `--resume_from_checkpoint last` goes on from the newest whole checkpoint", 130)
 
 
 def _end(message: str, status: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":  # every process ends for the same reason
-        print(f"train_osd: {message}", file=sys.stderr)
+        print(f"osd train: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 

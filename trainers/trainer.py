@@ -123,6 +123,7 @@ class OSDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        planned.check_server(args)
         if isinstance(planned.pair, PairConfig):
             check_groups(planned.pair, args.world_size)
         train_dataset, eval_dataset = planned.datasets(train_dataset, eval_dataset)

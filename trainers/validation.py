@@ -180,7 +180,7 @@ def _combinations(args: OSDConfig) -> None:
         raise ValueError(
             f"async_generation=True with vllm_mode={args.vllm_mode!r}: an engine in the trainer's process cannot sample while "
             "it trains. Start `osd serve` on another GPU, or on the same one with a part of its memory "
-            "(--gpu-memory-utilization), and set vllm_mode='server'"
+            "(--gpu-memory-utilization, and weights by \"http\"), and set vllm_mode='server'"
         )
     if args.async_generation and args.max_staleness < args.num_iterations:
         raise ValueError(

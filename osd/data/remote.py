@@ -21,13 +21,12 @@ import httpx
 from osd.data.requests import Request
 from osd.data.settings import GenerateConfig
 from osd.engine.request import PairPrompt, SideLimits, check_request
-from osd.engine.served import weights_digest, without_engine
+from osd.engine.served import API_KEY_VARIABLE, DIRECT, through_proxy, weights_digest, without_engine
 from osd.engine.wire import FIELD, INFO_ROUTE, record_from_json
 
 if TYPE_CHECKING:
     from osd.core import MixingConfig, TokenRecord
 
-API_KEY_VARIABLE = "VLLM_API_KEY"  # the server reads it too
 _CONNECT_SECONDS = 10.0
 _LONGEST_PAUSE = 5.0  # seconds between two looks for a server that is away
 _TIMEOUTS = 3  # of one request, before the run ends
@@ -186,6 +185,7 @@ class ServerPair:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(self.settings.server_timeout, connect=_CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=connections + len(self.urls), max_keepalive_connections=connections),
+            mounts=DIRECT,
         )
 
     # -- one batch ------------------------------------------------------------------------------------------------------
@@ -271,7 +271,8 @@ class ServerPair:
         """Raise if no server has answered for `server_wait` seconds, and none is at work."""
         waited = asyncio.get_running_loop().time() - self._last_answer
         if not self._asking and waited > self.settings.server_wait:
-            raise RuntimeError(f"no server has answered for {waited:.0f} seconds (server_wait): {', '.join(self.urls)}")
+            urls = ", ".join(url + through_proxy(url) for url in self.urls)
+            raise RuntimeError(f"no server has answered for {waited:.0f} seconds (server_wait): {urls}")
 
 
 async def _until_set(event: asyncio.Event, work: Sequence[Coroutine[Any, Any, None]]) -> None:

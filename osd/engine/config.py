@@ -13,6 +13,14 @@ SCHEDULER_CLS = "osd.engine.backend.scheduler.PairScheduler"
 SPECULATIVE_WORKER_CLS = "osd.engine.backend.speculative_worker.SpeculativeWorker"
 SPECULATIVE_SCHEDULER_CLS = "osd.engine.backend.speculative_scheduler.SpeculativeScheduler"
 WEIGHT_TRANSFERS = ("nccl", "http")  # backends of weight_transfer_config
+# The only values of these arguments that a pair can use, and why.
+_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "pipeline_parallel_size": ((1,), "the paired engine has no pipeline parallelism"),
+    "prefill_context_parallel_size": ((1,), "the pair's KV caches are not split over ranks by tokens"),
+    "decode_context_parallel_size": ((1,), "the pair's KV caches are not split over ranks by tokens"),
+    "runner": (("auto", "generate"), "a pair generates text"),
+    "convert": (("auto", "none"), "a pair generates text"),
+}
 # Values that vLLM does not check until its workers have started.
 _EXECUTORS = ("mp", "ray", "uni", "external_launcher")
 _MAPPINGS = ("additional_config", "hf_overrides", "weight_transfer_config")
@@ -36,13 +44,36 @@ SHARED_KWARGS = (
 # Refused: a clear error is better than a wrong distribution.
 UNSUPPORTED_KWARGS = {
     "speculative_config": "in a pair the student drafts; set num_speculative_tokens instead",
+    "spec_method": "in a pair the student drafts; set num_speculative_tokens instead",
+    "spec_model": "in a pair the student drafts; set num_speculative_tokens instead",
+    "spec_tokens": "in a pair the student drafts; set num_speculative_tokens instead",
+    "diffusion_config": "a pair draws one token after the other",
     "kv_transfer_config": "the paired engine has no KV transfer",
+    "kv_offloading_size": "the paired engine has no KV transfer",
+    "ec_transfer_config": "a pair reads text, without an encoder",
+    "mm_encoder_only": "a pair reads text, without an encoder",
     "kv_events_config": "events of the student's cache would be taken for the teacher's",
     "enable_lora": "the engine has no LoRA layers; OSDTrainer merges the student's adapter at every sync",
     "enable_return_routed_experts": "the per-token record travels in its place",
+    "aux_output_config": "the per-token record travels in its place",
     "watermark_config": "the pair draws its own tokens, without a watermark",
+    "return_sampling_mask": "the pair draws its own tokens, by none of vLLM's masks",
+    "use_fp64_gumbel": "the pair draws its own tokens, not by Gumbel noise",
+    "enable_trace_replay": "the pair draws its own tokens, and replays none",
+    "enable_batch_sharded_sampling": "every rank draws all tokens of a pair",
+    "enable_dbo": "the pair's batches are not split",
+    "ubatch_size": "the pair's batches are not split",
+    "enable_eplb": "vLLM would move the experts of one model, and a weight sync would not find them",
+    "enable_elastic_ep": "vLLM would move the experts of one model, and a weight sync would not find them",
+    "pooler_config": "a pair generates text",
     "sleep_mode_offload_cudagraph": "the two models' CUDA graphs would share one memory pool",
 }
+
+
+def transfer_backend(weight_transfer_config: Any) -> str:
+    """Return the backend of a configuration, as a mapping or as vLLM's object."""
+    given = weight_transfer_config
+    return given.get("backend", "nccl") if isinstance(given, dict) else given.backend
 
 
 def largest_number(num_speculative_tokens: int | str) -> int:
@@ -109,12 +140,15 @@ class PairConfig:
                 and "." not in value
             ):
                 raise ValueError(f"{name}[{key!r}]={value!r} is unknown; use one of {', '.join(_EXECUTORS)}")
-            if key == "weight_transfer_config" and value:
-                backend = value.get("backend", "nccl") if isinstance(value, dict) else value.backend
-                if backend not in WEIGHT_TRANSFERS:
-                    raise ValueError(f"{name}[{key!r}] has the backend {backend!r}; use one of {', '.join(WEIGHT_TRANSFERS)}")
-            if key == "pipeline_parallel_size" and value != 1:
-                raise ValueError(f"{name}[{key!r}]={value!r}: the paired engine has no pipeline parallelism; use 1")
+            if (
+                key == "weight_transfer_config"
+                and value is not None
+                and (backend := transfer_backend(value)) not in WEIGHT_TRANSFERS
+            ):
+                raise ValueError(f"{name}[{key!r}] has the backend {backend!r}; use one of {', '.join(WEIGHT_TRANSFERS)}")
+            if key in _ONLY and value not in _ONLY[key][0]:
+                allowed, reason = _ONLY[key]
+                raise ValueError(f"{name}[{key!r}]={value!r}: {reason}; use {' or '.join(map(str, allowed))}")
             if key not in known:
                 raise ValueError(f"{name}[{key!r}] is not an engine argument of the installed vLLM{suggest(key, known)}")
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 import torch
@@ -19,13 +21,29 @@ from huggingface_hub import try_to_load_from_cache
 
 from osd.engine.config import PairConfig
 from osd.engine.request import SideLimits
+from osd.engine.transport import check_sender
 from osd.engine.wire import HEAD_ROUTE, INFO_ROUTE, STATE_ROUTE, frames, unpack
 
 API_KEY_VARIABLE = "VLLM_API_KEY"  # the server reads it too
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 5.0  # seconds between two looks for a server that is away
+# For httpx clients: requests to this machine go through no proxy, whatever HTTP_PROXY and NO_PROXY say.
+DIRECT: dict[str, Any] = dict.fromkeys(f"all://{host}" for host in ("localhost", "127.0.0.1", "0.0.0.0", "[::1]"))
 _PART = 1 << 16  # bytes
 _HEAD_ROWS = 8192  # of the output layer in one answer
+
+
+class ServerUnavailable(RuntimeError):
+    """No server answers, or another trainer uses it."""
+
+
+def through_proxy(url: str) -> str:
+    """Return a remark for an error if requests to a URL go through a proxy that the environment names, or ""."""
+    target = httpx.URL(url)
+    proxies = {} if f"all://{target.host}" in DIRECT or proxy_bypass(target.host) else getproxies()
+    if (proxy := proxies.get(target.scheme) or proxies.get("all")) is None:
+        return ""
+    return f"; requests go through the proxy {httpx.URL(proxy).host!r} (HTTP_PROXY): NO_PROXY={target.host} goes around it"
 
 
 @cache
@@ -77,7 +95,12 @@ class ServedPair:
 
     def __post_init__(self) -> None:
         url = self.url.rstrip("/").removesuffix("/v1")
-        if not url.startswith(("http://", "https://")):
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of `port`
+            valid = False
+        if not valid:
             raise ValueError(f"the server {self.url!r} is not a URL; write http://host:port")
         if not self.timeout > 0:
             raise ValueError(f"the timeout of {self.timeout} seconds for the server must be positive")
@@ -90,14 +113,16 @@ class ServedPair:
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(self.timeout, connect=CONNECT_SECONDS),
+            mounts=DIRECT,
         )
 
     def info(self) -> dict[str, Any]:
         """Wait for the server; return what it serves.
 
         Raises:
-            ValueError: a server of other models, one that takes no weights, or one that refuses the API key.
-            RuntimeError: no server within ``timeout`` seconds.
+            ValueError: a server of other models, one that takes no weights, or one that refuses the API key; something else
+                than a server of a pair.
+            ServerUnavailable: no server within ``timeout`` seconds.
         """
         with self.client() as client:
             return self.wait(client)
@@ -106,6 +131,25 @@ class ServedPair:
         """Wait for the server; return the limits of both sides. Raises as `info`."""
         return {side: SideLimits(**given) for side, given in self.info()["limits"].items()}
 
+    def check_trainer(self, device: torch.device) -> None:
+        """Check before a model loads that this process can train on ``device`` against the server; raises as `info`.
+
+        Raises:
+            ValueError: as `check_sender`.
+            ServerUnavailable: another trainer uses the server.
+        """
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while True:
+            state = self.info()["state"]
+            check_sender(state["transfer"], device, self.group_port)
+            if state["trainer"] is None:
+                return
+            if time.monotonic() > deadline:  # the server sees the end of a trainer a little later
+                raise ServerUnavailable(
+                    f"server {self.url}: another trainer ({state['trainer']}) uses this server; end it, or start another server"
+                )
+            time.sleep(0.1)
+
     def wait(self, client: httpx.Client) -> dict[str, Any]:
         """Return what the server says of itself, once it does. Raises as `info`."""
         deadline, pause, silent = time.monotonic() + self.timeout, 0.1, True
@@ -113,17 +157,22 @@ class ServedPair:
             try:
                 return self.look(client)
             except httpx.TransportError as error:
+                if "[SSL" in str(error):
+                    raise ValueError(
+                        f"no TLS connection to server {self.url} ({error}); write http:// for a server without --ssl-certfile, "
+                        "or name its certificate in the variable SSL_CERT_FILE"
+                    ) from error
                 if silent and pause > 1:
                     silent = False
                     warnings.warn(
                         f"no `osd serve` answers at {self.url} yet ({error}); waiting for it, {self.timeout:g} seconds at most "
-                        "(vllm_server_timeout)",
+                        f"(vllm_server_timeout){through_proxy(self.url)}",
                         stacklevel=2,
                     )
                 if time.monotonic() > deadline:
-                    raise RuntimeError(
+                    raise ServerUnavailable(
                         f"no `osd serve` has answered at {self.url} for {self.timeout:g} seconds ({error}); start one there, "
-                        "correct vllm_server_base_url, or raise vllm_server_timeout"
+                        f"correct vllm_server_base_url, or raise vllm_server_timeout{through_proxy(self.url)}"
                     ) from error
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -131,23 +180,33 @@ class ServedPair:
     def look(self, client: httpx.Client) -> dict[str, Any]:
         """Return what the server says of itself now. Raises a ValueError as `info`, or an `httpx.TransportError`."""
         answers = [client.get(route, timeout=min(self.timeout, CONNECT_SECONDS)) for route in (INFO_ROUTE, STATE_ROUTE)]
+        proxy = through_proxy(self.url)
         for answer in answers:
             if answer.status_code in (401, 403):
-                raise ValueError(f"server {self.url} refuses the API key; set the variable {API_KEY_VARIABLE}")
-            if answer.status_code == 404:
-                raise ValueError(f"server {self.url} is not an `osd serve`; start one there, or correct the URL")
-            if answer.status_code != 200:
+                given = "refuses the API key" if "Authorization" in client.headers else "needs its API key"
+                raise ValueError(f"server {self.url} {given}; set the variable {API_KEY_VARIABLE}{proxy}")
+            if answer.status_code >= 500:
                 raise httpx.ReadError(f"it answers {answer.status_code}")
-        info = {**answers[0].json(), "state": answers[1].json()}
-        for side in ("teacher", "student"):  # folders differ between machines
-            if PurePath(info[side]).name != PurePath(getattr(self.config, side)).name:
-                raise ValueError(f"the {side} of server {self.url} is {info[side]!r}, and {getattr(self.config, side)!r} here")
-        ours, theirs = weights_digest(str(self.config.teacher)), info["teacher_weights"]
-        if None not in (ours, theirs) and ours != theirs:
+        try:
+            info = {**answers[0].json(), "state": answers[1].json()}
+            served = {side: (info[side], info[f"{side}_weights"]) for side in ("teacher", "student")}
+        except (KeyError, TypeError, ValueError):
             raise ValueError(
-                f"the teacher of server {self.url} has other weights than {str(self.config.teacher)!r} here, under the same "
-                "name; give both the same files"
-            )
+                f"server {self.url} is not an `osd serve` of this version; start one there, or correct the URL{proxy}"
+            ) from None
+        for side, (name, theirs) in served.items():
+            ours = weights_digest(str(here := getattr(self.config, side)))
+            same_files = None if None in (ours, theirs) else ours == theirs  # None: only one machine has the files
+            if PurePath(name).name != PurePath(here).name and same_files is not True:  # folders differ between machines
+                raise ValueError(
+                    f"the {side} of server {self.url} is {name!r}, and {here!r} here; start the server with --{side} {here}, "
+                    f"or train with {name!r}"
+                )
+            if side == "teacher" and same_files is False:
+                raise ValueError(
+                    f"the teacher of server {self.url} has other weights than {str(here)!r} here, under the same name; give "
+                    "both the same files"
+                )
         if info["state"]["transfer"] is None:
             raise ValueError(
                 f"server {self.url} takes no weights; start it with --weight-transfer-config "

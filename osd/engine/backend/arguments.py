@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -24,7 +25,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_option, suggest
 from osd.engine.backend.configuration import check_engine_args, refusal, refusals
 from osd.engine.backend.language_model import as_text
-from osd.engine.config import PairConfig
+from osd.engine.config import PairConfig, transfer_backend
 from osd.validate_models import check_models, check_weights
 
 # The neutral values of what vLLM would take from the teacher's generation_config.json where a request names none.
@@ -46,8 +47,8 @@ def server_arguments(argv: list[str]) -> Namespace:
     args.subparser = "serve"  # vLLM's checks ask for it
     config = pair_config(args, given(argv))
     _check_front_end(args)
-    if config.engine_kwargs.get("weight_transfer_config"):
-        _check_takes_weights(args)
+    if (transfer := config.engine_kwargs.get("weight_transfer_config")) is not None:
+        _check_takes_weights(args, transfer_backend(transfer))
     args.student_chat_template = _template(args.student_chat_template)
     check_models(config)
     check_weights(config)
@@ -84,8 +85,13 @@ def _check_front_end(args: Namespace) -> None:
             raise ValueError(f"--middleware={name!r} cannot be imported ({error}); write it as module.name") from error
 
 
-def _check_takes_weights(args: Namespace) -> None:
-    """Refuse a server whose student anyone could replace, or whose weights one of several front ends would not know of."""
+def _check_takes_weights(args: Namespace, backend: str) -> None:
+    """Refuse a server that anyone could send weights to, or nobody, or whose front ends would not all know of them."""
+    if current_platform.is_cpu() and backend == "nccl":
+        raise ValueError(
+            f"--weight-transfer-config has the backend {backend!r}, vLLM's default: NCCL needs GPUs, and vLLM runs on a CPU "
+            """here; use '{"backend": "http"}'"""
+        )
     if not (args.api_key or envs.VLLM_API_KEY or envs.VLLM_SERVER_DEV_MODE):
         raise ValueError(
             "--weight-transfer-config without --api-key: whoever reaches the port could replace the student's weights; set "

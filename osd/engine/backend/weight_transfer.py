@@ -8,19 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from safetensors.torch import load
 from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
 
+from osd.engine.backend.nccl import watched
 from osd.engine.config import WEIGHT_TRANSFERS
 
 
+@dataclass(kw_only=True)
+class NCCLInitInfo(NCCLWeightTransferInitInfo):
+    """vLLM's, and how long one `/update_weights` may take; TRL's client sends a whole model in one, and no ``seconds``."""
+
+    seconds: float = 1800.0
+
+
 class StudentNCCLEngine(NCCLWeightTransferEngine):
-    """vLLM's NCCL engine, which hands the tensors to the pair's worker."""
+    """vLLM's NCCL engine, which hands the tensors to the pair's worker, and gives up a transfer whose trainer is gone."""
+
+    init_info_cls = NCCLInitInfo
+
+    def init_transfer_engine(self, init_info: NCCLInitInfo) -> None:  # type: ignore[override]
+        self.shutdown()  # frees the communicator of the trainer before
+        super().init_transfer_engine(init_info)
+        self._seconds = init_info.seconds
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        communicator = self.model_update_group
+        if communicator is None or communicator.disabled:  # vLLM would load what happens to be in memory
+            raise RuntimeError("no trainer has joined this worker, or its last transfer was aborted; join it again")
+        with watched(communicator, self._seconds):
+            super().update_weights(update_info)
 
     def start_weight_update(self) -> None:
         pass
@@ -61,6 +82,13 @@ class StudentHTTPEngine(WeightTransferEngine[WeightTransferInitInfo, Tensors]):
         pass
 
 
+class _Student:
+    """Stand-in for the student's model in vLLM's engines, which keep it as a key."""
+
+    def __init__(self, load_weights: Callable[[Any], None]) -> None:
+        self.load_weights = load_weights
+
+
 _ENGINES: dict[str, type[WeightTransferEngine]] = dict(
     zip(WEIGHT_TRANSFERS, (StudentNCCLEngine, StudentHTTPEngine), strict=True)
 )
@@ -74,5 +102,5 @@ def transfer_engine(config: VllmConfig, device: Any, load_weights: Callable[[Any
     """
     if (transfer := config.weight_transfer_config) is None:
         return None
-    target: Any = SimpleNamespace(load_weights=load_weights)
-    return _ENGINES[transfer.backend](transfer, config, device, target)
+    student: Any = _Student(load_weights)
+    return _ENGINES[transfer.backend](transfer, config, device, student)
