@@ -79,6 +79,23 @@ def engine(kind, model_paths, drafts):
         yield engine
 
 
+# First in the module: the engine of the fixture above stays open until the module's end.
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize("kind", map(parameter, KINDS))
+def test_beside_a_llama(kind, side, tmp_path):
+    """An architecture on one side alone, with full attention on the other."""
+    if side == "student" and kind in EXPERTS:
+        pytest.skip("vLLM prepares for experts by the teacher's configuration")
+    folders = {"teacher": tmp_path / "teacher", "student": tmp_path / "student"}
+    for name, seed in (("teacher", 3), ("student", 4)):
+        save_model(folders[name], kind, seed=seed) if name == side else tiny_model(folders[name], seed=seed)
+    models = tuple(map(reference, folders.values()))
+    with start(folders.values(), cramped(34, 50, 24), max_model_len=192, enable_prefix_caching=caches_prefixes(kind)) as engine:
+        results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
+        assert max(errors(models, results).values()) < 2e-3
+
+
 def test_records_are_exact_under_a_hard_schedule(kind, engine, models, monkeypatch):
     seen = watch(engine, monkeypatch)
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
@@ -156,22 +173,6 @@ def test_a_state_that_takes_a_token_twice_is_seen(kind, engine, models, monkeypa
     monkeypatch.setattr("osd.engine.backend.side_scheduler.SideScheduler.preempt", take_back)
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
     assert errors(models, results)["logp_theta"] > 0.1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("side", ["teacher", "student"])
-@pytest.mark.parametrize("kind", map(parameter, KINDS))
-def test_beside_a_llama(kind, side, tmp_path):
-    """An architecture on one side alone, with full attention on the other."""
-    if side == "student" and kind in EXPERTS:
-        pytest.skip("vLLM prepares for experts by the teacher's configuration")
-    folders = {"teacher": tmp_path / "teacher", "student": tmp_path / "student"}
-    for name, seed in (("teacher", 3), ("student", 4)):
-        save_model(folders[name], kind, seed=seed) if name == side else tiny_model(folders[name], seed=seed)
-    models = tuple(map(reference, folders.values()))
-    with start(folders.values(), cramped(34, 50, 24), max_model_len=192, enable_prefix_caching=caches_prefixes(kind)) as engine:
-        results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
-        assert max(errors(models, results).values()) < 2e-3
 
 
 def test_osd_check_counts_the_caches_of_the_running_models(engine):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from osd.engine.engine import EngineState, PairEngine, PairPrompt, checked_params
 from osd.engine.request import PairOptions
-from osd.engine.weights import dump_weights
+from osd.engine.weights import WeightLoad, dump_weights
 from tests.exact import completion_logits, reference
 from tests.pairs import runners
 from tests.tiny import save_tokenizer, tiny_model
@@ -257,3 +259,37 @@ def test_weights_do_not_change_under_a_running_request(engine):
     assert list(engine._frontend.finished())
     engine.load_student_weights(another(engine, 16).items())
     check_policy(engine, another(engine, 16))
+
+
+class Fused(torch.nn.Module):
+    """A vLLM model with one fused matrix and the bias of its experts: what a load reports, and in what names."""
+
+    def __init__(self):
+        super().__init__()
+        self.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+        self.layers = torch.nn.ModuleDict({"0": torch.nn.Module()})
+        self.layers["0"].gate_up_proj = torch.nn.Linear(2, 2, bias=False)
+        self.layers["0"].e_score_correction_bias = torch.nn.Parameter(torch.zeros(2))
+
+    def load_weights(self, named_tensors):
+        return {name.replace("gate_proj", "gate_up_proj").replace(".up_proj", ".gate_up_proj") for name, _ in named_tensors}
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        (["gate_up_proj"], []),  # one tensor in the checkpoint, too: GLM-4
+        (["gate_proj", "up_proj"], []),
+        (["gate_proj"], ["layers.0.up_proj.weight"]),
+        ([], ["layers.0.gate_up_proj.weight"]),
+    ],
+)
+def test_a_load_of_fused_and_constant_parameters(given, missing):
+    load = WeightLoad(Fused(), partial=False)
+    load.add((f"layers.0.{name}.weight", torch.zeros(2, 2)) for name in given)
+    with (
+        pytest.raises(ValueError, match=f"left 1 of the student's parameters as they were.*{missing[0]}")
+        if missing
+        else (nullcontext())
+    ):
+        load.check_complete()

@@ -290,14 +290,21 @@ def keep_weights() -> Any:
     return mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", lambda layer, remove_weight: pack(layer, False))
 
 
+def unpack_weights(model: torch.nn.Module) -> None:
+    """Restore the convolutions of recurrent layers, which vLLM packs in place in bfloat16, before new weights are loaded."""
+    for module in model.modules():
+        if (unpacked := getattr(module, "_cpu_unpacked_conv_weight", None)) is not None:
+            module.weight.data = unpacked[:, None]
+
+
 def pack_weights(model: torch.nn.Module) -> None:
-    """Pack the linear layers of a model that was loaded under :func:`keep_weights`, after new weights were loaded into it."""
+    """Pack the linear layers and convolutions of a model loaded under :func:`keep_weights`, after new weights were loaded."""
     if not _is_cpu():
         return
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     for module in model.modules():
-        if hasattr(module, "cpu_linear"):
+        if hasattr(module, "cpu_linear") or hasattr(module, "_cpu_unpacked_conv_weight"):
             dispatch_cpu_unquantized_gemm(module, False)
 
 

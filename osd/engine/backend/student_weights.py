@@ -54,6 +54,7 @@ class StudentWeights:
         self._give_up()
         model = self._runner.get_model()
         with self._as_student(), torch.no_grad():
+            cpu.unpack_weights(model)
             self._loading.enter_context(loading_experts(model, self._config.model_config, partial=partial))
         self._load = WeightLoad(model, partial=partial)
 
