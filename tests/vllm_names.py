@@ -169,6 +169,7 @@ def _known_elsewhere() -> set[str]:
         bytes,
         np.ndarray,
         np,
+        np.ctypeslib,
         torch,
         torch.Tensor,
         torch.nn,

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -108,7 +109,7 @@ def _expand_mapping(slots: Any, expanded: Any, places: Any, cu_logits: Any, **_:
 
 
 def _sampled_and_rejected(
-    num_sampled: Any, num_rejected: Any, seq_lens: Any, cu_logits: Any, slots: Any, prefill_len: Any
+    num_sampled: Any, num_rejected: Any, seq_lens: Any, cu_logits: Any, slots: Any, prefill_len: Any, **_: Any
 ) -> None:
     rows = len(slots)
     in_prefill = seq_lens.numpy()[:rows] < prefill_len.numpy()[slots.numpy()]
@@ -155,40 +156,50 @@ def _zero_blocks(addresses: Any, strides: Any, sizes: Any, blocks: Any, **_: Any
             ctypes.memset(address + 4 * block * stride, 0, 4 * size)
 
 
-def _gather_block_tables(
-    self: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **_: Any
-) -> Any:
-    rows, slots = len(idx_mapping), idx_mapping.numpy()
-    out = tuple(self.input_block_tables) if out is None else out
-    for source, table in zip(self.block_tables, out, strict=True):
-        table.numpy()[:rows] = source.gpu.numpy()[slots]  # entries beyond a row's blocks are never read
-        table.numpy()[rows:num_reqs_padded] = 0
-    return tuple(table[:num_reqs_padded] for table in out)
+def _table(addresses: Any, strides: Any, group: int, rows: int) -> np.ndarray:
+    """Return the block table of a group, int32 [rows, stride], whose address a kernel is given."""
+    pointer = ctypes.cast(int(addresses[group]), ctypes.POINTER(ctypes.c_int32))
+    return np.ctypeslib.as_array(pointer, (rows, int(strides[group])))
 
 
-def _compute_slot_mappings(
-    self: Any, idx_mapping: Any, query_start_loc: Any, positions: Any, num_tokens_padded: int, out: Any = None
-) -> Any:
-    mappings, first = self.slot_mappings if out is None else out, query_start_loc.numpy()[: len(idx_mapping) + 1]
+def _gather_tables(
+    slots: Any, sources: Any, targets: Any, strides: Any, _n: Any, _s: int, rows: int, grid: tuple[int, ...], **_: Any
+) -> None:
+    slot = slots.numpy()
+    for group in range(grid[0]):
+        table = _table(targets, strides, group, grid[1])
+        table[:rows] = _table(sources, strides, group, slot.max(initial=0) + 1)[slot]  # entries beyond a row's are never read
+        table[rows:] = 0
+
+
+def _slot_mappings(
+    _most: int, slots: Any, starts: Any, positions: Any, addresses: Any, strides: Any, sizes: Any, enabled: Any, _d: Any,
+    mappings: Any, _m: int, _r: int, PAD_ID: int, **_: Any,
+) -> None:  # fmt: skip
+    rows, first = slots.numpy(), starts.numpy()[: len(slots) + 1]
     total = first[-1]
-    slot, position = np.repeat(idx_mapping.numpy(), np.diff(first)), positions.numpy()[:total]
-    for group, (table, size) in enumerate(zip(self.block_tables, self.block_sizes, strict=True)):
-        mapping = mappings[group].numpy()
-        mapping[:total] = table.gpu.numpy()[slot, position // size].astype(np.int64) * size + position % size
-        mapping[total:] = -1  # vLLM's PAD_SLOT_ID
-    return mappings[:, :num_tokens_padded]
+    slot, position = np.repeat(rows, np.diff(first)), positions.numpy()[:total]
+    for group, (mapping, size) in enumerate(zip(mappings.numpy(), sizes.tolist(), strict=True)):
+        mapping[:] = PAD_ID
+        if enabled[group]:
+            blocks = _table(addresses, strides, group, rows.max(initial=0) + 1)[slot, position // size]
+            mapping[:total] = np.where(slot >= 0, blocks.astype(np.int64) * size + position % size, PAD_ID)
 
 
-def _apply_write(self: Any) -> None:
-    table, begin = self.gpu.numpy(), 0
-    table = table if table.ndim == 2 else table[:, None]
-    for row, start, end in zip(self._staged_write_indices, self._staged_write_starts, self._staged_write_cu_lens, strict=True):
-        table[row, start : start + end - begin] = self._staged_write_contents[begin:end]
+def _apply_writes(
+    target: Any, strides: Any, rows: Any, starts: Any, contents: Any, ends: Any, groups: Any, MULTI_GROUP: bool,
+    grid: tuple[int, ...], **_: Any,
+) -> None:  # fmt: skip
+    begin, contents = 0, contents.numpy()
+    whole = None if MULTI_GROUP else target.numpy().reshape(len(target), -1)
+    for n in range(grid[0]):
+        row, start, end = int(rows[n]), int(starts[n]), int(ends[n])
+        table = _table(target, strides, int(groups[n]), row + 1) if whole is None else whole
+        table[row, start : start + end - begin] = contents[begin:end]
         begin = end
-    self.clear_staged_writes()
 
 
-# By module of vllm.v1.worker: the kernels, launched as `kernel[grid](...)`, and the methods that launch one each.
+# By module of vllm.v1.worker.
 KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "gpu.input_batch": {
         "_prepare_prefill_inputs_kernel": _prefill_inputs,
@@ -198,25 +209,21 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
         "_get_num_sampled_and_rejected_kernel": _sampled_and_rejected,
         "_post_update_kernel": _post_update,
     },
-    "utils": {"_zero_kv_blocks_kernel": _zero_blocks},
+    "gpu.block_table": {"_gather_block_tables_kernel": _gather_tables, "_compute_slot_mappings_kernel": _slot_mappings},
+    "gpu.buffer_utils": {"_apply_write_kernel": _apply_writes},
     "gpu.structured_outputs": {"_apply_grammar_bitmask_kernel": _grammar_mask},
-}
-METHODS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
-    "gpu.block_table": {
-        "BlockTables": {"gather_block_tables": _gather_block_tables, "compute_slot_mappings": _compute_slot_mappings}
-    },
-    "gpu.buffer_utils": {"StagedWriteTensor": {"apply_write": _apply_write}},
+    "utils": {"_zero_kv_blocks_kernel": _zero_blocks},
 }
 
 
 class _Launcher:
-    """A function in the place of a Triton kernel: ``kernel[grid](...)`` calls it once."""
+    """A function in the place of a Triton kernel: ``kernel[grid](...)`` calls it once, with the grid as its last argument."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self.function
+        return partial(self.function, grid=grid)
 
 
 def install_kernels() -> None:
@@ -228,10 +235,6 @@ def install_kernels() -> None:
     for module, kernels in KERNELS.items():
         for name, function in kernels.items():
             setattr(import_module(f"vllm.v1.worker.{module}"), name, _Launcher(function))
-    for module, classes in METHODS.items():
-        for owner, methods in classes.items():
-            for name, function in methods.items():
-                setattr(getattr(import_module(f"vllm.v1.worker.{module}"), owner), name, function)
     # The kernel of top-k and top-p needs more than the interpreter has.
     vars(import_module("vllm.v1.sample.ops.topk_topp_sampler"))["HAS_TRITON"] = False
     RotaryEmbedding: Any = import_module("vllm.model_executor.layers.rotary_embedding.base").RotaryEmbedding
