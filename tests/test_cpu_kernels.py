@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import wraps
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -125,7 +126,7 @@ def differing(kernel: str, function: Callable[..., None], seeds: int = 40) -> in
     """Return in how many random batches a function's results differ from a kernel's."""
     wrapper, call = LAUNCHERS[kernel]
     stock, ours = fresh("gpu.input_batch"), fresh("gpu.input_batch")
-    setattr(ours, kernel, cpu._Launcher(function))
+    setattr(ours, kernel, cpu._Launcher(getattr(ours, kernel), function))
     different = 0
     for seed in range(seeds):
         expected, got = (call(Batch(seed), getattr(module, wrapper)) for module in (stock, ours))
@@ -141,11 +142,12 @@ def test_a_function_does_what_its_kernel_does(kernel):
 def test_ignored_prefills_and_skipped_rows_are_seen():
     """The planted errors: a row inside its prompt counts as sampled; rows with a negative slot are not skipped."""
 
-    def no_prefill(num_sampled: Any, num_rejected: Any, *rest: Any, **_: Any) -> None:
-        num_rejected.numpy()[:] = np.diff(rest[1].numpy()) - num_sampled.numpy()
+    def no_prefill(num_sampled: np.ndarray, num_rejected: np.ndarray, cu_num_logits: np.ndarray) -> None:
+        num_rejected[:] = np.diff(cu_num_logits) - num_sampled
 
-    def no_skipping(slots: Any, *rest: Any, **kwargs: Any) -> None:
-        cpu._post_update(slots.abs(), *rest, **kwargs)
+    @wraps(cpu._post_update)
+    def no_skipping(idx_mapping: np.ndarray, **rest: Any) -> None:
+        cpu._post_update(np.abs(idx_mapping), **rest)
 
     assert differing("_get_num_sampled_and_rejected_kernel", no_prefill) > 10
     assert differing("_post_update_kernel", no_skipping) > 10
@@ -170,9 +172,9 @@ def test_grammar_masks_are_those_of_the_kernel(monkeypatch):
         masked += batch.integers(DRAFTS + 1, masked.shape).int()
         bitmask = batch.integers(2**31, (len(masked), (VOCAB + 31) // 32)).int()
         logits = [torch.zeros(int(batch.cu_num_logits[-1]), VOCAB) for _ in range(2)]
-        for out, launch in zip(logits, (kernel[(len(masked), 1)], cpu._grammar_mask), strict=True):
+        for out, launcher in zip(logits, (kernel, cpu._Launcher(kernel, cpu._grammar_mask)), strict=True):
             arguments = (out, out.stride(0), masked, batch.cu_num_logits, bitmask, bitmask.stride(0), VOCAB)
-            launch(*arguments, MASK_STRIDE=DRAFTS + 1, BLOCK_SIZE=64)
+            launcher[(len(masked), 1)](*arguments, MASK_STRIDE=DRAFTS + 1, BLOCK_SIZE=64)
         found += int(logits[0].isinf().any())
         assert torch.equal(*logits)
     assert found > 10
@@ -182,10 +184,10 @@ def test_blocks_are_zeroed_as_by_the_kernel():
     """Two layers with pages of different sizes, the second with a gap between them."""
     kernel, caches = fresh("utils")._zero_kv_blocks_kernel, []
     blocks, strides, sizes = torch.tensor([5, 0, 2]), torch.tensor([40, 64]), torch.tensor([40, 50])
-    for launch in (kernel[(3, 2, 2)], cpu._zero_blocks):
+    for launcher in (kernel, cpu._Launcher(kernel, cpu._zero_blocks)):
         cache = torch.arange(1.0, 1000.0)
         starts = cache.data_ptr() + 4 * torch.tensor([3, 300])
-        launch(starts.to(torch.uint64), strides, sizes, blocks, BLOCK_SIZE=32)
+        launcher[(3, 2, 2)](starts.to(torch.uint64), strides, sizes, blocks, BLOCK_SIZE=32)
         caches.append(cache)
     assert int((caches[0] == 0).sum()) == 3 * (40 + 50)
     assert torch.equal(*caches)
@@ -195,7 +197,7 @@ def with_functions(module: str) -> ModuleType:
     """Return a copy of a module of vLLM's runner whose kernels are our functions."""
     copy = fresh(module)
     for name, function in cpu.KERNELS[module].items():
-        setattr(copy, name, cpu._Launcher(function))
+        setattr(copy, name, cpu._Launcher(getattr(copy, name), function))
     return copy
 
 
