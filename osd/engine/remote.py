@@ -72,10 +72,6 @@ class RemoteEngine:
         set_seed(seed)  # as vLLM does in a process where an engine starts: a run draws the same in both modes
 
     @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
     def student_is_whole(self) -> bool:
         """True if no weight sync was made, or the last one succeeded."""
         return not self._stale
@@ -85,7 +81,7 @@ class RemoteEngine:
     def _of_main(self, work: Any) -> Any:
         """Return what ``work`` returns in the main process; raise in every process if it raises."""
         result, failure = None, None
-        if self.is_main:
+        if self.rank == 0:
             try:
                 result = work()
             except Exception as error:
@@ -116,15 +112,7 @@ class RemoteEngine:
         self.mixing = mixing
 
     def generate(
-        self,
-        prompts: Sequence[PairPrompt],
-        *,
-        sampling: dict[str, Any] | Sequence[dict[str, Any]],
-        alpha: float | Sequence[float | None] | None = None,
-        mix_tokens: int | None = None,
-        teacher_only: bool = False,
-        hidden: bool = False,
-        topk: int = 0,
+        self, prompts: Sequence[PairPrompt], *, sampling: dict[str, Any] | Sequence[dict[str, Any]], **options: Any
     ) -> list[PairCompletion]:
         """Sample one completion per prompt, in the order of the prompts; arguments as of `PairEngine.generate`.
 
@@ -133,7 +121,6 @@ class RemoteEngine:
             ServerLost: its ``batch`` has the completions that came before.
             RuntimeError: the last weight sync failed; no completion within the timeout; another trainer uses the server.
         """
-        options = dict(alpha=alpha, mix_tokens=mix_tokens, teacher_only=teacher_only, hidden=hidden, topk=topk)
         return self.finish(self._batch(prompts, sampling, self.mixing, **options))
 
     def _batch(
@@ -145,7 +132,7 @@ class RemoteEngine:
         alpha: float | Sequence[float | None] | None = None,
         **options: Any,
     ) -> Batch:
-        per_prompt = [sampling] * len(prompts) if isinstance(sampling, dict) else one_each("sampling", sampling, len(prompts))
+        per_prompt = one_each("sampling", sampling, len(prompts))
         body: dict[str, Any] = {
             "prompts": [[list(prompt.teacher_token_ids), list(prompt.student_token_ids)] for prompt in prompts],
             "sampling": [sampling] if isinstance(sampling, dict) else per_prompt,
@@ -299,7 +286,7 @@ class RemoteEngine:
         tensors, name = iter(named_tensors), uuid.uuid4().hex
         failure, pushed = None, None
         try:
-            if self.is_main:
+            if self.rank == 0:
                 pushed = self._sender.push(tensors, name, partial=partial)
         except Exception as error:
             failure = error

@@ -84,16 +84,9 @@ class Frontend:
         return self.llm.llm_engine
 
     @property
-    def has_tokenizer(self) -> bool:
-        return not self.engine.vllm_config.model_config.skip_tokenizer_init
-
-    @property
-    def can_sleep(self) -> bool:
-        return self.engine.vllm_config.model_config.enable_sleep_mode
-
-    @property
-    def seed(self) -> int:
-        return self.engine.vllm_config.model_config.seed
+    def model_config(self) -> Any:
+        """vLLM's configuration of the teacher."""
+        return self.engine.vllm_config.model_config
 
     @property
     def _core(self) -> Any | None:

@@ -24,7 +24,7 @@ from osd.engine.backend.sampler import StepInputs, counts, sampler_output
 from osd.engine.backend.scheduler import PairStep
 from osd.engine.backend.speculative_sampler import SpeculativeSampler
 from osd.engine.backend.worker import PairWorker
-from osd.engine.mixture import as_index, take
+from osd.engine.mixture import take
 from osd.engine.positions import CycleAligner, CycleAlignment
 
 if TYPE_CHECKING:
@@ -230,10 +230,12 @@ class SpeculativeWorker(PairWorker):
         else:
             outputs = self.sampler.nothing(teacher, alignment)
         self._outputs = alignment, outputs  # type: ignore[assignment]
-        self._record(alignment, outputs, hidden_NH)
-        kept_B = outputs.verdict.kept_B.int() * alignment.requests.ready_B
+        verdict = outputs.verdict
+        drafts = {"kept_B": verdict.kept_N, "origin_B1": verdict.origin_N[:, None]}
+        self._record(alignment.recorded_ids, alignment.positions, outputs.positions, hidden_NH, **drafts)
+        kept_B = verdict.kept_B.int() * alignment.requests.ready_B
         num_sampled, num_rejected = counts(runner.req_states, batch, kept_B, None)
-        tokens = replace(outputs.positions, token_B=outputs.verdict.token_BW)
+        tokens = replace(outputs.positions, token_B=verdict.token_BW)
         if self._step.returned:
             logprobs = self._with_record(tokens, hidden_NH)
             first = batch.cu_num_logits_np.tolist() if batch.num_draft_tokens else None
@@ -256,23 +258,6 @@ class SpeculativeWorker(PairWorker):
             num_rejected=num_rejected,
         )
         return output, num_sampled, num_rejected
-
-    def _record(self, alignment: Any, outputs: Any, hidden_NH: torch.Tensor) -> None:
-        if self._cycle is None:
-            super()._record(alignment, outputs, hidden_NH)
-            return
-        if not alignment.recorded_ids:
-            return
-        rows, verdict = as_index(alignment.positions.recorded_rows), outputs.verdict
-        topk_NX = outputs.positions.topk_BX
-        self.records.append(
-            alignment.recorded_ids,
-            outputs.positions.values_BR[rows],
-            hidden_NH[rows] if alignment.positions.hidden else None,
-            None if topk_NX is None else topk_NX[rows],
-            kept_B=verdict.kept_N[rows],
-            origin_B1=verdict.origin_N[rows, None],
-        )
 
     def _finish_step(self, alignment: Any, outputs: Any) -> None:
         """Write the kept tokens into the student's state, and take it back by the rejected ones."""

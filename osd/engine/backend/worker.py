@@ -191,7 +191,7 @@ class PairWorker(TwoModelWorker):
         )
         outputs = self.sampler(inputs)
         self._outputs, self._student_logits = (alignment, outputs), None
-        self._record(alignment, outputs, hidden_BH)
+        self._record(alignment.recorded_ids, alignment, outputs, hidden_BH)
         num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_B, alignment.rejected_B)
         if self._step.returned:
             outputs = replace(outputs, logprobs=self._with_record(outputs, hidden_BH))
@@ -232,16 +232,16 @@ class PairWorker(TwoModelWorker):
 
     # -- the record -------------------------------------------------------------------------------------------------
 
-    def _record(self, alignment: Alignment, outputs: StepOutputs, hidden_BH: torch.Tensor) -> None:
-        if not alignment.recorded_ids:
-            return
-        rows = as_index(alignment.recorded_rows)
-        self.records.append(
-            alignment.recorded_ids,
-            outputs.values_BR[rows],
-            hidden_BH[rows] if alignment.hidden else None,
-            None if outputs.topk_BX is None else outputs.topk_BX[rows],
-        )
+    def _record(
+        self, ids: list[str], alignment: Alignment, outputs: StepOutputs, hidden_BH: torch.Tensor, **drafts: torch.Tensor
+    ) -> None:
+        """Keep the record of these requests; ``drafts`` as of `RecordLog.append`, of all rows."""
+        if ids:
+            rows = as_index(alignment.recorded_rows)
+            hidden = hidden_BH[rows] if alignment.hidden else None
+            topk = None if outputs.topk_BX is None else outputs.topk_BX[rows]
+            drafts = {name: tensor[rows] for name, tensor in drafts.items()}
+            self.records.append(ids, outputs.values_BR[rows], hidden, topk, **drafts)
 
     def _with_record(self, outputs: StepOutputs, hidden_BH: torch.Tensor) -> Any:
         """Return the logprobs of a step with the record that is returned with its tokens."""
