@@ -1,13 +1,14 @@
 """RemoteEngine: the pair of an `osd serve` process, as a trainer in other processes uses it; takes the place of `PairEngine`.
 
-Every process of a training run has one. Each sends its own prompts; the main process alone pushes weights. What one process
-cannot do, none of them goes on without: `generate` and `load_student_weights` raise in all of them or in none.
+Every process of a training run has one. Each sends its own prompts; the main process alone pushes weights. If a call of
+`generate` or `load_student_weights` fails in one process, it raises in all of them.
 
-A batch is drawn from the weights of one sync, whose name every request and every answer has. A server that goes away is waited
-for. Where it comes back without those weights, `ServerLost` says so: the caller syncs again and asks for the rest of the batch.
+A batch is drawn from the weights of one sync. Every request and every answer names that sync. If the server goes away, the
+engine waits for it. If it comes back without those weights, `ServerLost` is raised: the caller syncs again and asks for the
+rest of the batch.
 
-`begin` asks for a batch in a thread, while the caller does other things. That thread does HTTP alone, nothing collective, and
-while it runs the server does nothing else for this run: whatever would change weights or mixing waits for it (`settle`).
+`begin` asks for a batch in a thread, while the caller does other things. The thread makes HTTP requests and no collective
+calls. What would change weights or mixing waits until the thread has ended (`settle`).
 """
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ class RemoteEngine:
             raise RuntimeError(f"server {self.pair.url} cannot sample prompt {place} of the batch: {of['message']}")
         if of["status"] != 200:
             batch.trouble = of["message"]
-            return  # asked for again
+            return  # `_ask` asks for it again
         if of["sync"] != self._sync:
             raise ServerLost(f"server {self.pair.url} answered from the weights {of['sync']!r}, not {self._sync!r}")
         batch.take(places[of["index"]], of, tensors, updates=self.updates)

@@ -323,9 +323,9 @@ def init_method_of_this_run(init_method: str) -> str:
 
 
 def keep_torch_threads() -> None:
-    """Keep vLLM on a CPU from leaving this process's torch, and a trainer in it, with one thread.
+    """Keep this process's number of torch threads, which a trainer in it needs, when vLLM starts on a CPU.
 
-    Unless OMP_NUM_THREADS is set, its worker sets torch to one thread and then makes ``torch.set_num_threads`` do nothing.
+    Unless OMP_NUM_THREADS is set, vLLM's worker sets torch to one thread and makes ``torch.set_num_threads`` do nothing.
     """
     from vllm import envs
 

@@ -74,7 +74,7 @@ class Frontend:
             raise RuntimeError("another PairEngine lives in this process; close() it first, or use it")
 
     def _check_active(self) -> None:
-        """Raise if vLLM does not use the pair's worker; it starts without a plug-in that it does not use."""
+        """Raise if vLLM does not use the pair's worker: it says nothing if it ignores a worker class."""
         if set(self.call("pair_active")) != {True}:
             raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
 
@@ -90,17 +90,17 @@ class Frontend:
 
     @property
     def _core(self) -> Any | None:
-        """vLLM's engine core, where it lives in this process, else None."""
+        """vLLM's engine core if it is in this process, else None."""
         return getattr(self.engine.engine_core, "engine_core", None)
 
     @property
     def scheduler(self) -> Any | None:
-        """The scheduler, where it lives in this process, else None."""
+        """The scheduler if it is in this process, else None."""
         return getattr(self._core, "scheduler", None)
 
     @property
     def worker(self) -> Any | None:
-        """This rank's worker, where it lives in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``, one rank each), or None."""
+        """This rank's worker if it is in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``, one rank each), else None."""
         executor = getattr(self._core, "model_executor", None)
         return getattr(getattr(executor, "driver_worker", None), "worker", None)
 
@@ -141,7 +141,7 @@ class Frontend:
         return self.ask("collective_rpc", method, args=args)
 
     def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of vLLM's ``LLM``. vLLM's own wait for an engine in another process never ends if that process does.
+        """Call a method of vLLM's ``LLM``, and raise if the engine's process ends meanwhile: vLLM would wait for it forever.
 
         Raises:
             EngineDied: the engine's process ended before it answered.
@@ -208,9 +208,9 @@ class Frontend:
 
     @contextmanager
     def cleaning_up(self) -> Iterator[None]:
-        """Close the engine if the body fails, which cleans up after an exception; that exception is the one to raise.
+        """Run a body that cleans up after an exception. If the body fails too, close the engine and let that exception go on.
 
-        Ctrl-C reaches the whole process group, and a process that is ending may look alive.
+        Ctrl-C reaches the whole process group, so the engine's process may be ending while it still looks alive.
         """
         try:
             yield

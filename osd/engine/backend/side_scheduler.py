@@ -107,5 +107,5 @@ def zeroed_blocks() -> AbstractContextManager:
 
 
 def position(request: Request) -> int:
-    """Return how many tokens of its completion a request has computed, with those of the step being scheduled."""
+    """Return how many completion tokens a request has computed, including those of the step being scheduled."""
     return request.num_computed_tokens - request.num_prompt_tokens

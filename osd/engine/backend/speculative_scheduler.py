@@ -1,8 +1,8 @@
 """SpeculativeScheduler: a pair whose student drafts several tokens, which the teacher verifies in one pass.
 
-Both schedulers plan a request's next token and its drafts as vLLM plans speculative decoding: the drafts count as computed
-until the result of the step takes the rejected ones back. Both sides always have the same number of drafts of a request, so
-that they stay in step whatever is rejected.
+Both schedulers plan a request's next token and its drafts as vLLM plans speculative decoding: a scheduled draft counts as
+computed, and the result of the step subtracts those that were rejected. Both sides always have the same number of drafts of a
+request, so they stay in step whatever is rejected.
 """
 
 from __future__ import annotations

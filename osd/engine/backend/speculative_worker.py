@@ -169,7 +169,7 @@ class SpeculativeWorker(PairWorker):
             self._main_stream.wait_stream(torch.cuda.current_stream())  # for the drafts so far
 
     def _rows(self, cycle: Cycle, place: int, batch: InputBatch, step: PairStep) -> PassRows:
-        """Return the rows of a pass; they are kept while the batch does not change: small uploads stall a GPU."""
+        """Return the rows of a pass: the same object while the batch does not change, because small uploads stall a GPU."""
         drafts, slots = cycle.drafts, self.model_runner.req_states.req_id_to_index
         further = [row for row, i in enumerate(batch.req_ids) if drafts.get(i, 0) > place]
         teacher_slots = [slots[batch.req_ids[row]] for row in further]
@@ -245,7 +245,7 @@ class SpeculativeWorker(PairWorker):
     def _warm_up_step(
         self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: Any
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        """Stand in for ``sample`` in vLLM's warm-up: its sampler has no drafts, so all of them are rejected."""
+        """Return the sample of a warm-up step: one token per request, all drafts rejected. vLLM's sampler takes no drafts."""
         if not batch.num_draft_tokens:
             return super()._sample(hidden_states, batch, grammar_output)
         ones = torch.ones(batch.num_reqs, dtype=torch.int32, device=self.device)

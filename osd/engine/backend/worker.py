@@ -66,7 +66,7 @@ class PairWorker(TwoModelWorker):
     def compile_or_warm_up_model(self) -> Any:
         self.warm_up_student()
         self._warm_up_sampler()
-        return super().compile_or_warm_up_model()  # ends by warning of kernels that are compiled from here on
+        return super().compile_or_warm_up_model()  # last: from here on vLLM warns of every kernel that is compiled
 
     @torch.inference_mode()
     def _warm_up_sampler(self) -> None:
@@ -95,7 +95,7 @@ class PairWorker(TwoModelWorker):
         self.sampler.mixing = MixingConfig.from_dict(mixing)
 
     def pair_active(self) -> bool:
-        """Return whether the pair's sampler is in place; vLLM starts without a plug-in that it does not use."""
+        """Return whether the pair's sampler is in place: vLLM says nothing if it ignores a worker class."""
         return self.model_runner.sample == self._sample and isinstance(self.student_runner.sampler, NoSampler)
 
     # -- one step ---------------------------------------------------------------------------------------------------
