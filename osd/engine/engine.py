@@ -98,7 +98,7 @@ class PairEngine:
         return self._frontend.llm
 
     def set_mixing(self, mixing: MixingConfig) -> None:
-        """Choose α and mix like this from now on (``self.mixing``); requests in flight go on with it too."""
+        """Replace the mixing (``self.mixing``), also of requests in flight."""
         self._check_open()
         if mixing != self.mixing:
             self._frontend.call("set_mixing", mixing.to_dict())

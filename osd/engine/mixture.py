@@ -14,7 +14,7 @@ from osd import kernels
 from osd.core import MixingConfig
 from osd.mixing import mix, record_rows
 
-NO_TOKEN = 4  # beside 1 to 3, the sides whose logits are not numbers: the sampling parameters leave no token
+NO_TOKEN = 4  # a `bad_side` beside 1 to 3 (the sides with NaN): the sampling parameters leave no token
 GREEDY_BELOW = 1e-5  # vLLM's own threshold for temperature 0
 
 

@@ -109,7 +109,7 @@ class RemoteEngine:
     # -- sampling ---------------------------------------------------------------------------------------------------
 
     def set_mixing(self, mixing: MixingConfig) -> None:
-        """Choose α and mix like this from the next batch on (``self.mixing``)."""
+        """Replace the mixing (``self.mixing``), from the next batch on."""
         self.mixing = mixing
 
     def generate(
@@ -173,7 +173,7 @@ class RemoteEngine:
         return batch
 
     def settle(self) -> None:
-        """Wait until no process has a batch in the background. Their completions are kept, and none is aborted.
+        """Wait until no process has a batch in the background. All of its completions are kept.
 
         Raises:
             ValueError, RuntimeError: as `generate`, except for `ServerLost`: `finish` asks for what is missing then.
@@ -320,7 +320,7 @@ class RemoteEngine:
         raise RuntimeError("a server does not sleep; leave enable_sleep_mode out")
 
     def close(self) -> None:
-        """Let the server go; it goes on. Idempotent."""
+        """End this run's hold on the server, which goes on. Idempotent."""
         self.drop()
         self._sender.disconnect()
         self._client.close()

@@ -73,7 +73,7 @@ class WeightSender:
         return NCCLTransport(self._client, trainer, device=self.device, port=self.pair.group_port)
 
     def disconnect(self) -> None:
-        """Let the server go. Idempotent."""
+        """End this run's hold on the server. Idempotent."""
         self._transport = None
         with suppress(Exception):
             self._held.close()

@@ -29,7 +29,7 @@ def prepare() -> None:
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"
-        # Triton's own functions were made for a GPU if it was imported before; no kernel of theirs can run here.
+        # If Triton was imported before, its functions were made for a GPU and cannot run here.
         for name in [n for n in sys.modules if n == "triton" or (n.startswith("triton.") and not n.startswith("triton._C"))]:
             del sys.modules[name]
     import triton

@@ -106,7 +106,7 @@ class Frontend:
 
     @property
     def rank_group(self) -> Any | None:
-        """The CPU process group of the processes that hold this pair, where a launcher started one per rank; else None."""
+        """The CPU process group of this pair's ranks if a launcher started a process for each of them, else None."""
         parallel = self.engine.vllm_config.parallel_config
         if parallel.distributed_executor_backend != "external_launcher" or parallel.tensor_parallel_size == 1:
             return None

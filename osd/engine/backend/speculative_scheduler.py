@@ -86,7 +86,7 @@ class SpeculativeScheduler(PairScheduler):
     def _level_drafts(self, output: SchedulerOutput, student_output: SchedulerOutput) -> None:
         """Give both sides of a request as many drafts as the side with fewer has; none if one side does not sample it.
 
-        They differ where a side's step is full, its context ends, or it is not there yet.
+        The numbers differ where a side's step is full, its context ends, or it is still in its prompt.
         """
         sides = ((self, output), (self.student, student_output))
         for request_id in {i for _, of_side in sides for i in of_side.scheduled_spec_decode_tokens}:

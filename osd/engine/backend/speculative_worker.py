@@ -43,7 +43,7 @@ class PassRows:
         temperature_S, seed_S: float32 and int64.
         ready_S: 1 where a row is sampled, else 0, int32.
         rejected_S: zeros, int32, where every row is sampled; None: the device counts rejected tokens.
-        goes_on: the rows that have another pass, int64, and the teacher's slots of their requests; None: no row has.
+        goes_on: the rows that have another pass, int64, and the teacher's slots of their requests; None if no row has one.
     """
 
     temperature_S: torch.Tensor

@@ -91,7 +91,7 @@ class PairWorker(TwoModelWorker):
         return on
 
     def set_mixing(self, mixing: dict[str, Any]) -> None:
-        """Choose α and mix as this ``MixingConfig.to_dict()`` says, from the next step on."""
+        """Replace the mixing by that of a ``MixingConfig.to_dict()``, from the next step on."""
         self.sampler.mixing = MixingConfig.from_dict(mixing)
 
     def pair_active(self) -> bool:
