@@ -66,7 +66,7 @@ class RemoteEngine:
         self._seed = random.Random(str(seed)).getrandbits(63)
         self.tokenizer: Any = load_tokenizer(self.config, "teacher")
         self.student_tokenizer: Any = load_tokenizer(self.config, "student")
-        self._trainer, self.weights_version = self._of_main(self._sender.connect)
+        self._trainer, self.weights_version = self._connect()
         info = pair.info()
         self.limits = {side: SideLimits(**given) for side, given in info["limits"].items()}
         self.config = replace(self.config, engine_kwargs={**self.config.engine_kwargs, "dtype": info["state"]["dtype"]})
@@ -79,15 +79,15 @@ class RemoteEngine:
 
     # -- what all processes do together -----------------------------------------------------------------------------
 
-    def _of_main(self, work: Any) -> Any:
-        """Return what ``work`` returns in the main process; raise in every process if it raises."""
-        result, failure = None, None
+    def _connect(self) -> tuple[str, int]:
+        """Take the server for this run, from its main process; return the run's id and the version of the student's weights."""
+        held, failure = None, None
         if self.rank == 0:
             try:
-                result = work()
+                held = self._sender.connect()
             except Exception as error:
                 failure = error
-        return self._agree(failure, result)[0]
+        return self._agree(failure, held)[0]
 
     def _agree(self, failure: Exception | None, result: Any = None) -> list[Any]:
         """Return the results of all processes; raise in every process if one has failed.

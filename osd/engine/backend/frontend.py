@@ -58,7 +58,8 @@ class Frontend:
                 self.llm = LLM(**arguments)
             self._watch_outputs()
             self._guard_steps()
-            self._check_active()
+            if not all(self.call("pair_active")):  # vLLM says nothing if it ignores a worker class
+                raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
             self.limits = side_limits(self.engine.vllm_config, student_vllm_config(self.engine.vllm_config))
         except BaseException:
             self._give_up()
@@ -72,11 +73,6 @@ class Frontend:
         other = cls._in_this_process and cls._in_this_process()
         if other is not None and other.llm is not None:
             raise RuntimeError("another PairEngine lives in this process; close() it first, or use it")
-
-    def _check_active(self) -> None:
-        """Raise if vLLM does not use the pair's worker: it says nothing if it ignores a worker class."""
-        if set(self.call("pair_active")) != {True}:
-            raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
 
     @property
     def engine(self) -> Any:
