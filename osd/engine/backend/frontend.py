@@ -221,11 +221,7 @@ class Frontend:
         """True while the engine can answer: it is in this process, or its process runs."""
         if self.llm is None:
             return False
-        if self._core is not None:
-            return True
-        resources = self.engine.engine_core.resources
-        manager = resources.engine_manager
-        return not resources.engine_dead and not (manager is not None and manager.finished_procs())
+        return self._core is not None or not self.engine.engine_core.resources.engine_dead
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
