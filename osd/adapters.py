@@ -191,7 +191,7 @@ def _one_of_each_kind(weights: list[Weight]) -> list[Weight]:
 
 
 def _check_merges(weight: Weight) -> None:
-    if weight.parameter.is_meta or not weight.parameter.numel():  # in shards: the sync will tell
+    if weight.parameter.is_meta or not weight.parameter.numel():  # in shards: the first sync checks it
         return
     try:
         weight.merged()

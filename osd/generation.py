@@ -45,7 +45,7 @@ class GeneratedBatch:
     Attributes:
         completions: token ids, finish reason, error and per-token record of each; `text` only where `generation_kwargs` has
             `stop` strings (or `detokenize`).
-        seconds: wall-clock time of the call; of a batch that was begun before, the time that was waited for it.
+        seconds: wall-clock time of the call; for a batch that was begun earlier, the time spent waiting for it.
         sync_seconds: time of the syncs since the previous call; 0 without one.
         weights_version: number of syncs before this call.
         staleness: optimizer updates between the weights that drew each completion and those of this call.
@@ -369,7 +369,7 @@ class OSDGeneration(BackgroundSampling):
 
 
 def check_groups(pair: PairConfig, processes: int) -> None:
-    """Check that training processes can hold a pair per `engine_kwargs["tensor_parallel_size"]` of them.
+    """Check that the training processes form whole groups of `engine_kwargs["tensor_parallel_size"]`, one pair each.
 
     Raises:
         ValueError: a number of processes that is no multiple of it; an option that would differ between the ranks of a group.

@@ -59,7 +59,7 @@ def frozen_state(weights: Iterable[Weight]) -> list[tuple[int, int]]:
 
 
 class LiveStudent(VLLMGeneration):
-    """TRL's generator with its iteration over the parameters (FSDP, DeepSpeed ZeRO-3), which feeds a pair's engine.
+    """TRL's generator, whose iteration over a live model's parameters (FSDP, DeepSpeed ZeRO-3) feeds a pair's engine.
 
     Attributes:
         engine: the pair whose student follows `model`; `pair`: the configuration that it was started from, or the same engine.
@@ -226,8 +226,8 @@ class LiveStudent(VLLMGeneration):
         self, module: Any, prefix: str = "", visited: set[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         if visited is None:
-            # FSDP makes the first module that is used its root, and TRL begins with the leaves: before the first forward pass
-            # that fails.
+            # FSDP makes the first module that is used its root. TRL's walk begins with the leaves, so before the first forward
+            # pass a leaf would become the root.
             with FSDP.summon_full_params(module, recurse=False, writeback=False):
                 pass
         yield from super()._iter_fsdp1_params(module, prefix, visited)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import wraps
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -124,21 +126,12 @@ def differing(kernel: str, function: Callable[..., None], seeds: int = 40) -> in
     """Return in how many random batches a function's results differ from a kernel's."""
     wrapper, call = LAUNCHERS[kernel]
     stock, ours = fresh("gpu.input_batch"), fresh("gpu.input_batch")
-    setattr(ours, kernel, cpu._Launcher(function))
+    setattr(ours, kernel, cpu._Launcher(getattr(ours, kernel), function))
     different = 0
     for seed in range(seeds):
         expected, got = (call(Batch(seed), getattr(module, wrapper)) for module in (stock, ours))
         different += not all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
     return different
-
-
-def test_every_replaced_kernel_and_method_is_compared():
-    assert cpu.KERNELS.keys() == {"gpu.input_batch", "gpu.structured_outputs", "utils"}
-    assert cpu.KERNELS["gpu.input_batch"].keys() == LAUNCHERS.keys()
-    assert cpu.KERNELS["gpu.structured_outputs"].keys() == {"_apply_grammar_bitmask_kernel"}
-    assert cpu.KERNELS["utils"].keys() == {"_zero_kv_blocks_kernel"}
-    methods = {f"{owner}.{name}" for classes in cpu.METHODS.values() for owner, names in classes.items() for name in names}
-    assert methods == {"BlockTables.gather_block_tables", "BlockTables.compute_slot_mappings", "StagedWriteTensor.apply_write"}
 
 
 @pytest.mark.parametrize("kernel", LAUNCHERS)
@@ -149,11 +142,12 @@ def test_a_function_does_what_its_kernel_does(kernel):
 def test_ignored_prefills_and_skipped_rows_are_seen():
     """The planted errors: a row inside its prompt counts as sampled; rows with a negative slot are not skipped."""
 
-    def no_prefill(num_sampled: Any, num_rejected: Any, *rest: Any) -> None:
-        num_rejected.numpy()[:] = np.diff(rest[1].numpy()) - num_sampled.numpy()
+    def no_prefill(num_sampled: np.ndarray, num_rejected: np.ndarray, cu_num_logits: np.ndarray) -> None:
+        num_rejected[:] = np.diff(cu_num_logits) - num_sampled
 
-    def no_skipping(slots: Any, *rest: Any, **kwargs: Any) -> None:
-        cpu._post_update(slots.abs(), *rest, **kwargs)
+    @wraps(cpu._post_update)
+    def no_skipping(idx_mapping: np.ndarray, **rest: Any) -> None:
+        cpu._post_update(np.abs(idx_mapping), **rest)
 
     assert differing("_get_num_sampled_and_rejected_kernel", no_prefill) > 10
     assert differing("_post_update_kernel", no_skipping) > 10
@@ -178,9 +172,9 @@ def test_grammar_masks_are_those_of_the_kernel(monkeypatch):
         masked += batch.integers(DRAFTS + 1, masked.shape).int()
         bitmask = batch.integers(2**31, (len(masked), (VOCAB + 31) // 32)).int()
         logits = [torch.zeros(int(batch.cu_num_logits[-1]), VOCAB) for _ in range(2)]
-        for out, launch in zip(logits, (kernel[(len(masked), 1)], cpu._grammar_mask), strict=True):
+        for out, launcher in zip(logits, (kernel, cpu._Launcher(kernel, cpu._grammar_mask)), strict=True):
             arguments = (out, out.stride(0), masked, batch.cu_num_logits, bitmask, bitmask.stride(0), VOCAB)
-            launch(*arguments, MASK_STRIDE=DRAFTS + 1, BLOCK_SIZE=64)
+            launcher[(len(masked), 1)](*arguments, MASK_STRIDE=DRAFTS + 1, BLOCK_SIZE=64)
         found += int(logits[0].isinf().any())
         assert torch.equal(*logits)
     assert found > 10
@@ -190,81 +184,103 @@ def test_blocks_are_zeroed_as_by_the_kernel():
     """Two layers with pages of different sizes, the second with a gap between them."""
     kernel, caches = fresh("utils")._zero_kv_blocks_kernel, []
     blocks, strides, sizes = torch.tensor([5, 0, 2]), torch.tensor([40, 64]), torch.tensor([40, 50])
-    for launch in (kernel[(3, 2, 2)], cpu._zero_blocks):
+    for launcher in (kernel, cpu._Launcher(kernel, cpu._zero_blocks)):
         cache = torch.arange(1.0, 1000.0)
         starts = cache.data_ptr() + 4 * torch.tensor([3, 300])
-        launch(starts.to(torch.uint64), strides, sizes, blocks, BLOCK_SIZE=32)
+        launcher[(3, 2, 2)](starts.to(torch.uint64), strides, sizes, blocks, BLOCK_SIZE=32)
         caches.append(cache)
     assert int((caches[0] == 0).sum()) == 3 * (40 + 50)
     assert torch.equal(*caches)
 
 
-def block_tables(batch: Batch, module: ModuleType, sizes: list[int]) -> Any:
-    """Return vLLM's block tables with random blocks for every slot, written by vLLM's own kernel."""
-    tables = module.BlockTables(sizes, SLOTS, TOKENS * 8, [LONGEST // size for size in sizes], torch.device("cpu"))
-    for table, size, count in zip(tables.block_tables, sizes, tables.num_blocks.np, strict=True):
-        table.gpu.copy_(batch.integers(1000, table.gpu.shape))
-        count[:] = LONGEST // size
-    tables.num_blocks.copy_to_uva()
-    return tables
+def with_functions(module: str) -> ModuleType:
+    """Return a copy of a module of vLLM's runner whose kernels are our functions."""
+    copy = fresh(module)
+    for name, function in cpu.KERNELS[module].items():
+        setattr(copy, name, cpu._Launcher(getattr(copy, name), function))
+    return copy
 
 
-@pytest.mark.parametrize("sizes", [[8], [4, 16]], ids=["one group", "two groups"])
+def block_tables(batch: Batch, sizes: list[int]) -> list[Any]:
+    """Return the same block tables twice, with random blocks for every slot: with vLLM's kernels and with our functions."""
+    both = []
+    for module in (fresh("gpu.block_table"), with_functions("gpu.block_table")):
+        enabled = [group != 2 for group in range(len(sizes))]
+        blocks = [LONGEST // size for size in sizes]
+        tables = module.BlockTables(sizes, SLOTS, TOKENS * 8, blocks, torch.device("cpu"), slot_mapping_enabled=enabled)
+        both.append(tables)
+    for group, (ours, theirs) in enumerate(zip(*(tables.block_tables for tables in both), strict=True)):
+        ours.gpu.copy_(batch.integers(1000, ours.gpu.shape))
+        theirs.gpu.copy_(ours.gpu)
+        for tables in both:
+            tables.num_blocks.np[group] = batch.computed.numpy() // sizes[group] + 1
+            tables.num_blocks.copy_to_uva()
+    return both
+
+
+GROUPS = pytest.mark.parametrize("sizes", [[8], [4, 16, 8]], ids=["one group", "three groups"])
+
+
+@GROUPS
 def test_block_tables_are_gathered_as_by_the_kernel(sizes):
-    module = fresh("gpu.block_table")
     for seed in range(20):
         batch = Batch(seed)
         rows, padded = len(batch.slots), len(batch.slots) + batch.integer(0, 3)
-        tables = block_tables(batch, module, sizes)
         used = [(batch.computed[batch.slots].long() // size + 1).tolist() for size in sizes]
-        for group, size in enumerate(sizes):
-            tables.num_blocks.np[group] = batch.computed.numpy() // size + 1
-        tables.num_blocks.copy_to_uva()
-        expected = [table.clone() for table in tables.gather_block_tables(batch.slots, padded)]
-        got = cpu._gather_block_tables(tables, batch.slots, padded)
-        for ours, theirs, blocks in zip(got, expected, used, strict=True):
-            assert ours.shape == theirs.shape
-            assert torch.equal(ours[rows:], theirs[rows:])
+        stock, ours = (tables.gather_block_tables(batch.slots, padded) for tables in block_tables(batch, sizes))
+        for got, expected, blocks in zip(ours, stock, used, strict=True):
+            assert got.shape == expected.shape
+            assert torch.equal(got[rows:], expected[rows:])
             for row, count in enumerate(blocks):  # entries beyond a row's blocks are never read
-                assert torch.equal(ours[row, :count], theirs[row, :count])
+                assert torch.equal(got[row, :count], expected[row, :count])
 
 
-@pytest.mark.parametrize("sizes", [[8], [4, 16]], ids=["one group", "two groups"])
+@GROUPS
 def test_slot_mappings_are_computed_as_by_the_kernel(sizes):
-    module = fresh("gpu.block_table")
     for seed in range(20):
         batch = Batch(seed)
-        tables = block_tables(batch, module, sizes)
-        rows = len(batch.slots)
         positions, seq_lens = torch.zeros(TOKENS * 8, dtype=torch.int64), torch.zeros(SLOTS, dtype=torch.int32)
         fresh("gpu.input_batch").prepare_pos_seq_lens(batch.slots, batch.starts, batch.computed, positions, seq_lens)
-        arguments = (batch.slots, batch.starts[: rows + 1], positions, int(batch.starts[-1]) + 3)
-        expected = tables.compute_slot_mappings(*arguments).clone(), tables.slot_mappings.clone()
-        tables.slot_mappings.fill_(-7)
-        got = cpu._compute_slot_mappings(tables, *arguments)
-        assert torch.equal(got, expected[0])
-        assert torch.equal(tables.slot_mappings, expected[1])
+        slots = torch.where(batch.integers(4, batch.slots.shape) == 0, -1, batch.slots)
+        arguments = (slots, batch.starts[: len(slots) + 1], positions, int(batch.starts[-1]) + 3)
+        stock, ours = both = block_tables(batch, sizes)
+        for tables in both:
+            tables.slot_mappings.fill_(-7)
+        assert torch.equal(*(tables.compute_slot_mappings(*arguments) for tables in both))
+        assert torch.equal(stock.slot_mappings, ours.slot_mappings)
 
 
-@pytest.mark.parametrize("shape", [(SLOTS, LONGEST), SLOTS], ids=["matrix", "vector"])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
-def test_staged_writes_are_applied_as_by_the_kernel(shape, dtype):
+TOGETHER = [(SLOTS, 7), (SLOTS, LONGEST)]  # the block tables of several groups are written at once
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype"),
+    [*product([[(SLOTS, LONGEST)], [SLOTS]], [torch.int32, torch.int64, torch.float32]), (TOGETHER, torch.int32)],
+    ids=str,
+)
+def test_staged_writes_are_applied_as_by_the_kernel(shapes, dtype):
     from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
 
-    module = fresh("gpu.buffer_utils")
-    module.UvaBuffer, cls = UvaBuffer, module.StagedWriteTensor
+    modules = fresh("gpu.buffer_utils"), with_functions("gpu.buffer_utils")
     for seed in range(10):
-        batch = Batch(seed)
-        stock, ours = (cls(shape, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
-        stock.gpu.copy_(batch.integers(VOCAB, stock.gpu.shape))
-        ours.gpu.copy_(stock.gpu)
-        for row in batch.slots.tolist():
-            for tensor in (stock, ours):
-                if isinstance(shape, int):
-                    tensor.stage_write_elem(row, row + seed)
-                else:
-                    tensor.stage_write(row, row, list(range(seed + row)))
-        stock.apply_write()
-        cpu._apply_write(ours)
-        assert torch.equal(stock.gpu, ours.gpu)
-        assert not ours._staged_write_indices
+        batch, results = Batch(seed), []
+        initial = [batch.integers(VOCAB, shape if isinstance(shape, tuple) else (shape,)) for shape in shapes]
+        for module in modules:
+            module.UvaBuffer = UvaBuffer
+            tensors = [module.StagedWriteTensor(shape, dtype=dtype, device=torch.device("cpu")) for shape in shapes]
+            for tensor, shape, values in zip(tensors, shapes, initial, strict=True):
+                tensor.gpu.copy_(values)
+                for row in batch.slots.tolist():
+                    if isinstance(shape, int):
+                        tensor.stage_write_elem(row, row + seed)
+                    else:
+                        tensor.stage_write(row, row % 4, list(range((seed + row) % 4)))
+            if len(tensors) == 1:
+                tensors[0].apply_write()
+            else:
+                addresses = torch.tensor([tensor.gpu.data_ptr() for tensor in tensors], dtype=torch.uint64)
+                strides = torch.tensor([tensor.gpu.stride(0) for tensor in tensors])
+                module.FusedStagedWriter(torch.device("cpu"), 99).apply(tensors, addresses, strides)
+            results.append([tensor.gpu for tensor in tensors])
+        for stock, ours in zip(*results, strict=True):
+            assert torch.equal(stock, ours)

@@ -365,7 +365,7 @@ def test_an_unknown_option_ends_only_its_own_request(engine):
 
 
 PLACES = {
-    "scheduler": ["schedule", "_pair_up", "zero_reused_blocks", "update_from_output", "_update_student"],
+    "scheduler": ["schedule", "_pair_up", "update_from_output", "_update_student"],
     "student scheduler": ["schedule"],
     "weights": ["check"],
     "worker": [

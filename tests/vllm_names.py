@@ -169,6 +169,7 @@ def _known_elsewhere() -> set[str]:
         bytes,
         np.ndarray,
         np,
+        np.ctypeslib,
         torch,
         torch.Tensor,
         torch.nn,
@@ -205,5 +206,5 @@ def _known_elsewhere() -> set[str]:
         Request({"type": "http"}),
     ]
     owners += [signal, yaml, metadata, mock, mock.patch, type, weakref.WeakSet, torch.cuda.Stream]
-    # "osd" is ours, on vLLM's SchedulerOutput; quantisation methods make a layer's weight.
-    return {"osd", "weight", "wait_stream", "language", *(name for owner in owners for name in dir(owner))}
+    # "osd" is ours, on vLLM's SchedulerOutput; quantisation methods make a layer's weight; "arg_names" is of Triton's kernels.
+    return {"osd", "weight", "arg_names", "wait_stream", "language", *(name for owner in owners for name in dir(owner))}

@@ -3,7 +3,7 @@
 import osd  # noqa: F401 - first: it silences a warning of TRL's import
 from osd.train._compat import check_trl, restore_numbered_cpus
 
-check_trl()  # before anything of TRL's is imported, so that a wrong version is an error in words
+check_trl()  # before TRL is imported: an unsupported version then gets a readable error
 restore_numbered_cpus()
 
 from osd.train.config import OSDConfig  # noqa: E402

@@ -40,7 +40,7 @@ _SAMPLING = (
 
 
 def start_of(checkpoint: str | None) -> datetime:
-    """Return when the run of a checkpoint began; now, for a run that begins or a checkpoint that does not say it."""
+    """Return the start of a checkpoint's run; the present time without a checkpoint, or if it has no start."""
     path = None if checkpoint is None else Path(checkpoint) / RUN_FILE
     saved = json.loads(path.read_text()) if path is not None and path.is_file() else {}
     return datetime.fromisoformat(saved["dates"]["started"]) if "dates" in saved else datetime.now()

@@ -81,7 +81,7 @@ def plan(
     from osd.engine.backend.configuration import context_lengths
     from osd.validate_models import check_same_ids, load_tokenizer, shared_vocabulary
 
-    config: Any = getattr(pair, "config", pair)  # a running engine has one
+    config: Any = getattr(pair, "config", pair)  # of a running engine, or the pair itself
     if args.teacher_signal == "topk":
         check_topk(args.teacher_topk, shared_vocabulary(config), "teacher_topk")
     teacher = getattr(pair, "tokenizer", None) or load_tokenizer(config, "teacher")  # of the running engine

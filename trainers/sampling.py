@@ -67,7 +67,7 @@ def sampled_batch(
     generation.updates = trainer.state.global_step
     if mode == "train" and not begun:
         trainer._ahead.drop()
-    # Without other columns, in which TRL would look for images.
+    # The prompt alone: TRL would look for images in other columns.
     student_rows: list[dict[str, Any]] = [{PROMPT_COLUMN: trainer._renderer.student_prompt(row)} for row in inputs]
     with generation.teacher_reads(teacher_ids, alpha=_set_mixing(trainer, inputs, mode), begun=begun):
         output = generate_as_trl(student_rows)
@@ -94,7 +94,7 @@ def sampled_batch(
 
 
 def _set_mixing(trainer: OSDTrainer, inputs: list[dict[str, Any]], mode: str) -> float | list[float | None] | None:
-    """Set the mixing of this step, and return α of the completions that have their own."""
+    """Set the mixing of this step; return α where it is fixed: for all completions, or one each. None: it is solved."""
     if mode == "eval":
         return 0.0  # evaluation measures the student's own completions
     step = trainer.state.global_step

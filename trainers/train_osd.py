@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> OSDTrainer | None:
     trainer.dataset_name = data.dataset_name
     with trainer:  # closed last: vLLM ends the process group that it was given
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        if trainer.is_fsdp_enabled:  # with its SHARDED_STATE_DICT, nothing would be saved
+        if trainer.is_fsdp_enabled:  # accelerate's SHARDED_STATE_DICT would save no model
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(args.output_dir)
         trainer.create_model_card()

@@ -158,7 +158,7 @@ class OSDTrainer(DistillationTrainer):
         self._start(planned)
 
     def _start(self, planned: Plan) -> None:
-        """Start the engine, unless one is running; closes it again if anything after that fails."""
+        """Start the engine, unless one is running; close it again if anything after that fails."""
         self.vllm_generation = start_generation(self, planned.pair)
         try:
             self.vllm_generation.attach(self)
@@ -190,7 +190,7 @@ class OSDTrainer(DistillationTrainer):
             return sampled_batch(self, inputs, super()._generate_and_score_completions)
 
     def _seed_of(self, step: int) -> str:
-        """Return the seed of draws in an optimizer step that a resumed run repeats, apart from the global random state."""
+        """Return the seed of an optimizer step's own draws: a resumed run repeats them, and the global random state stays."""
         return f"{self.args.seed} {step} {self.accelerator.process_index}"
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:

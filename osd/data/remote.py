@@ -51,7 +51,7 @@ class _Away(Exception):
 
 @dataclass
 class _Server:
-    """One server; `back` is held while somebody looks whether it is back."""
+    """One server. `back` is held by the task that checks whether the server answers again."""
 
     url: str
     back: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -254,7 +254,7 @@ class ServerPair:
         return False
 
     async def _until_back(self, client: httpx.AsyncClient, server: _Server) -> None:
-        """Return when a server answers again; one lane looks, the others wait for it."""
+        """Wait until a server answers again. One lane checks; the others wait for it."""
         async with server.back:
             pause = 0.1
             while True:
@@ -307,7 +307,7 @@ def _completion(answer: httpx.Response) -> RemoteCompletion:
 
 
 def _check_access(url: str, answer: httpx.Response) -> None:
-    """Raise if no other attempt would change a server's answer."""
+    """Raise if another attempt would get the same refusal: a wrong API key, or not an `osd serve`."""
     if answer.status_code in (401, 403):
         raise ValueError(f"server {url} refuses the API key; set api_key or the variable {API_KEY_VARIABLE}")
     if answer.status_code == 404:

@@ -109,7 +109,8 @@ class DraftChooser:
                 bucket.best, bucket.tried = tried, [bucket.best]
         if bucket.best not in bucket.means or bucket.means[bucket.best].steps < _FIRST:
             return
-        if bucket.lost <= _ALLOWANCE * bucket.spent - self._price(bucket):
+        price = 0.5 * _TRIAL * bucket.means[bucket.best].seconds  # what the next trial may lose
+        if bucket.lost <= _ALLOWANCE * bucket.spent - price:
             bucket.trial = (self._neighbour(bucket), _TRIAL)
 
     def _neighbour(self, bucket: _Bucket) -> int:
@@ -120,11 +121,6 @@ class DraftChooser:
             chosen, bucket.tried = neighbours[0], []
         bucket.tried.append(chosen)
         return chosen
-
-    def _price(self, bucket: _Bucket) -> float:
-        """Return what the next trial may lose, in seconds."""
-        seconds = bucket.means[bucket.best].seconds
-        return seconds * _TRIAL * 0.5
 
     def _bucket(self, batch: int) -> _Bucket:
         return self._buckets.setdefault(max(batch, 1).bit_length(), _Bucket())

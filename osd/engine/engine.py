@@ -71,9 +71,9 @@ class PairEngine:
         self._state = EngineState.OPEN
         group = self._frontend.rank_group
         self._group = None if group is None else RankGroup(group)
-        seed = str(self._frontend.seed) if self._group is None else f"{self._frontend.seed} rank {self._group.rank}"
-        self._seed = random.Random(seed).getrandbits(63)
-        tokenized = self._frontend.has_tokenizer
+        seed = self._frontend.model_config.seed
+        self._seed = random.Random(str(seed) if self._group is None else f"{seed} rank {self._group.rank}").getrandbits(63)
+        tokenized = not self._frontend.model_config.skip_tokenizer_init
         self.tokenizer: Any = load_tokenizer(config, "teacher") if tokenized else None
         self.student_tokenizer: Any = load_tokenizer(config, "student") if tokenized else None
         self.limits: dict[str, SideLimits] = self._frontend.limits
@@ -98,7 +98,7 @@ class PairEngine:
         return self._frontend.llm
 
     def set_mixing(self, mixing: MixingConfig) -> None:
-        """Choose α and mix like this from now on (``self.mixing``); requests in flight go on with it too."""
+        """Replace the mixing (``self.mixing``), also of requests in flight."""
         self._check_open()
         if mixing != self.mixing:
             self._frontend.call("set_mixing", mixing.to_dict())
@@ -293,7 +293,7 @@ class PairEngine:
                 "distributed_executor_backend='external_launcher' and a process per rank"
             )
         weight, bias = worker.teacher_lm_head()
-        if self._frontend.can_sleep and self._group is None:
+        if self._frontend.model_config.enable_sleep_mode and self._group is None:
             return weight.clone(), None if bias is None else bias.clone()
         return weight, bias
 
@@ -309,7 +309,7 @@ class PairEngine:
             RuntimeError: the engine was not started with sleep mode, has unfinished requests, or is stale.
         """
         self._check_open()
-        if not self._frontend.can_sleep:
+        if not self._frontend.model_config.enable_sleep_mode:
             raise RuntimeError("this engine cannot sleep: start it with engine_kwargs={'enable_sleep_mode': True}")
         if self._frontend.busy:
             raise RuntimeError("this engine has unfinished requests; let them finish before it sleeps")

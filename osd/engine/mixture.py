@@ -14,7 +14,7 @@ from osd import kernels
 from osd.core import MixingConfig
 from osd.mixing import mix, record_rows
 
-NO_TOKEN = 4  # beside 1 to 3, the sides whose logits are not numbers: the sampling parameters leave no token
+NO_TOKEN = 4  # a `bad_side` beside 1 to 3 (the sides with NaN): the sampling parameters leave no token
 GREEDY_BELOW = 1e-5  # vLLM's own threshold for temperature 0
 
 
@@ -24,21 +24,21 @@ class MixtureInputs:
 
     Attributes:
         student, teacher: raw logits of either batch, [S, >= V] and [B, >= V].
-        student_rows, rows: the rows to mix, int64 [P]; None: all rows in order.
         temperature_B: float32, one entry per row of the teacher's batch; a row below GREEDY_BELOW is greedy.
-        alpha: the teacher's weight where a request fixes it and NaN where it is solved, [P] float32, or None.
         vocab_size: V.
+        student_rows, rows: the rows to mix, int64 [P]; None: all rows in order.
+        alpha: the teacher's weight where a request fixes it and NaN where it is solved, [P] float32, or None.
         solo: the rows are sampled from the teacher alone.
     """
 
     student: torch.Tensor
     teacher: torch.Tensor
-    student_rows: torch.Tensor | None
-    rows: torch.Tensor | None
     temperature_B: torch.Tensor
-    alpha: torch.Tensor | None
     vocab_size: int
-    solo: bool
+    student_rows: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    alpha: torch.Tensor | None = None
+    solo: bool = False
 
 
 class ReferenceMixture:
@@ -73,9 +73,7 @@ class KernelMixture:
         from osd.kernels.fused import mix_and_draw  # needs Triton
 
         self.rows, self.solo = inputs.rows, inputs.solo
-        self._mixture = mix_and_draw(
-            inputs.student, inputs.teacher, config, **_kernel_arguments(inputs), alpha=inputs.alpha, write_logq=True
-        )
+        self._mixture = mix_and_draw(inputs.student, inputs.teacher, config, **_kernel_arguments(inputs), write_logq=True)
         assert self._mixture.logq_PV is not None
         self.logq_PV = self._mixture.logq_PV
         self.bad_side_P = _side(self._mixture.bad_side_P, inputs.solo)
@@ -102,7 +100,6 @@ class KernelDraw:
             inputs.teacher,
             config,
             **_kernel_arguments(inputs),
-            alpha=inputs.alpha,
             seed=take(seed_B, inputs.rows),
             length=take(length_B, inputs.rows),
         )
@@ -115,6 +112,7 @@ def _kernel_arguments(inputs: MixtureInputs) -> dict[str, Any]:
         rows_theta=inputs.student_rows,
         rows_teacher=inputs.rows,
         temperature=inputs.temperature_B,
+        alpha=inputs.alpha,
     )
 
 

@@ -19,7 +19,7 @@ _PREFIXES = {
 
 
 def is_multimodal(config: Any) -> bool:
-    """Return whether a (transformers) configuration has the language model's as one part of several."""
+    """Return whether a transformers configuration has several parts, one of them the language model's."""
     return config.get_text_config() is not config
 
 

@@ -60,7 +60,7 @@ class RequestRecord:
 class _Step:
     """The rows of one step that somebody asked to record, in the order of ``request_ids``.
 
-    Under speculation ``kept_B`` says which of them are tokens, bool, and ``origin_B1`` how they came to be.
+    Under speculation ``kept_B``, bool, says which rows are tokens, and ``origin_B1`` how each came to be.
     """
 
     request_ids: list[str]
@@ -120,9 +120,9 @@ class RecordLog:
 
 
 def _by_request(steps: list[tuple[_Step, torch.Tensor]], *, apart: bool = False) -> dict[str, torch.Tensor]:
-    """The steps' rows by request, on the host: views of one copy, or ``apart``, each request's in memory of its own.
+    """Return the steps' rows by request, on the host: as views of one copy, or ``apart``, each request's in its own memory.
 
-    They are sorted on the device: hidden states of a batch are hundreds of megabytes, which a host moves slowly. Empties
+    The rows are sorted on the device: hidden states of a batch are hundreds of megabytes, which a host moves slowly. Empties
     ``steps``, so that their memory is free once the rows are in one tensor.
     """
     places: dict[str, list[np.ndarray]] = {}
@@ -170,7 +170,7 @@ def _kept(steps: list[_Step]) -> np.ndarray | None:
 
 
 def _apart(rows_NX: torch.Tensor, orders: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """A copy on the host for each; from a GPU into pinned memory, which goes back to one without being copied first."""
+    """Return a copy on the host for each order; from a GPU in pinned memory, which goes back to a GPU without another copy."""
     from_gpu = rows_NX.is_cuda
     pinned = from_gpu and rows_NX.nbytes <= _MOST_PINNED
     copies = [torch.empty(len(order), rows_NX.shape[1], dtype=rows_NX.dtype, pin_memory=pinned) for order in orders]

@@ -1,13 +1,14 @@
 """RemoteEngine: the pair of an `osd serve` process, as a trainer in other processes uses it; takes the place of `PairEngine`.
 
-Every process of a training run has one. Each sends its own prompts; the main process alone pushes weights. What one process
-cannot do, none of them goes on without: `generate` and `load_student_weights` raise in all of them or in none.
+Every process of a training run has one. Each sends its own prompts; the main process alone pushes weights. If a call of
+`generate` or `load_student_weights` fails in one process, it raises in all of them.
 
-A batch is drawn from the weights of one sync, whose name every request and every answer has. A server that goes away is waited
-for. Where it comes back without those weights, `ServerLost` says so: the caller syncs again and asks for the rest of the batch.
+A batch is drawn from the weights of one sync. Every request and every answer names that sync. If the server goes away, the
+engine waits for it. If it comes back without those weights, `ServerLost` is raised: the caller syncs again and asks for the
+rest of the batch.
 
-`begin` asks for a batch in a thread, while the caller does other things. That thread does HTTP alone, nothing collective, and
-while it runs the server does nothing else for this run: whatever would change weights or mixing waits for it (`settle`).
+`begin` asks for a batch in a thread, while the caller does other things. The thread makes HTTP requests and no collective
+calls. What would change weights or mixing waits until the thread has ended (`settle`).
 """
 
 from __future__ import annotations
@@ -65,15 +66,11 @@ class RemoteEngine:
         self._seed = random.Random(str(seed)).getrandbits(63)
         self.tokenizer: Any = load_tokenizer(self.config, "teacher")
         self.student_tokenizer: Any = load_tokenizer(self.config, "student")
-        self._trainer, self.weights_version = self._of_main(self._sender.connect)
+        self._trainer, self.weights_version = self._connect()
         info = pair.info()
         self.limits = {side: SideLimits(**given) for side, given in info["limits"].items()}
         self.config = replace(self.config, engine_kwargs={**self.config.engine_kwargs, "dtype": info["state"]["dtype"]})
         set_seed(seed)  # as vLLM does in a process where an engine starts: a run draws the same in both modes
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     @property
     def student_is_whole(self) -> bool:
@@ -82,15 +79,15 @@ class RemoteEngine:
 
     # -- what all processes do together -----------------------------------------------------------------------------
 
-    def _of_main(self, work: Any) -> Any:
-        """Return what ``work`` returns in the main process; raise in every process if it raises."""
-        result, failure = None, None
-        if self.is_main:
+    def _connect(self) -> tuple[str, int]:
+        """Take the server for this run, from its main process; return the run's id and the version of the student's weights."""
+        held, failure = None, None
+        if self.rank == 0:
             try:
-                result = work()
+                held = self._sender.connect()
             except Exception as error:
                 failure = error
-        return self._agree(failure, result)[0]
+        return self._agree(failure, held)[0]
 
     def _agree(self, failure: Exception | None, result: Any = None) -> list[Any]:
         """Return the results of all processes; raise in every process if one has failed.
@@ -112,19 +109,11 @@ class RemoteEngine:
     # -- sampling ---------------------------------------------------------------------------------------------------
 
     def set_mixing(self, mixing: MixingConfig) -> None:
-        """Choose α and mix like this from the next batch on (``self.mixing``)."""
+        """Replace the mixing (``self.mixing``), from the next batch on."""
         self.mixing = mixing
 
     def generate(
-        self,
-        prompts: Sequence[PairPrompt],
-        *,
-        sampling: dict[str, Any] | Sequence[dict[str, Any]],
-        alpha: float | Sequence[float | None] | None = None,
-        mix_tokens: int | None = None,
-        teacher_only: bool = False,
-        hidden: bool = False,
-        topk: int = 0,
+        self, prompts: Sequence[PairPrompt], *, sampling: dict[str, Any] | Sequence[dict[str, Any]], **options: Any
     ) -> list[PairCompletion]:
         """Sample one completion per prompt, in the order of the prompts; arguments as of `PairEngine.generate`.
 
@@ -133,7 +122,6 @@ class RemoteEngine:
             ServerLost: its ``batch`` has the completions that came before.
             RuntimeError: the last weight sync failed; no completion within the timeout; another trainer uses the server.
         """
-        options = dict(alpha=alpha, mix_tokens=mix_tokens, teacher_only=teacher_only, hidden=hidden, topk=topk)
         return self.finish(self._batch(prompts, sampling, self.mixing, **options))
 
     def _batch(
@@ -145,7 +133,7 @@ class RemoteEngine:
         alpha: float | Sequence[float | None] | None = None,
         **options: Any,
     ) -> Batch:
-        per_prompt = [sampling] * len(prompts) if isinstance(sampling, dict) else one_each("sampling", sampling, len(prompts))
+        per_prompt = one_each("sampling", sampling, len(prompts))
         body: dict[str, Any] = {
             "prompts": [[list(prompt.teacher_token_ids), list(prompt.student_token_ids)] for prompt in prompts],
             "sampling": [sampling] if isinstance(sampling, dict) else per_prompt,
@@ -185,7 +173,7 @@ class RemoteEngine:
         return batch
 
     def settle(self) -> None:
-        """Wait until no process has a batch in the background. Their completions are kept, and none is aborted.
+        """Wait until no process has a batch in the background. All of its completions are kept.
 
         Raises:
             ValueError, RuntimeError: as `generate`, except for `ServerLost`: `finish` asks for what is missing then.
@@ -271,7 +259,7 @@ class RemoteEngine:
             raise RuntimeError(f"server {self.pair.url} cannot sample prompt {place} of the batch: {of['message']}")
         if of["status"] != 200:
             batch.trouble = of["message"]
-            return  # asked for again
+            return  # `_ask` asks for it again
         if of["sync"] != self._sync:
             raise ServerLost(f"server {self.pair.url} answered from the weights {of['sync']!r}, not {self._sync!r}")
         batch.take(places[of["index"]], of, tensors, updates=self.updates)
@@ -299,7 +287,7 @@ class RemoteEngine:
         tensors, name = iter(named_tensors), uuid.uuid4().hex
         failure, pushed = None, None
         try:
-            if self.is_main:
+            if self.rank == 0:
                 pushed = self._sender.push(tensors, name, partial=partial)
         except Exception as error:
             failure = error
@@ -332,7 +320,7 @@ class RemoteEngine:
         raise RuntimeError("a server does not sleep; leave enable_sleep_mode out")
 
     def close(self) -> None:
-        """Let the server go; it goes on. Idempotent."""
+        """End this run's hold on the server, which goes on. Idempotent."""
         self.drop()
         self._sender.disconnect()
         self._client.close()

@@ -62,18 +62,17 @@ class WeightSender:
         if answer.status_code != 200:
             answer.read()
             raise RuntimeError(f"server {self.pair.url}: {error_message(answer)}")
-        transport = self._make_transport(info["state"]["transfer"], trainer)
+        transport: Transport
+        if info["state"]["transfer"] == "http":
+            transport = HTTPTransport(self._client, trainer)
+        else:
+            transport = NCCLTransport(self._client, trainer, device=self.device, port=self.pair.group_port)
         self._held.callback(transport.close)
         self._transport, self.trainer = transport, trainer
         return trainer, info["state"]["version"]
 
-    def _make_transport(self, backend: str, trainer: str) -> Transport:
-        if backend == "http":
-            return HTTPTransport(self._client, trainer)
-        return NCCLTransport(self._client, trainer, device=self.device, port=self.pair.group_port)
-
     def disconnect(self) -> None:
-        """Let the server go. Idempotent."""
+        """End this run's hold on the server. Idempotent."""
         self._transport = None
         with suppress(Exception):
             self._held.close()
@@ -90,7 +89,7 @@ class WeightSender:
             RuntimeError: the server refuses.
         """
         try:
-            if self._transport is None or not self._still_held():
+            if self._transport is None or self.pair.look(self._client)["state"]["trainer"] != self.trainer:
                 self.connect()
                 if partial:
                     raise ServerLost(f"server {self.pair.url} has lost the weights that a partial sync builds upon")
@@ -103,9 +102,6 @@ class WeightSender:
         except httpx.TransportError as error:
             self.disconnect()
             raise ServerLost(f"server {self.pair.url} went away during a weight sync: {error!r}") from error
-
-    def _still_held(self) -> bool:
-        return self.pair.look(self._client)["state"]["trainer"] == self.trainer
 
     def _post(self, route: str, **kwargs: Any) -> None:
         answer = self._client.post(route, **kwargs)

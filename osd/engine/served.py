@@ -1,4 +1,4 @@
-"""ServedPair: the address of an `osd serve` process, and what it says of itself."""
+"""ServedPair: the address of an `osd serve` process, and requests for its description and its output layer."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class ServedPair:
             time.sleep(0.1)
 
     def wait(self, client: httpx.Client) -> dict[str, Any]:
-        """Return what the server says of itself, once it does. Raises as `info`."""
+        """Wait until the server answers; return its description. Raises as `info`."""
         deadline, pause, silent = time.monotonic() + self.timeout, 0.1, True
         while True:
             try:
@@ -178,7 +178,7 @@ class ServedPair:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def look(self, client: httpx.Client) -> dict[str, Any]:
-        """Return what the server says of itself now. Raises a ValueError as `info`, or an `httpx.TransportError`."""
+        """Return the server's description now. Raises a ValueError as `info`, or an `httpx.TransportError`."""
         answers = [client.get(route, timeout=min(self.timeout, CONNECT_SECONDS)) for route in (INFO_ROUTE, STATE_ROUTE)]
         proxy = through_proxy(self.url)
         for answer in answers:

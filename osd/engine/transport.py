@@ -21,7 +21,7 @@ _GRACE_SECONDS = 5.0  # for the second half of a collective call after the first
 
 
 class Transport(Protocol):
-    """A way for weights into the student of a server, between `/start_weight_update` and `/finish_weight_update`."""
+    """Sends weights to the student of a server, between `/start_weight_update` and `/finish_weight_update`."""
 
     def send(self, named_tensors: Iterable[Named]) -> None:
         """Send these tensors to every worker.
@@ -57,7 +57,7 @@ class NCCLTransport:
     Args:
         trainer: the id under which the server knows this run.
         device: of this process.
-        port: of this machine, where the workers meet this process.
+        port: the port of this machine at which the server's workers join this process.
 
     Raises:
         ValueError: as `check_sender`.

@@ -1,4 +1,4 @@
-"""Loading a live student's weights into its engine's model."""
+"""Loads of a live student's weights into its engine's model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The pair over HTTP: the options of a request and the record of a completion as JSON.
 
-The body of a request to vLLM's completion routes may have an object ``osd``: `REQUEST_OPTIONS`. With ``record`` each choice of
-the answer has one too: the per-token record, one list per column. `osd.engine.backend.server` is the server,
-`osd.data.remote` the client.
+The body of a request to vLLM's completion routes may have an object ``osd`` with the `REQUEST_OPTIONS`. If it asks for the
+``record``, each choice of the answer has an object ``osd`` too: the per-token record, one list per column.
+`osd.engine.backend.server` is the server, `osd.data.remote` the client.
 
 T tokens of a completion, R record fields, W columns of a returned row.
 """

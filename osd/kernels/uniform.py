@@ -18,7 +18,7 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # batch sizes change; a kernel for each class of them would compile in mid-run
+@triton.jit(do_not_specialize=["num_rows"])  # or Triton would compile kernels in mid-run for some batch sizes
 def uniform_kernel(seed_ptr, length_ptr, out_ptr, num_rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows

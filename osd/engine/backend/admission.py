@@ -1,4 +1,4 @@
-"""Admission of requests to a pair: what it refuses, and what it makes of a request that it takes."""
+"""Admission of requests to a pair: their checks, the student's half of each, and the ids that end it."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ kernels' source in the interpreter. The rarely used kernels (penalties, logit bi
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from numpy import ndarray as Array
 
 
 def prepare() -> None:
@@ -27,7 +29,7 @@ def prepare() -> None:
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         os.environ["TRITON_INTERPRET"] = "1"
-        # Triton's own functions were made for a GPU if it was imported before; no kernel of theirs can run here.
+        # If Triton was imported before, its functions were made for a GPU and cannot run here.
         for name in [n for n in sys.modules if n == "triton" or (n.startswith("triton.") and not n.startswith("triton._C"))]:
             del sys.modules[name]
     import triton
@@ -54,141 +56,148 @@ class _NoDriver:
 
 
 # -- vLLM's kernels in numpy ------------------------------------------------------------------------------------------
+# A function has those parameters of its kernel that it needs, under the kernel's names without `_ptr`.
 
 
 def _prefill_inputs(
-    input_ids: Any, next_prefill: Any, _s: int, lookahead: int, slots: Any, starts: Any, all_ids: Any, _t: int,
-    prefill_len: Any, computed: Any, **_: Any,
+    input_ids: Array, next_prefill_tokens: Array, num_lookahead: int, idx_mapping: Array, query_start_loc: Array,
+    all_token_ids: Array, prefill_lens: Array, num_computed_tokens: Array,
 ) -> None:  # fmt: skip
-    ids, following, tokens = input_ids.numpy(), next_prefill.numpy(), all_ids.numpy()
-    first, slot_of_row = starts.tolist(), slots.numpy()
-    for row, (slot, done, length) in enumerate(
-        zip(slot_of_row, computed.numpy()[slot_of_row], prefill_len.numpy()[slot_of_row], strict=True)
-    ):
+    first = query_start_loc.tolist()
+    slots = zip(idx_mapping, num_computed_tokens[idx_mapping], prefill_lens[idx_mapping], strict=True)
+    for row, (slot, done, length) in enumerate(slots):
         if done >= length:
             continue
         end = done + first[row + 1] - first[row]
-        ids[first[row] : first[row + 1]] = tokens[slot, done:end]
-        for n in range(lookahead):
-            following[n, slot] = tokens[slot, end + n] if end + n < length else 0
+        input_ids[first[row] : first[row + 1]] = all_token_ids[slot, done:end]
+        for n in range(num_lookahead):
+            next_prefill_tokens[n, slot] = all_token_ids[slot, end + n] if end + n < length else 0
 
 
 def _positions_and_lengths(
-    positions: Any, seq_lens: Any, slots: Any, starts: Any, computed: Any, _max_reqs: int, **_: Any
+    pos: Array, seq_lens: Array, idx_mapping: Array, query_start_loc: Array, num_computed_tokens: Array
 ) -> None:
-    rows, first = len(slots), starts.numpy()
-    done, length = computed.numpy()[slots.numpy()], np.diff(first[: rows + 1])
-    seq_lens.numpy()[:rows] = done + length
-    seq_lens.numpy()[rows:] = 0
-    total = first[rows]
-    positions.numpy()[:total] = np.arange(total) + np.repeat(done.astype(np.int64) - first[:rows], length)
+    rows = len(idx_mapping)
+    done, length = num_computed_tokens[idx_mapping], np.diff(query_start_loc[: rows + 1])
+    seq_lens[:rows] = done + length
+    seq_lens[rows:] = 0
+    total = query_start_loc[rows]
+    pos[:total] = np.arange(total) + np.repeat(done.astype(np.int64) - query_start_loc[:rows], length)
 
 
 def _combine_tokens(
-    input_ids: Any, slots: Any, last: Any, starts: Any, seq_lens: Any, prefill_len: Any, drafts: Any, _s: int, cu_logits: Any,
-    logits_indices: Any, NUM_NEW_SAMPLED_TOKENS: int, **_: Any,
+    input_ids: Array, idx_mapping: Array, last_sampled_tokens: Array, query_start_loc: Array, seq_lens: Array,
+    prefill_len: Array, draft_tokens: Array, cu_num_logits: Array, logits_indices: Array,
 ) -> None:  # fmt: skip
-    rows, slot = len(slots), slots.numpy()
-    end, logits = starts.numpy()[1 : rows + 1].astype(np.int64), np.diff(cu_logits.numpy()[: rows + 1])
+    rows = len(idx_mapping)
+    end, logits = query_start_loc[1 : rows + 1].astype(np.int64), np.diff(cu_num_logits[: rows + 1])
     place = np.arange(logits.sum()) - np.repeat(np.cumsum(logits) - logits, logits)
-    logits_indices.numpy()[:] = np.repeat(end - logits, logits) + place
-    length, prefill = seq_lens.numpy()[:rows], prefill_len.numpy()[slot]
+    logits_indices[:] = np.repeat(end - logits, logits) + place
+    length, prefill = seq_lens[:rows], prefill_len[idx_mapping]
     decoding = (length > prefill) & (length - logits >= prefill)
-    ids = input_ids.numpy()
-    ids[(end - logits)[decoding]] = last.numpy()[slot[decoding], 0]
+    input_ids[(end - logits)[decoding]] = last_sampled_tokens[idx_mapping[decoding], 0]
     for row in np.flatnonzero((length > prefill) & (logits > 1)):
-        ids[end[row] - logits[row] + 1 : end[row]] = drafts.numpy()[slot[row], : logits[row] - 1]
+        input_ids[end[row] - logits[row] + 1 : end[row]] = draft_tokens[idx_mapping[row], : logits[row] - 1]
 
 
-def _expand_mapping(slots: Any, expanded: Any, places: Any, cu_logits: Any, **_: Any) -> None:
-    first = cu_logits.numpy()[: len(slots) + 1]
-    logits = np.diff(first)
-    expanded.numpy()[: first[-1]] = np.repeat(slots.numpy(), logits)
-    places.numpy()[: first[-1]] = np.arange(first[-1]) - np.repeat(first[:-1], logits)
+def _expand_mapping(idx_mapping: Array, expanded_idx_mapping: Array, expanded_local_pos: Array, cu_num_logits: Array) -> None:
+    first = cu_num_logits[: len(idx_mapping) + 1]
+    logits, total = np.diff(first), first[-1]
+    expanded_idx_mapping[:total] = np.repeat(idx_mapping, logits)
+    expanded_local_pos[:total] = np.arange(total) - np.repeat(first[:-1], logits)
 
 
 def _sampled_and_rejected(
-    num_sampled: Any, num_rejected: Any, seq_lens: Any, cu_logits: Any, slots: Any, prefill_len: Any
+    num_sampled: Array, num_rejected: Array, seq_lens: Array, cu_num_logits: Array, idx_mapping: Array, prefill_len: Array
 ) -> None:
-    rows = len(slots)
-    in_prefill = seq_lens.numpy()[:rows] < prefill_len.numpy()[slots.numpy()]
-    sampled, logits = num_sampled.numpy(), np.diff(cu_logits.numpy()[: rows + 1])
-    sampled[:rows][in_prefill] = 0
-    num_rejected.numpy()[:rows] = np.where(in_prefill, 0, logits - sampled[:rows])
+    rows = len(idx_mapping)
+    in_prefill = seq_lens[:rows] < prefill_len[idx_mapping]
+    num_sampled[:rows][in_prefill] = 0
+    num_rejected[:rows] = np.where(in_prefill, 0, np.diff(cu_num_logits[: rows + 1]) - num_sampled[:rows])
 
 
 def _post_update(
-    slots: Any, computed: Any, last: Any, bins: Any, _s: int, tokens: Any, _t: int, num_sampled: Any, num_rejected: Any,
-    starts: Any, all_ids: Any, _u: int, total_len: Any, *_drafts: Any, **_: Any,
+    idx_mapping: Array, num_computed_tokens: Array, last_sampled_tokens: Array, output_bin_counts: Array | None,
+    sampled_tokens: Array, num_sampled: Array, num_rejected: Array, query_start_loc: Array | None, all_token_ids: Array,
+    total_len: Array,
 ) -> None:  # fmt: skip
-    rows, slot = len(slots), slots.numpy()
-    real = slot >= 0
-    delta = (
-        -num_rejected.numpy()[:rows] if starts is None else np.diff(starts.numpy()[: rows + 1]) - num_rejected.numpy()[:rows]
-    )
-    computed.numpy()[slot[real]] += delta[real]
-    kept, at = num_sampled.numpy()[:rows], total_len.numpy()
+    rows, real = len(idx_mapping), idx_mapping >= 0
+    delta = (0 if query_start_loc is None else np.diff(query_start_loc[: rows + 1])) - num_rejected[:rows]
+    num_computed_tokens[idx_mapping[real]] += delta[real]
+    kept = num_sampled[:rows]
     for place in range(int(kept.max(initial=0))):
         has = real & (kept > place)
-        drawn, new = slot[has], tokens.numpy()[has, place]
-        last.numpy()[drawn, 0] = new
-        all_ids.numpy()[drawn, at[drawn]] = new
-        at[drawn] += 1
-        if bins is not None:
-            bins.numpy()[drawn, new] += 1
+        drawn, new = idx_mapping[has], sampled_tokens[has, place]
+        last_sampled_tokens[drawn, 0] = new
+        all_token_ids[drawn, total_len[drawn]] = new
+        total_len[drawn] += 1
+        if output_bin_counts is not None:
+            output_bin_counts[drawn, new] += 1
 
 
 def _grammar_mask(
-    logits: Any, _l: int, mapping: Any, cu_logits: Any, bitmask: Any, _b: int, vocab_size: int, MASK_STRIDE: int, **_: Any
+    logits: Array, logits_indices: Array, cu_num_logits: Array, bitmask: Array, vocab_size: int, MASK_STRIDE: int
 ) -> None:
-    rows, first = logits.numpy(), cu_logits.numpy()
-    forbidden = np.unpackbits(bitmask.numpy().view(np.uint8), axis=1, bitorder="little")[:, :vocab_size] == 0
-    for mask, index in zip(forbidden, mapping.tolist(), strict=True):
+    forbidden = np.unpackbits(bitmask.view(np.uint8), axis=1, bitorder="little")[:, :vocab_size] == 0
+    for mask, index in zip(forbidden, logits_indices.tolist(), strict=True):
         request, position = divmod(index, MASK_STRIDE)
-        if position < first[request + 1] - first[request]:
-            rows[first[request] + position, mask] = float("-inf")
+        if position < cu_num_logits[request + 1] - cu_num_logits[request]:
+            logits[cu_num_logits[request] + position, mask] = float("-inf")
 
 
-def _zero_blocks(addresses: Any, strides: Any, sizes: Any, blocks: Any, **_: Any) -> None:
-    for address, stride, size in zip(addresses.tolist(), strides.tolist(), sizes.tolist(), strict=True):  # of 4 bytes each
-        for block in blocks.tolist():
+def _zero_blocks(seg_addrs: Array, seg_block_strides: Array, seg_page_sizes: Array, block_ids: Array) -> None:
+    for address, stride, size in zip(seg_addrs.tolist(), seg_block_strides.tolist(), seg_page_sizes.tolist(), strict=True):
+        for block in block_ids.tolist():
             ctypes.memset(address + 4 * block * stride, 0, 4 * size)
 
 
-def _gather_block_tables(
-    self: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **_: Any
-) -> Any:
-    rows, slots = len(idx_mapping), idx_mapping.numpy()
-    out = tuple(self.input_block_tables) if out is None else out
-    for source, table in zip(self.block_tables, out, strict=True):
-        table.numpy()[:rows] = source.gpu.numpy()[slots]  # entries beyond a row's blocks are never read
-        table.numpy()[rows:num_reqs_padded] = 0
-    return tuple(table[:num_reqs_padded] for table in out)
+def _table(addresses: Array, strides: Array, group: int, rows: int) -> Array:
+    """Return the block table of a group, int32 [rows, stride], whose address a kernel is given."""
+    pointer = ctypes.cast(int(addresses[group]), ctypes.POINTER(ctypes.c_int32))
+    return np.ctypeslib.as_array(pointer, (rows, int(strides[group])))
 
 
-def _compute_slot_mappings(
-    self: Any, idx_mapping: Any, query_start_loc: Any, positions: Any, num_tokens_padded: int, out: Any = None
-) -> Any:
-    mappings, first = self.slot_mappings if out is None else out, query_start_loc.numpy()[: len(idx_mapping) + 1]
-    total = first[-1]
-    slot, position = np.repeat(idx_mapping.numpy(), np.diff(first)), positions.numpy()[:total]
-    for group, (table, size) in enumerate(zip(self.block_tables, self.block_sizes, strict=True)):
-        mapping = mappings[group].numpy()
-        mapping[:total] = table.gpu.numpy()[slot, position // size].astype(np.int64) * size + position % size
-        mapping[total:] = -1  # vLLM's PAD_SLOT_ID
-    return mappings[:, :num_tokens_padded]
+def _gather_tables(
+    batch_idx_to_req_idx: Array, src_block_table_ptrs: Array, dst_block_table_ptrs: Array, block_table_strides: Array,
+    num_reqs: int, grid: tuple[int, ...],
+) -> None:  # fmt: skip
+    slots = batch_idx_to_req_idx
+    for group in range(grid[0]):
+        source = _table(src_block_table_ptrs, block_table_strides, group, slots.max(initial=0) + 1)
+        target = _table(dst_block_table_ptrs, block_table_strides, group, grid[1])
+        target[:num_reqs] = source[slots]  # entries beyond a row's blocks are never read
+        target[num_reqs:] = 0
 
 
-def _apply_write(self: Any) -> None:
-    table, begin = self.gpu.numpy(), 0
-    table = table if table.ndim == 2 else table[:, None]
-    for row, start, end in zip(self._staged_write_indices, self._staged_write_starts, self._staged_write_cu_lens, strict=True):
-        table[row, start : start + end - begin] = self._staged_write_contents[begin:end]
+def _slot_mappings(
+    idx_mapping: Array, query_start_loc: Array, pos: Array, block_table_ptrs: Array, block_table_strides: Array,
+    block_sizes: Array, slot_mapping_enabled: Array, slot_mappings: Array, PAD_ID: int,
+) -> None:  # fmt: skip
+    total = query_start_loc[len(idx_mapping)]
+    slot, position = np.repeat(idx_mapping, np.diff(query_start_loc[: len(idx_mapping) + 1])), pos[:total]
+    slot_mappings[:] = PAD_ID
+    for group in np.flatnonzero(slot_mapping_enabled):
+        table, size = _table(block_table_ptrs, block_table_strides, group, idx_mapping.max(initial=0) + 1), block_sizes[group]
+        places = table[slot, position // size].astype(np.int64) * size + position % size
+        slot_mappings[group, :total] = np.where(slot >= 0, places, PAD_ID)
+
+
+def _apply_writes(
+    output: Array, output_stride: Any, write_indices: Array, write_starts: Array, write_contents: Array, write_cu_lens: Array,
+    write_group_ids: Array | None, grid: tuple[int, ...],
+) -> None:  # fmt: skip
+    begin = 0
+    for n in range(grid[0]):
+        row, start, end = write_indices[n], write_starts[n], write_cu_lens[n]
+        if write_group_ids is None:
+            table = output.reshape(len(output), -1)
+        else:
+            table = _table(output, output_stride, write_group_ids[n], row + 1)
+        table[row, start : start + end - begin] = write_contents[begin:end]
         begin = end
-    self.clear_staged_writes()
 
 
-# By module of vllm.v1.worker: the kernels, launched as `kernel[grid](...)`, and the methods that launch one each.
+# By module of vllm.v1.worker.
 KERNELS: dict[str, dict[str, Callable[..., None]]] = {
     "gpu.input_batch": {
         "_prepare_prefill_inputs_kernel": _prefill_inputs,
@@ -198,25 +207,27 @@ KERNELS: dict[str, dict[str, Callable[..., None]]] = {
         "_get_num_sampled_and_rejected_kernel": _sampled_and_rejected,
         "_post_update_kernel": _post_update,
     },
-    "utils": {"_zero_kv_blocks_kernel": _zero_blocks},
+    "gpu.block_table": {"_gather_block_tables_kernel": _gather_tables, "_compute_slot_mappings_kernel": _slot_mappings},
+    "gpu.buffer_utils": {"_apply_write_kernel": _apply_writes},
     "gpu.structured_outputs": {"_apply_grammar_bitmask_kernel": _grammar_mask},
-}
-METHODS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
-    "gpu.block_table": {
-        "BlockTables": {"gather_block_tables": _gather_block_tables, "compute_slot_mappings": _compute_slot_mappings}
-    },
-    "gpu.buffer_utils": {"StagedWriteTensor": {"apply_write": _apply_write}},
+    "utils": {"_zero_kv_blocks_kernel": _zero_blocks},
 }
 
 
 class _Launcher:
-    """A function in the place of a Triton kernel: ``kernel[grid](...)`` calls it once."""
+    """A function in the place of a Triton kernel: ``kernel[grid](...)`` calls it once, with numpy views of the tensors."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
+    def __init__(self, kernel: Any, function: Callable[..., None]) -> None:
+        self.function, self.taken = function, inspect.signature(function).parameters
+        self.names = [name.removesuffix("_ptr") for name in kernel.arg_names]
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self.function
+        def launch(*args: Any, **kwargs: Any) -> None:
+            given = {**dict(zip(self.names, args, strict=False)), **kwargs, "grid": grid}
+            arguments = ((name, given[name]) for name in self.taken)
+            self.function(**{name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in arguments})
+
+        return launch
 
 
 def install_kernels() -> None:
@@ -225,13 +236,11 @@ def install_kernels() -> None:
         return
     from importlib import import_module
 
-    for module, kernels in KERNELS.items():
+    for path, kernels in KERNELS.items():
+        module = import_module(f"vllm.v1.worker.{path}")
         for name, function in kernels.items():
-            setattr(import_module(f"vllm.v1.worker.{module}"), name, _Launcher(function))
-    for module, classes in METHODS.items():
-        for owner, methods in classes.items():
-            for name, function in methods.items():
-                setattr(getattr(import_module(f"vllm.v1.worker.{module}"), owner), name, function)
+            if not isinstance(kernel := getattr(module, name), _Launcher):
+                setattr(module, name, _Launcher(kernel, function))
     # The kernel of top-k and top-p needs more than the interpreter has.
     vars(import_module("vllm.v1.sample.ops.topk_topp_sampler"))["HAS_TRITON"] = False
     RotaryEmbedding: Any = import_module("vllm.model_executor.layers.rotary_embedding.base").RotaryEmbedding
@@ -321,9 +330,9 @@ def init_method_of_this_run(init_method: str) -> str:
 
 
 def keep_torch_threads() -> None:
-    """Keep vLLM on a CPU from leaving this process's torch, and a trainer in it, with one thread.
+    """Keep this process's number of torch threads, which a trainer in it needs, when vLLM starts on a CPU.
 
-    Unless OMP_NUM_THREADS is set, its worker sets torch to one thread and then makes ``torch.set_num_threads`` do nothing.
+    Unless OMP_NUM_THREADS is set, vLLM's worker sets torch to one thread and makes ``torch.set_num_threads`` do nothing.
     """
     from vllm import envs
 

@@ -58,7 +58,8 @@ class Frontend:
                 self.llm = LLM(**arguments)
             self._watch_outputs()
             self._guard_steps()
-            self._check_active()
+            if not all(self.call("pair_active")):  # vLLM says nothing if it ignores a worker class
+                raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
             self.limits = side_limits(self.engine.vllm_config, student_vllm_config(self.engine.vllm_config))
         except BaseException:
             self._give_up()
@@ -73,47 +74,35 @@ class Frontend:
         if other is not None and other.llm is not None:
             raise RuntimeError("another PairEngine lives in this process; close() it first, or use it")
 
-    def _check_active(self) -> None:
-        """Raise if vLLM does not use the pair's worker; it starts without a plug-in that it does not use."""
-        if set(self.call("pair_active")) != {True}:
-            raise RuntimeError("vLLM did not start the paired worker; sampling would be from the teacher alone")
-
     @property
     def engine(self) -> Any:
         assert self.llm is not None, "this engine is closed"
         return self.llm.llm_engine
 
     @property
-    def has_tokenizer(self) -> bool:
-        return not self.engine.vllm_config.model_config.skip_tokenizer_init
-
-    @property
-    def can_sleep(self) -> bool:
-        return self.engine.vllm_config.model_config.enable_sleep_mode
-
-    @property
-    def seed(self) -> int:
-        return self.engine.vllm_config.model_config.seed
+    def model_config(self) -> Any:
+        """vLLM's configuration of the teacher."""
+        return self.engine.vllm_config.model_config
 
     @property
     def _core(self) -> Any | None:
-        """vLLM's engine core, where it lives in this process, else None."""
+        """vLLM's engine core if it is in this process, else None."""
         return getattr(self.engine.engine_core, "engine_core", None)
 
     @property
     def scheduler(self) -> Any | None:
-        """The scheduler, where it lives in this process, else None."""
+        """The scheduler if it is in this process, else None."""
         return getattr(self._core, "scheduler", None)
 
     @property
     def worker(self) -> Any | None:
-        """This rank's worker, where it lives in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``, one rank each), or None."""
+        """This rank's worker if it is in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``, one rank each), else None."""
         executor = getattr(self._core, "model_executor", None)
         return getattr(getattr(executor, "driver_worker", None), "worker", None)
 
     @property
     def rank_group(self) -> Any | None:
-        """The CPU process group of the processes that hold this pair, where a launcher started one per rank; else None."""
+        """The CPU process group of this pair's ranks if a launcher started a process for each of them, else None."""
         parallel = self.engine.vllm_config.parallel_config
         if parallel.distributed_executor_backend != "external_launcher" or parallel.tensor_parallel_size == 1:
             return None
@@ -148,7 +137,7 @@ class Frontend:
         return self.ask("collective_rpc", method, args=args)
 
     def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of vLLM's ``LLM``. vLLM's own wait for an engine in another process never ends if that process does.
+        """Call a method of vLLM's ``LLM``, and raise if the engine's process ends meanwhile: vLLM would wait for it forever.
 
         Raises:
             EngineDied: the engine's process ended before it answered.
@@ -215,9 +204,9 @@ class Frontend:
 
     @contextmanager
     def cleaning_up(self) -> Iterator[None]:
-        """Close the engine if the body fails, which cleans up after an exception; that exception is the one to raise.
+        """Run a body that cleans up after an exception. If the body fails too, close the engine and let that exception go on.
 
-        Ctrl-C reaches the whole process group, and a process that is ending may look alive.
+        Ctrl-C reaches the whole process group, so the engine's process may be ending while it still looks alive.
         """
         try:
             yield
@@ -232,11 +221,7 @@ class Frontend:
         """True while the engine can answer: it is in this process, or its process runs."""
         if self.llm is None:
             return False
-        if self._core is not None:
-            return True
-        resources = self.engine.engine_core.resources
-        manager = resources.engine_manager
-        return not resources.engine_dead and not (manager is not None and manager.finished_procs())
+        return self._core is not None or not self.engine.engine_core.resources.engine_dead
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

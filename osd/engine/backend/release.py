@@ -42,7 +42,7 @@ def release_transformers_classes(model: torch.nn.Module) -> None:
                 self.do_not_compile = True
 
         def __call__(self: Any, *args: Any, called: Any = cls.__call__, **kwargs: Any) -> Any:
-            # vLLM's skips hooks.
+            # vLLM's `__call__` skips hooks.
             return (torch.nn.Module.__call__ if getattr(self, "do_not_compile", True) else called)(self, *args, **kwargs)
 
         cls.__init__, cls.__call__ = __init__, __call__  # type: ignore[misc, method-assign]

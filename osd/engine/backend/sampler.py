@@ -128,11 +128,8 @@ class PairSampler:
         parts = []
         if rows.paired is None or len(rows.paired):
             assert inputs.student is not None
-            parts.append(
-                MixtureInputs(
-                    student=inputs.student, student_rows=rows.student, rows=rows.paired, alpha=rows.alpha, solo=False, **shared
-                )
-            )
+            chosen: dict[str, Any] = dict(student_rows=rows.student, rows=rows.paired, alpha=rows.alpha)
+            parts.append(MixtureInputs(student=inputs.student, **chosen, **shared))
         if rows.solo is not None:
             ones = torch.ones(len(rows.solo), device=inputs.teacher.device)
             parts.append(
@@ -176,9 +173,7 @@ class PairSampler:
                 student_rows=student_rows,
                 rows=rows,
                 temperature_B=torch.ones(len(teacher), device=teacher.device),
-                alpha=None,
                 vocab_size=self.vocab_size,
-                solo=False,
             )
 
     # -- tokens drawn from what other sampling parameters make of q* ------------------------------------------------
@@ -196,13 +191,22 @@ class PairSampler:
         token_B = token_B.masked_fill(dead_B, 0)  # any id that both models can embed; the request ends in error
         out = self._empty(inputs.teacher)
         for part in parts:
-            index = as_index(part.rows)
-            recorded = part.record(take(token_B, part.rows), take(logp_draw_B, part.rows))
-            out.values_BR[index] = without_student(recorded) if part.solo else recorded
             bad_side_P = part.bad_side_P.int()
-            out.bad_side_B[index] = bad_side_P.masked_fill(take(dead_B, part.rows) & (bad_side_P == 0), NO_TOKEN)
+            bad_side_P = bad_side_P.masked_fill(take(dead_B, part.rows) & (bad_side_P == 0), NO_TOKEN)
+            out.bad_side_B[as_index(part.rows)] = bad_side_P
+        values_BR = self._record(inputs.teacher, parts, token_B, logp_draw_B)
         logprobs = self._logprobs(logq_BV, processed_BV, token_B, inputs.batch)
-        return StepOutputs(token_B=token_B, values_BR=out.values_BR, bad_side_B=out.bad_side_B, logprobs=logprobs)
+        return StepOutputs(token_B=token_B, values_BR=values_BR, bad_side_B=out.bad_side_B, logprobs=logprobs)
+
+    def _record(
+        self, teacher: torch.Tensor, parts: list[Any], token_B: torch.Tensor, logp_draw_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the record of these tokens, float32 [B, R]; NaN in rows that are not sampled."""
+        values_BR = self._empty(teacher).values_BR
+        for part in parts:
+            values_PR = part.record(take(token_B, part.rows), take(logp_draw_B, part.rows))
+            values_BR[as_index(part.rows)] = without_student(values_PR) if part.solo else values_PR
+        return values_BR
 
     def _process(self, logq_BV: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """Return what the grammars and sampling parameters make of log q*, which stays as it is: in vLLM's order."""

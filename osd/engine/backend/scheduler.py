@@ -43,8 +43,8 @@ class PairStep:
         student_output: the student scheduler's own output for this step.
         ready: ids of the requests that are sampled in this step: both sides compute logits for the same position.
         unmixed: of those, the requests past their ``mix_tokens``, sampled from the student alone.
-        resets: how often the student's prefix cache was emptied: blocks of one count have KV of the same weights.
-        weights_version: the student weights that requests named; None: no request has named any.
+        resets: how often the student's prefix cache was emptied. All blocks between two resets have KV of the same weights.
+        weights_version: the version of the student's weights that requests name; None: no request has named one.
         returned: requests whose record is returned with their tokens.
     """
 
@@ -159,7 +159,7 @@ class PairScheduler(SideScheduler):
         tokens = dict(zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True))
         record = take_record(model_runner_output, step.returned.values()) if step.returned else None
         for request_id in failed:
-            self._evict(request_id)  # now: vLLM frees its blocks if a draft accepted before the failure ends it
+            self._evict(request_id)  # before the update: an accepted draft may end the request there, which frees its blocks
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if record is not None:
             return_record(outputs, step.returned, model_runner_output.req_id_to_index, record)

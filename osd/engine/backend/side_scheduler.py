@@ -43,7 +43,7 @@ class SideScheduler(AsyncScheduler):
         groups = self.kv_cache_config.kv_cache_groups
         if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:
             return
-        # The scheduler's own block size is that of all the teacher's groups together, for the student too.
+        # Not self.block_size, which need not be that of the one group.
         manager, block_size = self.kv_cache_manager, groups[0].kv_cache_spec.block_size
         allocate = manager.allocate_slots
 
@@ -107,5 +107,5 @@ def zeroed_blocks() -> AbstractContextManager:
 
 
 def position(request: Request) -> int:
-    """Return how many tokens of its completion a request has computed, with those of the step being scheduled."""
+    """Return how many completion tokens a request has computed, including those of the step being scheduled."""
     return request.num_computed_tokens - request.num_prompt_tokens

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from osd.core import RECORD_FIELDS, MixingConfig
 from osd.engine import speculation
 from osd.engine.alignment import Alignment
-from osd.engine.backend.sampler import PairSampler, StepInputs, StepOutputs, without_student
+from osd.engine.backend.sampler import PairSampler, StepInputs, StepOutputs
 from osd.engine.mixture import (
     GREEDY_BELOW,
     NO_TOKEN,
@@ -76,10 +76,7 @@ class SpeculativeSampler(PairSampler):
             inputs = MixtureInputs(
                 student=logits_SV,
                 teacher=logits_SV,
-                student_rows=None,
-                rows=None,
                 temperature_B=temperature_S,
-                alpha=None,
                 vocab_size=self.vocab_size,
                 solo=True,
             )
@@ -157,16 +154,6 @@ class SpeculativeSampler(PairSampler):
             layout, draft_N=positions.token_B, accepted_N=none_N, correct=lambda final_B: positions.token_B[final_B]
         )
         return CycleOutputs(positions=replace(positions, bad_side_B=positions.bad_side_B[layout.first_B]), verdict=verdict)
-
-    def _record(
-        self, teacher: torch.Tensor, parts: list[Any], token_N: torch.Tensor, logp_draw_N: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the record of these tokens, float32 [N, R]; NaN in positions that are not sampled."""
-        values_NR = self._empty(teacher).values_BR
-        for part in parts:
-            values_PR = part.record(take(token_N, part.rows), take(logp_draw_N, part.rows))
-            values_NR[as_index(part.rows)] = without_student(values_PR) if part.solo else values_PR
-        return values_NR
 
     def _bad_side(self, parts: list[Any], target_NV: torch.Tensor, final_B: torch.Tensor) -> torch.Tensor:
         """Return each request's sides whose logits are not numbers, at its last kept token: no draft is accepted there."""

@@ -1,8 +1,8 @@
 """SpeculativeScheduler: a pair whose student drafts several tokens, which the teacher verifies in one pass.
 
-Both schedulers plan a request's next token and its drafts as vLLM plans speculative decoding: the drafts count as computed
-until the result of the step takes the rejected ones back. Both sides always have the same number of drafts of a request, so
-that they stay in step whatever is rejected.
+Both schedulers plan a request's next token and its drafts as vLLM plans speculative decoding: a scheduled draft counts as
+computed, and the result of the step subtracts those that were rejected. Both sides always have the same number of drafts of a
+request, so they stay in step whatever is rejected.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class SpeculativeScheduler(PairScheduler):
     def _level_drafts(self, output: SchedulerOutput, student_output: SchedulerOutput) -> None:
         """Give both sides of a request as many drafts as the side with fewer has; none if one side does not sample it.
 
-        They differ where a side's step is full, its context ends, or it is not there yet.
+        The numbers differ where a side's step is full, its context ends, or it is still in its prompt.
         """
         sides = ((self, output), (self.student, student_output))
         for request_id in {i for _, of_side in sides for i in of_side.scheduled_spec_decode_tokens}:

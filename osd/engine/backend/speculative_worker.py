@@ -24,7 +24,7 @@ from osd.engine.backend.sampler import StepInputs, counts, sampler_output
 from osd.engine.backend.scheduler import PairStep
 from osd.engine.backend.speculative_sampler import SpeculativeSampler
 from osd.engine.backend.worker import PairWorker
-from osd.engine.mixture import as_index, take
+from osd.engine.mixture import take
 from osd.engine.positions import CycleAligner, CycleAlignment
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class PassRows:
         temperature_S, seed_S: float32 and int64.
         ready_S: 1 where a row is sampled, else 0, int32.
         rejected_S: zeros, int32, where every row is sampled; None: the device counts rejected tokens.
-        goes_on: the rows that have another pass, int64, and the teacher's slots of their requests; None: no row has.
+        goes_on: the rows that have another pass, int64, and the teacher's slots of their requests; None if no row has one.
     """
 
     temperature_S: torch.Tensor
@@ -169,7 +169,7 @@ class SpeculativeWorker(PairWorker):
             self._main_stream.wait_stream(torch.cuda.current_stream())  # for the drafts so far
 
     def _rows(self, cycle: Cycle, place: int, batch: InputBatch, step: PairStep) -> PassRows:
-        """Return the rows of a pass; they are kept while the batch does not change: small uploads stall a GPU."""
+        """Return the rows of a pass: the same object while the batch does not change, because small uploads stall a GPU."""
         drafts, slots = cycle.drafts, self.model_runner.req_states.req_id_to_index
         further = [row for row, i in enumerate(batch.req_ids) if drafts.get(i, 0) > place]
         teacher_slots = [slots[batch.req_ids[row]] for row in further]
@@ -230,10 +230,12 @@ class SpeculativeWorker(PairWorker):
         else:
             outputs = self.sampler.nothing(teacher, alignment)
         self._outputs = alignment, outputs  # type: ignore[assignment]
-        self._record(alignment, outputs, hidden_NH)
-        kept_B = outputs.verdict.kept_B.int() * alignment.requests.ready_B
+        verdict = outputs.verdict
+        drafts = {"kept_B": verdict.kept_N, "origin_B1": verdict.origin_N[:, None]}
+        self._record(alignment.recorded_ids, alignment.positions, outputs.positions, hidden_NH, **drafts)
+        kept_B = verdict.kept_B.int() * alignment.requests.ready_B
         num_sampled, num_rejected = counts(runner.req_states, batch, kept_B, None)
-        tokens = replace(outputs.positions, token_B=outputs.verdict.token_BW)
+        tokens = replace(outputs.positions, token_B=verdict.token_BW)
         if self._step.returned:
             logprobs = self._with_record(tokens, hidden_NH)
             first = batch.cu_num_logits_np.tolist() if batch.num_draft_tokens else None
@@ -243,7 +245,7 @@ class SpeculativeWorker(PairWorker):
     def _warm_up_step(
         self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: Any
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        """Stand in for ``sample`` in vLLM's warm-up: its sampler has no drafts, so all of them are rejected."""
+        """Return the sample of a warm-up step: one token per request, all drafts rejected. vLLM's sampler takes no drafts."""
         if not batch.num_draft_tokens:
             return super()._sample(hidden_states, batch, grammar_output)
         ones = torch.ones(batch.num_reqs, dtype=torch.int32, device=self.device)
@@ -256,23 +258,6 @@ class SpeculativeWorker(PairWorker):
             num_rejected=num_rejected,
         )
         return output, num_sampled, num_rejected
-
-    def _record(self, alignment: Any, outputs: Any, hidden_NH: torch.Tensor) -> None:
-        if self._cycle is None:
-            super()._record(alignment, outputs, hidden_NH)
-            return
-        if not alignment.recorded_ids:
-            return
-        rows, verdict = as_index(alignment.positions.recorded_rows), outputs.verdict
-        topk_NX = outputs.positions.topk_BX
-        self.records.append(
-            alignment.recorded_ids,
-            outputs.positions.values_BR[rows],
-            hidden_NH[rows] if alignment.positions.hidden else None,
-            None if topk_NX is None else topk_NX[rows],
-            kept_B=verdict.kept_N[rows],
-            origin_B1=verdict.origin_N[rows, None],
-        )
 
     def _finish_step(self, alignment: Any, outputs: Any) -> None:
         """Write the kept tokens into the student's state, and take it back by the rejected ones."""

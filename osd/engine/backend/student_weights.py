@@ -32,7 +32,7 @@ class StudentWeights:
         self._runner, self._config, self._as_student = runner, config, as_student
         self.version, self.whole = 0, True
         self._load: WeightLoad | None = None
-        self._loading = ExitStack()  # of the load that runs
+        self._loading = ExitStack()  # closed when the current load ends
         self._cache = -1, 0  # how often the KV cache was emptied, and the version that its blocks are of
 
     def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]] | bytes, *, partial: bool) -> int:

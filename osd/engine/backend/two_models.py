@@ -196,7 +196,7 @@ class TwoModelWorker(Worker):
         """Restore both models and zero both KV caches: attention multiplies masked slots by 0, and 0 × NaN is NaN."""
         if tags is not None:
             raise ValueError(f"wake_up tags={tags}: a pair wakes up whole; leave them out")
-        torch.accelerator.empty_cache()  # memory that a trainer in this process no longer uses
+        torch.accelerator.empty_cache()  # return what a trainer in this process no longer uses
         super().wake_up(tags)
         for runner in (self.model_runner, self.student_runner):
             for cache in runner.kv_caches:  # a layer's tensor, or the list of its recurrent states

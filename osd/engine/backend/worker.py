@@ -66,7 +66,7 @@ class PairWorker(TwoModelWorker):
     def compile_or_warm_up_model(self) -> Any:
         self.warm_up_student()
         self._warm_up_sampler()
-        return super().compile_or_warm_up_model()  # ends by warning of kernels that are compiled from here on
+        return super().compile_or_warm_up_model()  # last: from here on vLLM warns of every kernel that is compiled
 
     @torch.inference_mode()
     def _warm_up_sampler(self) -> None:
@@ -91,11 +91,11 @@ class PairWorker(TwoModelWorker):
         return on
 
     def set_mixing(self, mixing: dict[str, Any]) -> None:
-        """Choose α and mix as this ``MixingConfig.to_dict()`` says, from the next step on."""
+        """Replace the mixing by that of a ``MixingConfig.to_dict()``, from the next step on."""
         self.sampler.mixing = MixingConfig.from_dict(mixing)
 
     def pair_active(self) -> bool:
-        """Return whether the pair's sampler is in place; vLLM starts without a plug-in that it does not use."""
+        """Return whether the pair's sampler is in place: vLLM says nothing if it ignores a worker class."""
         return self.model_runner.sample == self._sample and isinstance(self.student_runner.sampler, NoSampler)
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class PairWorker(TwoModelWorker):
         )
         outputs = self.sampler(inputs)
         self._outputs, self._student_logits = (alignment, outputs), None
-        self._record(alignment, outputs, hidden_BH)
+        self._record(alignment.recorded_ids, alignment, outputs, hidden_BH)
         num_sampled, num_rejected = counts(runner.req_states, batch, alignment.ready_B, alignment.rejected_B)
         if self._step.returned:
             outputs = replace(outputs, logprobs=self._with_record(outputs, hidden_BH))
@@ -232,16 +232,16 @@ class PairWorker(TwoModelWorker):
 
     # -- the record -------------------------------------------------------------------------------------------------
 
-    def _record(self, alignment: Alignment, outputs: StepOutputs, hidden_BH: torch.Tensor) -> None:
-        if not alignment.recorded_ids:
-            return
-        rows = as_index(alignment.recorded_rows)
-        self.records.append(
-            alignment.recorded_ids,
-            outputs.values_BR[rows],
-            hidden_BH[rows] if alignment.hidden else None,
-            None if outputs.topk_BX is None else outputs.topk_BX[rows],
-        )
+    def _record(
+        self, ids: list[str], alignment: Alignment, outputs: StepOutputs, hidden_BH: torch.Tensor, **drafts: torch.Tensor
+    ) -> None:
+        """Keep the record of these requests; ``drafts`` as of `RecordLog.append`, of all rows."""
+        if ids:
+            rows = as_index(alignment.recorded_rows)
+            hidden = hidden_BH[rows] if alignment.hidden else None
+            topk = None if outputs.topk_BX is None else outputs.topk_BX[rows]
+            drafts = {name: tensor[rows] for name, tensor in drafts.items()}
+            self.records.append(ids, outputs.values_BR[rows], hidden, topk, **drafts)
 
     def _with_record(self, outputs: StepOutputs, hidden_BH: torch.Tensor) -> Any:
         """Return the logprobs of a step with the record that is returned with its tokens."""
