@@ -15,7 +15,6 @@ from osd.engine.wire import ReturnedRows, returned, split_rows
 from tests.architectures import reference, save_model
 from tests.exact import completion_logits
 from tests.pairs import cramped, hard_prompts, start
-from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -69,7 +68,7 @@ def step(engine, outputs: dict[str, Any]) -> None:
 
 
 def sampled_under_updates(engine, students, steps: int = 25) -> list[tuple[Any, ReturnedRows]]:
-    """Sample `PROMPTS`; after every so many steps pause, load the next student, and go on. Ends with the first again."""
+    """Sample `PROMPTS`; after every so many steps pause, load the next student, and go on."""
     core, scheduler = engine._frontend._core, engine._frontend.scheduler
     scheduler.weights_version = None  # as on a server, whose requests name none
     outputs: dict[str, Any] = {}
@@ -89,8 +88,6 @@ def sampled_under_updates(engine, students, steps: int = 25) -> list[tuple[Any, 
     while engine._frontend.busy:
         step(engine, outputs)
     completions = [outputs[str(number)] for number in range(len(PROMPTS))]
-    load(engine, students[0])
-    assert engine.reset_prefix_cache()
     return [(c, split_rows(c.routed_experts)) for c in completions]
 
 
@@ -98,21 +95,29 @@ def load(engine, student) -> None:
     [engine.weights_version] = engine._frontend.call("load_student_weights", student.named_parameters(), False)
 
 
+@pytest.fixture(autouse=True)
+def first_student(engine, models):
+    """Every test begins with the first student, and an empty cache."""
+    load(engine, models[1][0])
+    assert engine.reset_prefix_cache()
+
+
+def logp(model, prompt: list[int], token_ids: list[int]) -> torch.Tensor:
+    """Log-probability of each token, [T]."""
+    logp_TV = completion_logits(model, prompt, token_ids).log_softmax(-1)
+    return logp_TV.gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
 def errors(models, results, first: int) -> dict[str, float]:
     """The largest difference of each side's recorded log-probabilities from transformers' at the recorded version, in nats."""
     teacher, students = models
     column, worst = {"theta": 2, "teacher": 3}, {"theta": 0.0, "teacher": 0.0}
     for prompt, (completion, rows) in zip(PROMPTS, results, strict=True):
-        token = torch.tensor(completion.token_ids)[:, None]
-
-        def logp(model, ids):
-            return completion_logits(model, ids, completion.token_ids).log_softmax(-1).gather(-1, token)[:, 0]
-
-        of_versions = torch.stack([logp(student, prompt.student_token_ids) for student in students])
+        of_versions = torch.stack([logp(student, prompt.student_token_ids, completion.token_ids) for student in students])
         version_T = torch.from_numpy(rows.version_T) - first
         expected = {
             "theta": of_versions.gather(0, version_T[None])[0],
-            "teacher": logp(teacher, prompt.teacher_token_ids),
+            "teacher": logp(teacher, prompt.teacher_token_ids, completion.token_ids),
         }
         for side, logp_T in expected.items():
             recorded_T = torch.from_numpy(rows.values_TR[:, column[side]].copy()).double()
@@ -132,10 +137,9 @@ def test_every_token_is_of_the_version_that_its_record_names(engine, models):
 
 def test_kv_of_older_weights_would_be_found(engine, models, monkeypatch):
     """The planted error: the student's cache is called empty, and is not."""
-    student = engine._frontend.scheduler.student
+    student, first = engine._frontend.scheduler.student, engine.weights_version
     with monkeypatch.context() as planted:
-        planted.setattr(student, "reset_prefix_cache", lambda **_: setattr(student, "resets", student.resets + 1))
-        first = engine.weights_version
+        planted.setattr(student, "reset_prefix_cache", lambda *_, **__: setattr(student, "resets", student.resets + 1))
         found = errors(models, sampled_under_updates(engine, models[1]), first)
     assert found["theta"] > 0.05
     assert found["teacher"] < 1e-3
@@ -143,10 +147,7 @@ def test_kv_of_older_weights_would_be_found(engine, models, monkeypatch):
 
 def test_kv_of_older_weights_is_refused(engine, models, monkeypatch):
     """A step that would read it raises, and ends every request."""
-    student = engine._frontend.scheduler.student
     with monkeypatch.context() as planted:
-        planted.setattr(student, "reset_prefix_cache", lambda **_: True)
+        planted.setattr(engine._frontend.scheduler.student, "reset_prefix_cache", lambda *_, **__: True)
         with pytest.raises(RuntimeError, match="the student's KV cache is of its weights version"):
             sampled_under_updates(engine, models[1])
-    load(engine, models[1][0])
-    assert engine.reset_prefix_cache()

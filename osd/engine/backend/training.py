@@ -248,7 +248,9 @@ class Training:
                 return
             others = self.mixing == self._own_mixing
             if others and not self.whole:
-                raise HTTPException(503, "the mixing changes when the update of the student's weights has ended; ask again then")
+                raise HTTPException(
+                    503, "the mixing changes when the update of the student's weights has ended; ask again then"
+                )
             self.mixing = mixing  # from here on other clients' requests are refused
             if others:
                 await self.client.pause_generation(mode="abort", clear_cache=False)
