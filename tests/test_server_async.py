@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from accelerate.state import GradientState
 from datasets import Dataset
 from transformers import TrainerCallback
 
+import osd.engine.remote
 import osd.train.trainer
 from osd.core import MixingConfig
 from osd.engine.remote import RemoteEngine
@@ -523,6 +525,16 @@ def test_a_run_that_is_interrupted_leaves_nothing_running(make, server, error):
 def running(server):
     lines = server.http.get("/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:num_requests_running{"))
+
+
+def test_a_server_that_gives_nothing_but_signs_of_life_ends_the_run(make, monkeypatch):
+    trainer = make(**AHEAD)
+    trainer.vllm_generation.check_sync = False
+    engine = trainer.vllm_generation.engine
+    engine.pair = replace(engine.pair, timeout=0.3)
+    monkeypatch.setattr(osd.engine.remote, "_whole_frames", lambda answer: (time.sleep(0.1) or b"" for _ in range(100)))
+    with pytest.raises(RuntimeError, match=r"has not finished a completion for . seconds, and 4 of 4 are left"):
+        trainer.train()
 
 
 def test_samples_that_are_too_old_are_not_trained_on(make):

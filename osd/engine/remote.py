@@ -259,14 +259,17 @@ class RemoteEngine:
                     return
                 self._check_still_there(error, running=batch.body["running"])
             pause = 0.1 if len(batch.completions) > before else min(2 * pause, LONGEST_PAUSE)
-            if (waited := time.monotonic() - self._since) > self.pair.timeout:
-                raise RuntimeError(
-                    f"server {self.pair.url} has not finished a completion for {waited:.0f} seconds, and "
-                    f"{len(batch.prompts) - len(batch.completions)} of {len(batch.prompts)} are left; if completions take that "
-                    f"long, raise vllm_server_timeout{batch.trouble and f' (the server says: {batch.trouble})'}"
-                )
+            self._check_progress(batch)
             if not batch.is_whole:
                 batch.cancelled.wait(pause)
+
+    def _check_progress(self, batch: Batch) -> None:
+        if (waited := time.monotonic() - self._since) > self.pair.timeout:
+            raise RuntimeError(
+                f"server {self.pair.url} has not finished a completion for {waited:.0f} seconds, and "
+                f"{len(batch.prompts) - len(batch.completions)} of {len(batch.prompts)} are left; if completions take that "
+                f"long, raise vllm_server_timeout{batch.trouble and f' (the server says: {batch.trouble})'}"
+            )
 
     def _ask_once(self, batch: Batch) -> None:
         """Ask for what is left of a batch, and take what comes."""
@@ -280,7 +283,10 @@ class RemoteEngine:
                 answer.read()
                 self._refuse(answer)
             for data in _whole_frames(answer):
-                self._take(batch, places, *unpack(data))
+                if data:
+                    self._take(batch, places, *unpack(data))
+                else:  # a sign of life
+                    self._check_progress(batch)
 
     def _refuse(self, answer: httpx.Response) -> None:
         message = f"server {self.pair.url}: {error_message(answer)}"

@@ -46,7 +46,7 @@ from osd.engine.wire import (
     split_rows,
 )
 
-_PULSE_SECONDS = 1.0  # between two signs of life on a trainer's connection
+_PULSE_SECONDS = 1.0  # between two signs of life on a trainer's connections
 
 
 class Training:
@@ -214,7 +214,10 @@ class Training:
     # -- batches ----------------------------------------------------------------------------------------------------
 
     async def _sample(self, http: Request, send: Any) -> None:
-        """Answer with a frame per completion, as they finish; end all of them if the trainer goes away."""
+        """Answer with a frame per completion, as they finish, and an empty one as a sign of life while none does.
+
+        Ends all of them if the trainer goes away.
+        """
         body = await http.json()
         self._check_trainer(body["trainer"])
         mixing = MixingConfig.from_dict(body["mixing"])
@@ -232,7 +235,10 @@ class Training:
             await send({"type": "http.response.start", "status": 200, "headers": []})
             left: set[asyncio.Task[Any]] = set(tasks)
             while left and not gone.done():
-                done, _ = await asyncio.wait({*left, gone}, return_when=asyncio.FIRST_COMPLETED)
+                waited_for = {*left, gone}
+                done, _ = await asyncio.wait(waited_for, timeout=_PULSE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    await send({"type": "http.response.body", "body": framed(b""), "more_body": True})
                 for task in left & done:
                     await send({"type": "http.response.body", "body": framed(task.result()), "more_body": True})
                 left -= done
