@@ -46,6 +46,7 @@ from osd.engine.wire import (
     split_rows,
 )
 
+_END_SECONDS = 30.0  # for paused requests to end; a worker that waits for a dead trainer's broadcast ends none
 _PULSE_SECONDS = 1.0  # between two signs of life on a trainer's connections
 
 
@@ -71,6 +72,7 @@ class Training:
         self.sync: str | None = None
         self.syncs: dict[int, str | None] = {0: None}
         self.trainer: str | None = None
+        self._keeps = False  # an update has paused the running requests
         self._mixes, self._updates = asyncio.Lock(), asyncio.Lock()
         self._names = (f"osd-batch-{number}" for number in itertools.count())
         self._generate = self.client.generate
@@ -132,8 +134,8 @@ class Training:
             gone.cancel()
             with suppress(Exception):  # a dead engine
                 async with self._updates:
-                    if not self.whole:
-                        await self._end_requests()  # which the update may have paused
+                    if self._keeps:  # an update that never ended has paused them
+                        await asyncio.wait_for(self._end_requests(), _END_SECONDS)
                 await self._mix(self._own_mixing)
             self.trainer = None
 
@@ -156,12 +158,14 @@ class Training:
             self._check_trainer(_query().get("trainer"))
             self.whole, self.sync = False, None
             if running and self.trainer is not None:  # whose connection says when to end them after all
+                self._keeps = True
                 await self.client.pause_generation(mode="keep", clear_cache=False)
             else:
                 await self._end_requests()
             self.version = (await self.client.collective_rpc("start_weight_update", kwargs={"partial": partial}))[0]
 
     async def _end_requests(self) -> None:
+        self._keeps = False
         await self.client.pause_generation(mode="abort", clear_cache=True)
 
     def _of_trainer(self, method: Any) -> Any:
@@ -186,7 +190,7 @@ class Training:
             [self.version] = set(await self.client.collective_rpc("finish_weight_update"))
             if weight_version is not None:
                 await self.client.update_weight_version(weight_version)
-            self.whole, self.sync = True, weight_version
+            self.whole, self.sync, self._keeps = True, weight_version, False
             self.syncs[self.version] = weight_version
             await self.client.resume_generation()
 
