@@ -220,8 +220,8 @@ def test_a_run_is_a_synchronous_one_whose_syncs_come_late(make, name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for the server")
-def test_two_gpus_sample_and_train_at_once(tiny_pair, tmp_path, monkeypatch):
-    """Weights go by NCCL between the batches; the run is that of late syncs, token by token."""
+def test_two_gpus_sample_and_train_at_once(tiny_pair, models, tmp_path, monkeypatch):
+    """Weights go by NCCL between the batches; the run is that of late syncs, token by token. Then under running requests."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # of the server; this process has its devices by now
     flags = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "nccl"}')
@@ -234,6 +234,8 @@ def test_two_gpus_sample_and_train_at_once(tiny_pair, tmp_path, monkeypatch):
         with emulated(against(server, tiny_pair, tmp_path, **GREEDY, **port), {0: 0, 1: 1, 2: 1}) as late:
             theirs = batches_of(late)
             late.train()
+        with against(server, tiny_pair, tmp_path, **RUNNING) as trainer:
+            check_running_requests(trainer.vllm_generation, models, server)
     assert tokens(ours) == tokens(theirs)
     assert logged(ahead, "loss") == pytest.approx(logged(late, "loss"), rel=1e-3)
 
@@ -349,11 +351,14 @@ def perturb(model, seed):
 
 
 def test_tokens_of_running_requests_are_of_the_version_that_their_record_names(make, models, server):
+    check_running_requests(make(**RUNNING).vllm_generation, models, server)
+
+
+def check_running_requests(generation, models, server):
     """Two batches, two updates and a change of the mixing, all under their requests: a row is the distribution of its draw."""
-    generation = make(**RUNNING).vllm_generation
     generation.check_sync = False  # which takes the time of some tokens
     generation.sync_weights()
-    students, versions = [copy.deepcopy(generation.model).eval()], [generation.engine.weights_version]
+    students, versions = [copy.deepcopy(generation.model).eval().cpu()], [generation.engine.weights_version]
     student_prompts, teacher_prompts = [[7, 8, n] for n in range(9, 13)], [[50, 7, 8, n, 51] for n in range(9, 13)]
     for alpha in (0.7, 0.2):
         generation.begin(student_prompts, teacher_prompts, mixing=MixingConfig(alpha_method="fixed", fixed_alpha=alpha))
@@ -364,7 +369,7 @@ def test_tokens_of_running_requests_are_of_the_version_that_their_record_names(m
         wait_for_tokens(server, 10)
         generation.sync_weights()
         assert not generation.engine._ahead[1].is_whole, "the sync waited for a batch"
-        students.append(copy.deepcopy(generation.model).eval())
+        students.append(copy.deepcopy(generation.model).eval().cpu())
         versions.append(generation.engine.weights_version)
     batches = []
     for _ in range(2):
