@@ -11,6 +11,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,13 +21,14 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import osd.engine.remote
+import osd.train.lookahead
 import osd.train.trainer
 from osd.core import MixingConfig
 from osd.engine.remote import RemoteEngine
 from osd.engine.transport import HTTPTransport
 from osd.engine.wire import STATE_ROUTE
 from osd.train import OSDConfig
-from osd.train.lookahead import Lookahead, warn_without_overlap
+from osd.train.lookahead import Lookahead, SampledAhead, warn_without_overlap
 from tests.exact import completion_logits, mixture
 from tests.served import KEY, free_port, served
 from tests.training import ROWS, build_trainer, logged, watch
@@ -612,3 +614,48 @@ def test_reading_ahead_changes_neither_batches_nor_their_end(ahead):
         found.append((batches[0].tolist(), state.end_of_dataloader))
     assert found == plain
     assert state.active_dataloader is loader
+
+
+@pytest.mark.parametrize(
+    ("mode", "staleness", "iterations", "passes", "ahead"),
+    [
+        ("between", 5, 1, 2, 1),
+        ("running", 1, 1, 1, 1),
+        ("running", 3, 1, 2, 3),
+        ("running", 5, 2, 2, 2),
+        ("running", 6, 3, 1, 2),
+    ],
+)
+def test_as_many_sampling_steps_are_ahead_as_the_bound_allows(monkeypatch, mode, staleness, iterations, passes, ahead):
+    """Each begins once, with the rows and the mixing of its own step, and none after the last step or the end of the epoch."""
+    begun, most = [], []
+    monkeypatch.setattr(osd.train.lookahead, "unmixed", lambda *_, **__: None)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(
+            async_weight_updates=mode,
+            max_staleness=staleness,
+            num_iterations=iterations,
+            gradient_accumulation_steps=passes,
+            mix_fraction=1.0,
+        ),
+        state=SimpleNamespace(global_step=0, max_steps=6 * iterations),
+        accelerator=SimpleNamespace(gradient_state=SimpleNamespace(active_dataloader=None)),
+        vllm_generation=SimpleNamespace(begin=lambda prompts, _, alpha, mixing: begun.append((prompts, mixing))),
+        _renderer=SimpleNamespace(student_ids=lambda p: p, student_prompt=lambda row: row, teacher_ids=lambda rows: rows),
+        _schedule=SimpleNamespace(at=lambda step, _: step),
+        _seed_of=str,
+    )
+    sampled = SampledAhead(trainer)
+    for _ in range(2):
+        epoch = iter([[n] for n in range(4) for _ in range(passes * iterations)])
+        for n in range(4 if trainer.state.global_step == 0 else 2):
+            for _ in range(iterations):
+                [rows, *_] = sampled.batches(epoch, passes)
+                if trainer.state.global_step % iterations == 0:
+                    assert rows == [n]
+                    assert sampled.take(rows) == (n > 0)
+                    sampled.begin()
+                    most.append(len(sampled._rows))
+                trainer.state.global_step += 1
+    assert begun == [([n], iterations * step) for n, step in ((1, 1), (2, 2), (3, 3), (1, 5))]
+    assert most[0] == ahead
