@@ -453,7 +453,7 @@ def test_batches_run_on_over_the_syncs_of_a_run(make, server, iterations):
 
 
 def test_importance_weights_of_a_completion_of_several_versions(make, server, monkeypatch):
-    trainer = make(**{**CORRECTED, **RUNNING})
+    trainer = make(**{**CORRECTED, **RUNNING}, alpha_method="fixed", fixed_alpha=0.1)  # weights of float32's range
     under_running_requests(trainer, server)
     batches = batches_of(trainer)
     weights, expected = weights_and_expectations(trainer, monkeypatch)
