@@ -245,6 +245,7 @@ def test_a_trainer_that_is_killed_leaves_a_server_for_the_next(tiny_pair, tmp_pa
     given = {"OSD_TEST_FIELDS": json.dumps({**RUNNING, "max_completion_length": 120})} if "running" in place else {}
 
     def ask():
+        wait_for(lambda: running(server) >= 4, 120)
         while not others or others[-1] == 200:
             body = {"prompt": [7, 8], "max_tokens": 120, "ignore_eos": True}
             others.append(Client(server.server).post("/v1/completions", body).status_code)
