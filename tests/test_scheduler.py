@@ -507,7 +507,7 @@ def test_weights_change_only_while_no_step_is_in_flight(pair):
 
 def test_after_a_pause_that_keeps_requests_the_student_alone_computes_them_anew(pair):
     """Also if one of them is aborted meanwhile, of which a step without tokens tells the workers."""
-    scheduler = make_scheduler(pair, blocks=60, budget=64, student_budget=9)
+    scheduler = make_scheduler(pair, blocks=60, budget=64, student_budget=32)
     workers = Workers(scheduler)
     for n in range(4):
         scheduler.add_request(request(f"r{n}", list(range(20)), list(range(20, 30 + n)), 24))
