@@ -426,7 +426,10 @@ def test_batches_run_on_over_the_syncs_of_a_run(make, server, iterations):
     evaluation = {"eval_strategy": "steps", "eval_steps": iterations, "eval_dataset": Dataset.from_list(ROWS[:3])}
     trainer = make(**{**RUNNING, **fields, **evaluation})
     weights, batches, found = {}, batches_of(trainer), under_running_requests(trainer, server)
-    keep = lambda step: weights.setdefault(step, copy.deepcopy(trainer.model).eval())  # noqa: E731
+
+    def keep(step):
+        weights.setdefault(step, copy.deepcopy(trainer.model).eval())
+
     trainer.add_callback(Each("on_step_begin", keep))
     trainer.add_callback(Each("on_step_end", keep))
     asked, begin = [], trainer.vllm_generation.begin
