@@ -236,7 +236,7 @@ def test_two_gpus_sample_and_train_at_once(tiny_pair, models, tmp_path, monkeypa
         with emulated(against(server, tiny_pair, tmp_path, **GREEDY, **port), {0: 0, 1: 1, 2: 1}) as late:
             theirs = batches_of(late)
             late.train()
-        with against(server, tiny_pair, tmp_path, **RUNNING) as trainer:
+        with against(server, tiny_pair, tmp_path, **RUNNING, **port) as trainer:
             check_running_requests(trainer.vllm_generation, models, server)
     assert tokens(ours) == tokens(theirs)
     assert logged(ahead, "loss") == pytest.approx(logged(late, "loss"), rel=1e-3)
