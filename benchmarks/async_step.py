@@ -8,6 +8,7 @@
 
 osd_server    OSDTrainer with vllm_mode="server": samples from q*, then trains
 osd_async     the same with async_generation: samples the next batch while it trains on one
+osd_running   the same with weights updated under running requests, and two batches ahead
 trl_server    TRL's DistillationTrainer in server mode: samples from the student, then runs a transformers teacher. TRL moves
               weights by NCCL alone, so this one needs GPUs
 trl_server_autocast   the same with the loss under autocast (see benchmarks/train_step.py)
@@ -42,10 +43,11 @@ from benchmarks.train_worker import TrainJob
 SYSTEMS = {
     "osd_server": "OSDTrainer and a server, one after the other",
     "osd_async": "OSDTrainer and a server at the same time",
+    "osd_running": "OSDTrainer and a server at the same time, weights under running requests",
     "trl_server": "TRL DistillationTrainer and a server",
     "trl_server_autocast": "TRL DistillationTrainer and a server, autocast",
 }
-ON_A_CPU = ["osd_server", "osd_async"]
+ON_A_CPU = ["osd_server", "osd_async", "osd_running"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

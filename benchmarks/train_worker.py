@@ -183,6 +183,11 @@ def osd_async(job: TrainJob) -> tuple[Any, dict[str, Any]]:
     return osd_server(job, async_generation=True)
 
 
+def osd_running(job: TrainJob) -> tuple[Any, dict[str, Any]]:
+    """Build OSD's trainer as `osd_async` does; two batches are ahead, and weights are updated under their requests."""
+    return osd_server(job, async_generation=True, async_weight_updates="running", max_staleness=2)
+
+
 def trl_server(job: TrainJob) -> tuple[Any, dict[str, Any]]:
     """Build TRL's trainer against the server of benchmarks/async_step.py, with the teacher in transformers."""
     from trl import DistillationConfig, DistillationTrainer
@@ -204,6 +209,7 @@ SYSTEMS: dict[str, Callable[[TrainJob], tuple[Any, dict[str, Any]]]] = {
     "osd": osd,
     "osd_server": osd_server,
     "osd_async": osd_async,
+    "osd_running": osd_running,
     "trl_server": trl_server,
     "trl_server_autocast": lambda job: under_autocast(*trl_server(job)),
 }

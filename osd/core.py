@@ -194,7 +194,8 @@ class TokenRecord:
         teacher_hidden_TH: the teacher's final hidden states, [T, H], or None when they were not asked for.
         teacher_topk_TX: the teacher's k largest log-probabilities, tempered, over the shared vocabulary: float32 [T, 2k + 1],
             with k ids, their log π_t in descending order, and that of all other ids together. None when not asked for.
-        weights_version: number of weight syncs the student had received when it sampled these tokens.
+        weights_version: number of weight syncs the student had received when it sampled the last of these tokens.
+        version_T: that number for each token, int64 [T]; None: it is ``weights_version`` for all of them.
         origin_T: how each token came to be, uint8 [T], an index into ``TOKEN_ORIGINS``; None without speculation.
     """
 
@@ -203,6 +204,7 @@ class TokenRecord:
     weights_version: int
     origin_T: torch.Tensor | None = None
     teacher_topk_TX: torch.Tensor | None = None
+    version_T: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         import torch

@@ -27,7 +27,7 @@ from trl.trainer.utils import ensure_master_addr_port
 from osd.background import BackgroundSampling, paired
 from osd.engine.remote import RemoteEngine
 from osd.engine.remote_batch import Batch
-from osd.engine.served import ServedPair
+from osd.engine.served import WEIGHT_UPDATES, ServedPair
 from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
 from osd.sampling_args import DROP_IN, FIELDS, checked_fields
@@ -48,7 +48,8 @@ class GeneratedBatch:
         seconds: wall-clock time of the call; for a batch that was begun earlier, the time spent waiting for it.
         sync_seconds: time of the syncs since the previous call; 0 without one.
         weights_version: number of syncs before this call.
-        staleness: optimizer updates between the weights that drew each completion and those of this call.
+        staleness: optimizer updates between the weights that drew the oldest token of each completion and those of this call.
+        staleness_T: the same of every token of each completion, int64 [T].
     """
 
     completions: list[PairCompletion]
@@ -56,6 +57,7 @@ class GeneratedBatch:
     sync_seconds: float
     weights_version: int
     staleness: list[int]
+    staleness_T: list[torch.Tensor]
 
 
 @dataclass
@@ -89,6 +91,8 @@ class OSDGeneration(BackgroundSampling):
         topk: or so many of the teacher's largest log-probabilities and the mass of the rest (top-k supervision); 0: neither.
         max_staleness: the most optimizer updates between the weights that draw a token and those of the `generate` call that
             returns it. Above 0 only for batches of `begin`.
+        async_weight_updates: "between" the batches of `begin`, for which a sync waits, or under their "running" requests, which
+            go on with the new weights: a completion then has tokens of several versions, each with its own exact record.
         on_error: "raise" for a completion that ended in an error (NaN logits), or "keep" it for a caller that masks it (at
             least one token is returned, and its `error` is the reason).
         temperature, top_p, top_k, min_p, repetition_penalty, max_completion_length, generation_kwargs: as in TRL; they
@@ -113,6 +117,7 @@ class OSDGeneration(BackgroundSampling):
         hidden: bool = False,
         topk: int = 0,
         max_staleness: int = 1,
+        async_weight_updates: str = "between",
         on_error: str = "raise",
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -127,11 +132,13 @@ class OSDGeneration(BackgroundSampling):
         forget_warnings()
         if on_error not in ("raise", "keep"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
+        if async_weight_updates not in WEIGHT_UPDATES:
+            raise ValueError(f"async_weight_updates={async_weight_updates!r}: choose {' or '.join(map(repr, WEIGHT_UPDATES))}")
         self.pair = pair
         self.mix_tokens = mix_tokens
         self.check_sync = check_sync
         self.hidden, self.topk = hidden, topk
-        self.max_staleness = max_staleness
+        self.max_staleness, self.async_weight_updates = max_staleness, async_weight_updates
         self.on_error = on_error
         self.last_batch: GeneratedBatch | None = None
         self._stays_awake = False
@@ -159,7 +166,9 @@ class OSDGeneration(BackgroundSampling):
         self._layout = check_student_can_train(self._pair_config)
         self.check_live_student()
         if isinstance(self.pair, ServedPair):
-            self.engine = RemoteEngine(self.pair, rank=self.accelerator.process_index, device=self.accelerator.device)
+            running = self.async_weight_updates == "running"
+            rank, device = self.accelerator.process_index, self.accelerator.device
+            self.engine = RemoteEngine(self.pair, rank=rank, device=device, running=running)
         elif isinstance(self.pair, PairConfig):
             check_groups(self.pair, self.accelerator.num_processes)
             # The trainer passes tensors by reference, so the engine must live in this process.
@@ -309,12 +318,14 @@ class OSDGeneration(BackgroundSampling):
         self.engine.wake_up()
         with profiler or nullcontext():
             completions = self._sampled(pair_prompts, begun, alpha=alpha, **self._options())
+        staleness, staleness_T = self._staleness(begun, completions)
         self.last_batch = GeneratedBatch(
             completions=completions,
             seconds=self.waited_seconds + time.perf_counter() - start,
             sync_seconds=self.sync_seconds,
             weights_version=self.engine.weights_version,
-            staleness=self._staleness(begun, len(prompts)),
+            staleness=staleness,
+            staleness_T=staleness_T,
         )
         self.sync_seconds = self.waited_seconds = 0.0
         self._sleep()

@@ -87,7 +87,8 @@ class LiveStudent(VLLMGeneration):
         Of a student under LoRA, only the layers with an adapter are pushed again after the first sync, merged on the way. An
         engine that sleeps is woken first. The next batch reports the duration. If a sync fails, `generate` refuses to sample
         until one succeeds. A server that goes away meanwhile is waited for, and gets every parameter. A batch that it samples
-        in the background is waited for first, and kept.
+        in the background is waited for first, and kept; with `async_weight_updates="running"`, batches go on with the new
+        weights instead.
 
         Raises:
             ValueError: a parameter that the engine's student does not have, or in another shape; parameters missing.
@@ -96,6 +97,7 @@ class LiveStudent(VLLMGeneration):
         start = time.perf_counter()
         if isinstance(self.engine, RemoteEngine):
             self.engine.settle()
+            self.engine.updates = self.updates
             self.waited_seconds += (now := time.perf_counter()) - start
             start = now
         self._synced = False
@@ -107,8 +109,6 @@ class LiveStudent(VLLMGeneration):
                 if attempt + 1 == _SYNC_ATTEMPTS:
                     raise
         self._synced = True
-        if isinstance(self.engine, RemoteEngine):
-            self.engine.updates = self.updates
         self.sync_seconds += time.perf_counter() - start
 
     def _sync(self) -> None:

@@ -52,7 +52,7 @@ ELSEWHERE = {
     *("importance_clip", "importance_correction", "num_iterations", "privilege_gap_steps", "privilege_gap_tokens"),
     *("mix_fraction", "mix_tokens", "vllm_enable_sleep_mode"),
     *("max_completion_length", "min_p", "repetition_penalty", "top_k", "top_p"),
-    *("async_generation", "max_staleness", "vllm_mode", *OF_A_SERVER),
+    *("async_generation", "async_weight_updates", "max_staleness", "vllm_mode", *OF_A_SERVER),
 }
 
 

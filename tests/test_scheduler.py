@@ -19,6 +19,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
@@ -502,6 +503,30 @@ def test_weights_change_only_while_no_step_is_in_flight(pair):
         assert len(workers.outputs["new"]) == 9
     else:
         assert "only while no step is in flight" in workers.finished["new"].stop_reason
+
+
+def test_after_a_pause_that_keeps_requests_the_student_alone_computes_them_anew(pair):
+    """Also if one of them is aborted meanwhile, of which a step without tokens tells the workers."""
+    scheduler = make_scheduler(pair, blocks=60, budget=64, student_budget=32)
+    workers = Workers(scheduler)
+    for n in range(4):
+        scheduler.add_request(request(f"r{n}", list(range(20)), list(range(20, 30 + n)), 24))
+    while len(workers.outputs.get("r3", [])) < 3:
+        workers.step()
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    while workers.in_flight:
+        workers.step()
+    scheduler.finish_requests("r1", RequestStatus.FINISHED_ABORTED)
+    workers.run()
+    before, drawn = scheduler.student.resets, {i: len(tokens) for i, tokens in workers.outputs.items()}
+    assert [r.request_id for r in scheduler.running] == ["r0", "r2", "r3"]
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert scheduler.student.resets == before + 1
+    assert [r.num_computed_tokens for r in scheduler.student.waiting] == [0, 0, 0]
+    workers.run()
+    assert workers.seen["preempted student"] == 3
+    assert workers.seen["preempted teacher"] == 0
+    assert [len(workers.outputs[i]) for i in ("r0", "r1", "r2", "r3")] == [24, drawn["r1"], 24, 24]
 
 
 STATE = ["num_computed_tokens", "num_output_placeholders", "num_in_flight_tokens", "num_stale_output_tokens", "num_tokens"]

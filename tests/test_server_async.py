@@ -10,6 +10,8 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +20,16 @@ from accelerate.state import GradientState
 from datasets import Dataset
 from transformers import TrainerCallback
 
+import osd.engine.remote
+import osd.train.lookahead
 import osd.train.trainer
+from osd.core import MixingConfig
 from osd.engine.remote import RemoteEngine
+from osd.engine.transport import HTTPTransport
 from osd.engine.wire import STATE_ROUTE
 from osd.train import OSDConfig
-from osd.train.lookahead import Lookahead, warn_without_overlap
-from tests.exact import completion_logits
+from osd.train.lookahead import Lookahead, SampledAhead, warn_without_overlap
+from tests.exact import completion_logits, mixture
 from tests.served import KEY, free_port, served
 from tests.training import ROWS, build_trainer, logged, watch
 
@@ -101,7 +107,7 @@ def test_the_server_samples_the_next_batch_inside_the_step(make):
         ask_once(batch)
 
     def wait_for_a_completion(step):
-        batch = engine._ahead
+        batch = next(iter(engine._ahead), None)
         if batch is not None:
             inside.set()
             wait_for(lambda: batch.completions)
@@ -216,8 +222,8 @@ def test_a_run_is_a_synchronous_one_whose_syncs_come_late(make, name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for the server")
-def test_two_gpus_sample_and_train_at_once(tiny_pair, tmp_path, monkeypatch):
-    """Weights go by NCCL between the batches; the run is that of late syncs, token by token."""
+def test_two_gpus_sample_and_train_at_once(tiny_pair, models, tmp_path, monkeypatch):
+    """Weights go by NCCL between the batches; the run is that of late syncs, token by token. Then under running requests."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # of the server; this process has its devices by now
     flags = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "nccl"}')
@@ -230,6 +236,8 @@ def test_two_gpus_sample_and_train_at_once(tiny_pair, tmp_path, monkeypatch):
         with emulated(against(server, tiny_pair, tmp_path, **GREEDY, **port), {0: 0, 1: 1, 2: 1}) as late:
             theirs = batches_of(late)
             late.train()
+        with against(server, tiny_pair, tmp_path, **RUNNING, **port) as trainer:
+            check_running_requests(trainer.vllm_generation, models, server)
     assert tokens(ours) == tokens(theirs)
     assert logged(ahead, "loss") == pytest.approx(logged(late, "loss"), rel=1e-3)
 
@@ -319,6 +327,177 @@ def test_weights_by_the_recorded_student_would_be_found(make, monkeypatch):
     assert (weights.log() - expected.log()).abs().max() > 0.1
 
 
+# -- weights under running requests -------------------------------------------------------------------------------------
+
+LONG = {"max_completion_length": 120, "generation_kwargs": {"ignore_eos": True}}
+RUNNING = {**AHEAD, **LONG, "async_weight_updates": "running", "max_staleness": 2}
+
+
+def drawn(server):
+    """Tokens that the server has drawn since it started."""
+    lines = server.http.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
+
+
+def wait_for_tokens(server, count):
+    """Wait until the running requests have drawn so many more tokens together, or have ended."""
+    before = drawn(server)
+    wait_for(lambda: drawn(server) >= before + count or not running(server))
+
+
+def perturb(model, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * parameter.std() * torch.randn_like(parameter)
+
+
+def test_tokens_of_running_requests_are_of_the_version_that_their_record_names(make, models, server):
+    check_running_requests(make(**RUNNING).vllm_generation, models, server)
+
+
+def check_running_requests(generation, models, server):
+    """Two batches, two updates and a change of the mixing, all under their requests: a row is the distribution of its draw."""
+    generation.check_sync = False  # which takes the time of some tokens
+    generation.sync_weights()
+    students, versions = [copy.deepcopy(generation.model).eval().cpu()], [generation.engine.weights_version]
+    student_prompts, teacher_prompts = [[7, 8, n] for n in range(9, 13)], [[50, 7, 8, n, 51] for n in range(9, 13)]
+    for alpha in (0.7, 0.2):
+        generation.begin(student_prompts, teacher_prompts, mixing=MixingConfig(alpha_method="fixed", fixed_alpha=alpha))
+        wait_for(lambda: running(server))
+    for updates in (1, 2):
+        perturb(generation.model, updates)
+        generation.updates = updates
+        wait_for_tokens(server, 10)
+        generation.sync_weights()
+        assert not generation.engine._ahead[1].is_whole, "the sync waited for a batch"
+        students.append(copy.deepcopy(generation.model).eval().cpu())
+        versions.append(generation.engine.weights_version)
+    batches = []
+    for _ in range(2):
+        with generation.teacher_reads(teacher_prompts, begun=True):
+            generation.generate(student_prompts, None, 1)
+        batches.append(generation.last_batch)
+    ages, alphas = set(), set()
+    for batch in batches:
+        assert batch.staleness == [max(age_T.tolist()) for age_T in batch.staleness_T]
+        for *prompts, c, age_T in zip(student_prompts, teacher_prompts, batch.completions, batch.staleness_T, strict=True):
+            record, index = c.record, 2 - age_T
+            versions_T = torch.full((120,), record.weights_version) if record.version_T is None else record.version_T
+            assert torch.equal(versions_T, torch.tensor(versions)[index])
+            assert len(c.token_ids) == len(record) == 120
+            ls = torch.stack([completion_logits(student, prompts[0], c.token_ids) for student in students]).log_softmax(-1)
+            ls = ls[index, torch.arange(120)]
+            lt = completion_logits(models[0], prompts[1], c.token_ids).log_softmax(-1)
+            alpha_T = torch.as_tensor(record.alpha).double()
+            expected = {"logp_theta": ls, "logp_teacher": lt, "logq": mixture(ls, lt, alpha_T[:, None])}
+            for name, logp_TV in expected.items():
+                logp_T = logp_TV.gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
+                torch.testing.assert_close(torch.as_tensor(getattr(record, name)).double(), logp_T, atol=1e-3, rtol=0)
+            ages.add(tuple(age_T.unique().tolist()))
+            alphas |= {round(x, 3) for x in alpha_T.tolist()}
+    assert (0, 1, 2) in ages, "no completion spans three versions: nothing was tested"
+    assert alphas == {0.7, 0.2}
+
+
+def under_running_requests(trainer, server):
+    """Make every optimizer step wait until requests run and go on. Returns the batches in the background at each sync."""
+    found, sync = [], trainer.vllm_generation.sync_weights
+
+    def watched():
+        batches = list(trainer.vllm_generation.engine._ahead)
+        sync()
+        found.append((len(batches), sum(not batch.is_whole for batch in batches)))
+
+    def wait(step):
+        batches = trainer.vllm_generation.engine._ahead
+        wait_for(lambda: all(batch.is_whole for batch in batches) or running(server))
+        wait_for_tokens(server, 20)
+
+    trainer.vllm_generation.sync_weights = watched
+    trainer.add_callback(Each("on_pre_optimizer_step", wait))
+    return found
+
+
+@pytest.mark.parametrize("iterations", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_batches_run_on_over_the_syncs_of_a_run(make, server, iterations):
+    """With evaluation in between. All completions are whole, and of weights that are not older than the bound."""
+    fields = {"num_iterations": iterations, "max_staleness": 2 * iterations, "max_steps": 4 * iterations}
+    evaluation = {"eval_strategy": "steps", "eval_steps": iterations, "eval_dataset": Dataset.from_list(ROWS[:3])}
+    trainer = make(**{**RUNNING, **fields, **evaluation})
+    weights, batches, found = {}, batches_of(trainer), under_running_requests(trainer, server)
+
+    def keep(step):
+        weights.setdefault(step, copy.deepcopy(trainer.model).eval())
+
+    trainer.add_callback(Each("on_step_begin", keep))
+    trainer.add_callback(Each("on_step_end", keep))
+    asked, begin = [], trainer.vllm_generation.begin
+    trainer.vllm_generation.begin = lambda prompts, *args, **kwargs: (asked.append(prompts), begin(prompts, *args, **kwargs))
+    trainer.train()
+    assert no_thread_is_left()
+    training = [(prompts, batch) for prompts, batch in batches if len(batch.completions) == 4]
+    assert [prompts for prompts, _ in training[1:]] == asked, "each batch was asked for once, in the order of its step"
+    assert max(ahead for ahead, _ in found) == 2
+    assert sum(unfinished > 0 for _, unfinished in found) >= 2, "the syncs waited: nothing was tested"
+    spans = set()
+    for step, (prompts, batch) in enumerate(training):
+        assert max(batch.staleness) <= fields["max_staleness"]
+        for prompt, c, age_T in zip(prompts, batch.completions, batch.staleness_T, strict=True):
+            by_age = {age: logp_of(weights[step * iterations - age], prompt, c.token_ids) for age in set(age_T.tolist())}
+            expected = torch.stack([by_age[age][t] for t, age in enumerate(age_T.tolist())])
+            torch.testing.assert_close(torch.as_tensor(c.record.logp_theta).double(), expected, atol=1e-3, rtol=0)
+            assert len(c.token_ids) == 120
+            spans.add(len(by_age))
+    assert spans >= {1, 2}
+    mean_ages = [torch.cat(batch.staleness_T).double().mean().item() for _, batch in training]
+    assert logged(trainer, "osd/engine/staleness") == pytest.approx(mean_ages)
+    assert set(logged(trainer, "eval_osd/engine/staleness")) == {0.0}
+
+
+def test_importance_weights_of_a_completion_of_several_versions(make, server, monkeypatch):
+    trainer = make(**{**CORRECTED, **RUNNING}, alpha_method="fixed", fixed_alpha=0.1)  # weights of float32's range
+    under_running_requests(trainer, server)
+    batches = batches_of(trainer)
+    weights, expected = weights_and_expectations(trainer, monkeypatch)
+    torch.testing.assert_close(weights.log(), expected.log(), atol=5e-3, rtol=0)
+    spans = {len(age_T.unique()) for _, batch in batches for age_T in batch.staleness_T}
+    assert max(spans) > 1, "no completion has tokens of several versions: nothing was tested"
+
+
+def test_an_update_that_breaks_under_running_requests_ends_them(make, server, monkeypatch):
+    """Those of the run and those of other clients; nobody is served until another update succeeds."""
+    trainer = make(**RUNNING)
+    generation, others = trainer.vllm_generation, []
+    generation.sync_weights()
+    generation.begin([[7, 8, 9]] * 4)
+    body = {"prompt": [7, 8], "max_tokens": 120, "ignore_eos": True}
+    ask = threading.Thread(target=lambda: others.append(server.refused(body)))
+    ask.start()
+    wait_for(lambda: running(server) == 5)
+
+    def broken(self, named_tensors):
+        send(self, [next(iter(named_tensors))])
+        raise RuntimeError("a planted error")
+
+    send = HTTPTransport.send
+    with monkeypatch.context() as planted:
+        planted.setattr(HTTPTransport, "send", broken)
+        with pytest.raises(RuntimeError, match="a planted error"):
+            generation.sync_weights()
+    ask.join(SECONDS)
+    assert [status for status, _ in others] == [503]
+    assert server.refused({"prompt": [7, 8], "max_tokens": 2})[0] == 503
+    wait_for(lambda: not running(server))
+    with generation.teacher_reads(None, begun=True), pytest.raises(RuntimeError, match="call sync_weights"):
+        generation.generate([[7, 8, 9]] * 4, None, 1)
+    generation.sync_weights()
+    with generation.teacher_reads(None, begun=True):
+        generation.generate([[7, 8, 9]] * 4, None, 1)
+    assert [len(c.token_ids) for c in generation.last_batch.completions] == [120] * 4
+    assert server.complete([7, 8], max_tokens=2)
+
+
 # -- what ends it -------------------------------------------------------------------------------------------------------
 
 
@@ -358,10 +537,20 @@ def running(server):
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:num_requests_running{"))
 
 
+def test_a_server_that_gives_nothing_but_signs_of_life_ends_the_run(make, monkeypatch):
+    trainer = make(**AHEAD)
+    trainer.vllm_generation.check_sync = False
+    engine = trainer.vllm_generation.engine
+    engine.pair = replace(engine.pair, timeout=0.3)
+    monkeypatch.setattr(osd.engine.remote, "_whole_frames", lambda answer: (time.sleep(0.1) or b"" for _ in range(100)))
+    with pytest.raises(RuntimeError, match=r"has not finished a completion for . seconds, and 4 of 4 are left"):
+        trainer.train()
+
+
 def test_samples_that_are_too_old_are_not_trained_on(make):
     trainer = make(**AHEAD)
     trainer.vllm_generation.max_staleness = 0
-    with pytest.raises(RuntimeError, match="drawn from weights of 1 optimizer updates ago, and max_staleness=0"):
+    with pytest.raises(RuntimeError, match="a token was drawn from weights of 1 optimizer updates ago, and max_staleness=0"):
         trainer.train()
 
 
@@ -385,6 +574,7 @@ def test_a_batch_is_taken_with_its_own_prompts(make):
         ({"vllm_mode": "colocate"}, "async_generation=True with vllm_mode='colocate': .* Start `osd serve`"),
         ({"max_staleness": 0}, "max_staleness=0 is out of range"),
         ({"num_iterations": 3, "max_staleness": 2}, "max_staleness=2 with async_generation and num_iterations=3"),
+        ({"async_weight_updates": "under"}, "async_weight_updates='under' is unknown; use one of between, running"),
     ],
 )
 def test_what_cannot_be_sampled_ahead_is_refused(tmp_path, given, message):
@@ -400,6 +590,8 @@ def config(tmp_path, **given):
 def test_fields_without_effect_warn(tmp_path):
     with pytest.warns(UserWarning, match="max_staleness=2 has no effect without async_generation"):
         config(tmp_path, max_staleness=2)
+    with pytest.warns(UserWarning, match="async_weight_updates='running' has no effect without async_generation"):
+        config(tmp_path, async_weight_updates="running")
     with pytest.warns(UserWarning, match="async_generation=True without importance_correction trains on samples of older"):
         given = config(tmp_path, **AHEAD, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     with pytest.warns(UserWarning, match="async_generation=True has no effect: .* 15 rows are one batch of 8 completions"):
@@ -425,3 +617,48 @@ def test_reading_ahead_changes_neither_batches_nor_their_end(ahead):
         found.append((batches[0].tolist(), state.end_of_dataloader))
     assert found == plain
     assert state.active_dataloader is loader
+
+
+@pytest.mark.parametrize(
+    ("mode", "staleness", "iterations", "passes", "ahead"),
+    [
+        ("between", 5, 1, 2, 1),
+        ("running", 1, 1, 1, 1),
+        ("running", 3, 1, 2, 3),
+        ("running", 5, 2, 2, 2),
+        ("running", 6, 3, 1, 2),
+    ],
+)
+def test_as_many_sampling_steps_are_ahead_as_the_bound_allows(monkeypatch, mode, staleness, iterations, passes, ahead):
+    """Each begins once, with the rows and the mixing of its own step, and none after the last step or the end of the epoch."""
+    begun, most = [], []
+    monkeypatch.setattr(osd.train.lookahead, "unmixed", lambda *_, **__: None)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(
+            async_weight_updates=mode,
+            max_staleness=staleness,
+            num_iterations=iterations,
+            gradient_accumulation_steps=passes,
+            mix_fraction=1.0,
+        ),
+        state=SimpleNamespace(global_step=0, max_steps=6 * iterations),
+        accelerator=SimpleNamespace(gradient_state=SimpleNamespace(active_dataloader=None)),
+        vllm_generation=SimpleNamespace(begin=lambda prompts, _, alpha, mixing: begun.append((prompts, mixing))),
+        _renderer=SimpleNamespace(student_ids=lambda p: p, student_prompt=lambda row: row, teacher_ids=lambda rows: rows),
+        _schedule=SimpleNamespace(at=lambda step, _: step),
+        _seed_of=str,
+    )
+    sampled = SampledAhead(trainer)
+    for _ in range(2):
+        epoch = iter([[n] for n in range(4) for _ in range(passes * iterations)])
+        for n in range(4 if trainer.state.global_step == 0 else 2):
+            for _ in range(iterations):
+                [rows, *_] = sampled.batches(epoch, passes)
+                if trainer.state.global_step % iterations == 0:
+                    assert rows == [n]
+                    assert sampled.take(rows) == (n > 0)
+                    sampled.begin()
+                    most.append(len(sampled._rows))
+                trainer.state.global_step += 1
+    assert begun == [([n], iterations * step) for n, step in ((1, 1), (2, 2), (3, 3), (1, 5))]
+    assert most[0] == ahead

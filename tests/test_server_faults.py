@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from tests.training import build_trainer, logged, watch
 pytestmark = pytest.mark.slow
 
 KEY = "secret"
+RUNNING = {"async_generation": True, "async_weight_updates": "running", "max_staleness": 2}
 WEIGHTS = ("--api-key", KEY, "--weight-transfer-config", '{"backend": "http"}')
 
 
@@ -162,6 +163,38 @@ def test_a_server_killed_with_a_batch_in_flight_costs_no_completion(tiny_pair, t
             torch.testing.assert_close(torch.as_tensor(completion.record.logp_theta).double(), logp_T, atol=1e-3, rtol=0)
 
 
+def test_a_server_killed_under_running_batches_costs_no_completion(tiny_pair, tmp_path, mortal, monkeypatch):
+    """Two batches are in flight; both go on after the next sync, and every token is of the weights that its age names."""
+    servers, again = mortal
+    trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, max_completion_length=120, max_steps=4, **RUNNING)
+    take, weights, batches, hit = RemoteEngine._take, [], [], []
+
+    def kill_at_first(engine, batch, *given):
+        take(engine, batch, *given)
+        if threading.current_thread() is not threading.main_thread() and not hit:
+            hit.append([len(b.completions) for b in engine._ahead])
+            again()
+
+    monkeypatch.setattr(RemoteEngine, "_take", kill_at_first)
+    trainer.add_callback(EachStep(lambda: weights.append(copy.deepcopy(trainer.model).eval())))
+    with trainer:
+        watch(trainer, lambda prompts: batches.append((prompts, trainer.vllm_generation.last_batch)))
+        trainer.train()
+    assert len(servers) == 2
+    assert hit
+    assert min(hit[0]) < 4, "the kill hit no batch that was being sampled: nothing was tested"
+    for step, (prompts, batch) in enumerate(batches):
+        assert len(batch.completions) == 4
+        assert max(batch.staleness) <= 2
+        for prompt, completion, age_T in zip(prompts, batch.completions, batch.staleness_T, strict=True):
+            token = torch.tensor(completion.token_ids)[:, None]
+            logp_AT = [
+                completion_logits(w, prompt, completion.token_ids).log_softmax(-1).gather(-1, token)[:, 0] for w in weights
+            ]
+            logp_T = torch.stack(logp_AT)[step - age_T, torch.arange(len(token))]
+            torch.testing.assert_close(torch.as_tensor(completion.record.logp_theta).double(), logp_T, atol=1e-3, rtol=0)
+
+
 class EachStep(TrainerCallback):
     def __init__(self, call):
         self.call = call
@@ -205,14 +238,29 @@ def process(tiny_pair, out, url, **environment):
     )
 
 
-@pytest.mark.parametrize("place", ["sync", "sample"])
+@pytest.mark.parametrize("place", ["sync", "running sync", "sample"])
 def test_a_trainer_that_is_killed_leaves_a_server_for_the_next(tiny_pair, tmp_path, server, place):
-    url = server.server.url
-    died = process(tiny_pair, tmp_path / "died", url, OSD_TEST_DIES=place)
+    """In a sync under running requests, those of the trainer and of others have been paused, and end with it."""
+    url, others = server.server.url, []
+    given = {"OSD_TEST_FIELDS": json.dumps({**RUNNING, "max_completion_length": 120})} if "running" in place else {}
+
+    def ask():
+        wait_for(lambda: running(server) >= 4, 120)
+        while not others or others[-1] == 200:
+            body = {"prompt": [7, 8], "max_tokens": 120, "ignore_eos": True}
+            others.append(Client(server.server).post("/v1/completions", body).status_code)
+
+    client = threading.Thread(target=ask)
+    if given:
+        client.start()
+    died = process(tiny_pair, tmp_path / "died", url, OSD_TEST_DIES=place, **given)
+    if given:
+        client.join(30)
+        assert others[-1] == 503
     assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
     wait_for(lambda: state(server)["trainer"] is None)
     assert state(server)["whole"] == (place == "sample")
-    if place == "sync":
+    if place != "sample":
         assert server.refused({"prompt": [7, 8], "max_tokens": 2})[0] == 503
     else:
         wait_for(lambda: "num_requests_running{" not in server.http.get("/metrics").text or running(server) == 0)
@@ -293,6 +341,21 @@ def test_two_processes_sample_ahead_as_one(tiny_pair, tmp_path, mortal, monkeypa
     assert seen[0]["staleness"] == seen[1]["staleness"]
     assert all(0 <= age <= 1 for age in seen[0]["staleness"])
     assert [len(step) for rank in seen for step in rank["sampled"]] == [2] * 8
+
+
+def test_two_processes_have_running_batches(tiny_pair, tmp_path, mortal, monkeypatch):
+    """Undisturbed, and while the server is killed."""
+    servers, again = mortal
+    monkeypatch.setenv("OSD_TEST_URL", servers[0].url)
+    monkeypatch.setenv("OSD_TEST_FIELDS", json.dumps({**RUNNING, "max_steps": 5, "max_completion_length": 60}))
+    for killed in (False, True):
+        with killed_after_two_updates(servers[0], again) if killed else nullcontext():
+            seen = two_processes(tiny_pair, tmp_path)
+        assert len(servers) == 1 + killed
+        assert seen[0]["loss"] == seen[1]["loss"]
+        assert seen[0]["staleness"] == seen[1]["staleness"]
+        assert all(0 <= age <= 2 for age in seen[0]["staleness"])
+        assert [len(step) for rank in seen for step in rank["sampled"]] == [2] * 10
 
 
 # -- TRL's own client ---------------------------------------------------------------------------------------------------

@@ -186,6 +186,14 @@ class OSDConfig(DistillationConfig):
             "first train on it; at least num_iterations. An older sample ends the run."
         },
     )
+    async_weight_updates: str = field(
+        default="between",
+        metadata={
+            "help": "With async_generation: 'between' waits for the batch in the background before the weights are updated; "
+            "'running' updates them under running requests, which go on with the new weights. Then max_staleness // "
+            "num_iterations batches are in the background, so a server that is slower than training never idles."
+        },
+    )
 
     # The paired engine
     engine_kwargs: dict[str, Any] | str | None = field(

@@ -73,16 +73,19 @@ def warn_without_overlap(args: OSDConfig, dataset: Any) -> None:
 
 
 class SampledAhead:
-    """The completions of a trainer's next sampling step, drawn while it trains on the present ones (`async_generation`).
+    """The completions of a trainer's coming sampling steps, drawn while it trains on the present ones (`async_generation`).
 
     TRL samples for every `num_iterations` optimizer steps. Its data loader repeats a batch of rows for each of their passes.
+    One sampling step is ahead, or as many as `max_staleness` allows where weights are updated under running requests.
     """
 
     def __init__(self, trainer: OSDTrainer) -> None:
         self.trainer = trainer
         self._loader: Lookahead | None = None  # of the epoch
         self._taken = 0  # batches for the passes of the present step
-        self._rows: Any = None  # whose completions are sampled
+        self._rows: deque[Any] = deque()  # whose completions are sampled, by sampling step
+        args = trainer.args
+        self._most = args.max_staleness // args.num_iterations if args.async_weight_updates == "running" else 1
 
     def batches(self, epoch_iterator: Iterator[Any], count: int) -> list[Any]:
         """Return the data loader's batches for the passes of an optimizer step."""
@@ -92,34 +95,40 @@ class SampledAhead:
         self._taken = len(batches)
         return batches
 
-    def has(self, rows: Any) -> bool:
-        """Return whether these rows, as the data loader gave them, are those whose completions are sampled."""
-        return rows is self._rows
+    def take(self, rows: Any) -> bool:
+        """Return whether completions of these rows, as the data loader gave them, are sampled next; they count as taken."""
+        if not self._rows or rows is not self._rows[0]:
+            return False
+        self._rows.popleft()
+        return True
 
     def begin(self) -> None:
-        """Start to sample for the next sampling step, with the mixing of that step.
+        """Start to sample for the coming sampling steps, each with its own mixing.
 
         Does nothing without `async_generation`, in the last sampling step, and where the epoch ends before the next one.
         """
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
-        steps = args.num_iterations - state.global_step % args.num_iterations
-        step = state.global_step + steps
-        if self._loader is None or step >= state.max_steps:
+        if self._loader is None:
             return
-        rows = self._loader.peek(steps * args.gradient_accumulation_steps - self._taken)
-        if rows is None:
-            return
-        trainer.vllm_generation.begin(
-            trainer._renderer.student_ids([trainer._renderer.student_prompt(row) for row in rows]),
-            trainer._renderer.teacher_ids(rows),
-            alpha=unmixed(rows, args.mix_fraction, seed=trainer._seed_of(step)),
-            mixing=trainer._schedule.at(step, state.max_steps),
-        )
-        self._rows = rows
+        while len(self._rows) < self._most:
+            steps = args.num_iterations * (1 + len(self._rows)) - state.global_step % args.num_iterations
+            step = state.global_step + steps
+            if step >= state.max_steps:
+                return
+            rows = self._loader.peek(steps * args.gradient_accumulation_steps - self._taken)
+            if rows is None:
+                return
+            trainer.vllm_generation.begin(
+                trainer._renderer.student_ids([trainer._renderer.student_prompt(row) for row in rows]),
+                trainer._renderer.teacher_ids(rows),
+                alpha=unmixed(rows, args.mix_fraction, seed=trainer._seed_of(step)),
+                mixing=trainer._schedule.at(step, state.max_steps),
+            )
+            self._rows.append(rows)
 
     def drop(self) -> None:
-        """End the sampling, if there is one."""
-        self._rows = None
+        """End the sampling, if there is any."""
+        self._rows.clear()
         self.trainer.vllm_generation.drop()
 
     def end(self) -> None:

@@ -135,8 +135,8 @@ def loss_metrics(sums: dict[str, torch.Tensor], accelerator: Any) -> dict[str, f
 
 def _totals(batch: GeneratedBatch) -> dict[str, float]:
     """Return this process's sums and its extremes of α. The keys do not depend on the batch."""
-    aged = zip(batch.completions, batch.staleness, strict=True)
-    kept = [(c.record, age) for c, age in aged if not c.error and c.record is not None]
+    aged = zip(batch.completions, batch.staleness_T, strict=True)
+    kept = [(c.record, age_T) for c, age_T in aged if not c.error and c.record is not None]
     good = [record for record, _ in kept]
     # [N] over the tokens of all completions; float64, since these are sums of many.
     token_N = {
@@ -157,7 +157,7 @@ def _totals(batch: GeneratedBatch) -> dict[str, float]:
         **{name: token_N[name].sum().item() for name in _MEANS},
         **{name: float(sum(getattr(c, name) for c in batch.completions)) for name in _CACHE},
         "topk_rest": float(sum(rest.sum() for rest in rest_N)),
-        "staleness": float(sum(age * len(record.alpha) for record, age in kept)),
+        "staleness": float(sum(age_T.sum() for _, age_T in kept)),
         "failed": float(sum(c.error is not None for c in batch.completions)),
         "sync_seconds": batch.sync_seconds,
         "seconds": batch.seconds,

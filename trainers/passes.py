@@ -50,11 +50,11 @@ def weigh(
     if args.num_iterations > 1 or args.async_generation:
         temperature = trainer.vllm_generation.sampling_temperature
         result.logp_BT = _logprobs(hidden_BTH, student, teacher, inputs, temperature)
-        # For completions of the weights of the first pass, the change of log π_θ since then, by the trainer's arithmetic both
+        # For tokens of the weights of the first pass, the change of log π_θ since then, by the trainer's arithmetic both
         # times: the engine's differs in bfloat16 by hundredths of a nat per token, which would be noise in every weight. For
-        # those of older weights, the trainer has nothing to compare with.
+        # tokens of older weights, the trainer has nothing to compare with.
         changed_BT = logp_theta_BT + result.logp_BT - inputs.get("logp_at_first", result.logp_BT)
-        logp_theta_BT = torch.where(inputs["is_stale"][:, None], result.logp_BT, changed_BT)
+        logp_theta_BT = torch.where(inputs["is_stale"], result.logp_BT, changed_BT)
     weight_BT, truncated_BT = importance_weights(
         logp_theta_BT, inputs["logp_draw"], mask_BT, correction=args.importance_correction, clip=args.importance_clip
     )

@@ -38,6 +38,7 @@ def start_generation(trainer: OSDTrainer, pair: PairConfig | PairEngine | Served
         hidden=args.teacher_signal == "recorded",
         topk=args.teacher_topk if args.teacher_signal == "topk" else 0,
         max_staleness=args.max_staleness,
+        async_weight_updates=args.async_weight_updates,
         on_error="keep",
         temperature=trainer.temperature,
         top_p=trainer.top_p,
@@ -62,7 +63,7 @@ def sampled_batch(
     """
     mode = "train" if trainer.model.training else "eval"
     teacher_ids = trainer._renderer.teacher_ids(inputs)
-    generation, begun = trainer.vllm_generation, mode == "train" and trainer._ahead.has(inputs)
+    generation, begun = trainer.vllm_generation, mode == "train" and trainer._ahead.take(inputs)
     generation.model = trainer.model  # FSDP1 wraps it anew when training begins
     generation.updates = trainer.state.global_step
     if mode == "train" and not begun:
@@ -74,7 +75,7 @@ def sampled_batch(
     batch = generation.last_batch
     assert batch is not None, "TRL called generate()"
     completions = batch.completions
-    output |= _recorded_columns(trainer, completions, batch.staleness, output["completion_mask"])
+    output |= _recorded_columns(trainer, completions, batch.staleness_T, output["completion_mask"])
     if mode == "train" and not output["num_items_in_batch"]:  # of all processes, which stop together
         raise RuntimeError(f"every completion of the batch ended in an error; the first: {completions[0].error}")
     metrics = batch_metrics(generation, trainer.accelerator)
@@ -103,11 +104,11 @@ def _set_mixing(trainer: OSDTrainer, inputs: list[dict[str, Any]], mode: str) ->
 
 
 def _recorded_columns(
-    trainer: OSDTrainer, completions: list[PairCompletion], staleness: list[int], completion_mask_BT: torch.Tensor
+    trainer: OSDTrainer, completions: list[PairCompletion], staleness_T: list[torch.Tensor], completion_mask_BT: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return `loss_mask`, `logp_theta` and `logp_draw`, [B, T], and `is_stale`, [B]; TRL shuffles and splits them too.
+    """Return `loss_mask`, `logp_theta`, `logp_draw` and `is_stale`, [B, T]; TRL shuffles and splits them too.
 
-    A completion that ended in an error is masked out whole. A stale one was drawn from older weights than the present ones.
+    A completion that ended in an error is masked out whole. A stale token was drawn from older weights than the present ones.
     """
     length, device = completion_mask_BT.size(1), completion_mask_BT.device
     records = [None if c.error else c.record for c in completions]
@@ -116,7 +117,7 @@ def _recorded_columns(
         "loss_mask": loss_mask_BT,
         "logp_theta": pad_column([None if r is None else r.logp_theta for r in records], length, device),
         "logp_draw": pad_column([None if r is None else r.logp_draw for r in records], length, device),
-        "is_stale": torch.tensor([age > 0 for age in staleness], device=device),
+        "is_stale": pad_column(staleness_T, length, device) > 0,
         "num_items_in_batch": trainer.accelerator.gather(loss_mask_BT.sum()).sum(),
     }
 

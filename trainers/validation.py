@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 import torch
 
-from osd.engine.served import ServedPair, without_engine
+from osd.engine.served import WEIGHT_UPDATES, ServedPair, without_engine
 from osd.prompt_checks import check_template_kwargs
 from osd.prompts import privileged_template_for, template_fields
 from osd.sampling_args import FIELDS, TRAINING, checked_fields
@@ -67,6 +67,7 @@ def _choices(args: OSDConfig) -> None:
         ("importance_correction", CORRECTIONS),
         ("vllm_mode", MODES),
         ("alpha_schedule", SHAPES),
+        ("async_weight_updates", WEIGHT_UPDATES),
     ):
         if getattr(args, name) not in known:
             raise ValueError(f"{name}={getattr(args, name)!r} is unknown; use one of {', '.join(known)}")
@@ -137,6 +138,7 @@ def _no_effect(args: OSDConfig) -> None:
         ("privilege_gap_tokens", args.privilege_gap_steps > 0, "privilege_gap_steps"),
         ("teacher_topk", args.teacher_signal == "topk", "teacher_signal='topk'"),
         ("max_staleness", args.async_generation, "async_generation"),
+        ("async_weight_updates", args.async_generation, "async_generation"),
     ):
         if not used and changed(args, name):
             warnings.warn(f"{name}={getattr(args, name)!r} has no effect without {unless}", stacklevel=5)

@@ -8,7 +8,9 @@ engine waits for it. If it comes back without those weights, `ServerLost` is rai
 rest of the batch.
 
 `begin` asks for a batch in a thread, while the caller does other things. The thread makes HTTP requests and no collective
-calls. What would change weights or mixing waits until the thread has ended (`settle`).
+calls. What would change weights or mixing waits until the thread has ended (`settle`). With ``running``, several batches can
+be in the background, and a sync does not end their requests. Answers name all syncs that drew a completion's tokens. `finish`
+knows them: by then, every process is past these syncs.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ class RemoteEngine:
         pair: the server and its models.
         rank: of this process; the process of rank 0 pushes the weights.
         device: of this process, for NCCL.
+        running: syncs come under the running requests of the batches in the background, of which there can be several.
 
     Attributes:
-        updates: optimizer updates of the weights that the server has; whoever syncs sets it, and completions keep it.
+        updates: optimizer updates of the weights that the next sync pushes; whoever syncs sets it.
 
     Raises:
         ValueError, RuntimeError: as `ServedPair.info`; another trainer uses the server.
@@ -53,12 +56,14 @@ class RemoteEngine:
 
     asleep = False
 
-    def __init__(self, pair: ServedPair, *, rank: int = 0, device: torch.device | None = None) -> None:
+    def __init__(self, pair: ServedPair, *, rank: int = 0, device: torch.device | None = None, running: bool = False) -> None:
         self.pair, self.config, self.mixing = pair, pair.config, pair.config.mixing
         self.rank, self.device = rank, device or torch.device("cpu")
-        self.updates = 0
-        self._ahead: Batch | None = None  # that a thread asks for
+        self.running, self.updates = running, 0
+        self._ahead: list[Batch] = []  # in the order in which threads began to ask for them
+        self._since = 0.0  # when the last completion came, or a batch was asked for (`time.monotonic`)
         self._sync: str | None = None
+        self._updates_at: dict[str | None, int] = {None: 0}  # of every sync, by its name
         self._stale = False
         self._client = pair.client()
         self._sender = WeightSender(pair, self._client, self.device)
@@ -144,6 +149,7 @@ class RemoteEngine:
             "teacher_only": False,
             "hidden": False,
             "topk": 0,
+            "running": False,
             **options,
         }
         return Batch(body, list(prompts))
@@ -157,48 +163,62 @@ class RemoteEngine:
         alpha: float | Sequence[float | None] | None = None,
         **options: Any,
     ) -> Batch:
-        """Ask for a batch in the background and return it; `finish` waits for its completions. At most one at a time.
+        """Ask for a batch in the background and return it; `finish` waits for its completions.
 
-        Its weights are those of the last sync. Errors come with `finish`, or before it with any call that must wait for the
-        batch (`generate`, `load_student_weights`).
+        Its weights are those of the last sync, and one batch is in the background at most; with ``running``, its weights are
+        those of each sync while it runs. Errors come with `finish`, or before it with any call that must wait for the batch
+        (`generate`, `load_student_weights`).
 
         Args:
-            mixing: of this batch, whatever `set_mixing` chooses meanwhile.
+            mixing: of this batch, whatever `set_mixing` chooses meanwhile. With ``running`` the server draws every token with
+                the mixing of the batch that was begun last, as the token's record says.
             prompts, sampling, alpha, options: as of `generate`.
         """
-        self.drop()
-        self._ahead = batch = self._batch(prompts, sampling, mixing, alpha=alpha, **options)
-        batch.since = time.monotonic()
+        if not self.running:
+            self.drop()
+        batch = self._batch(prompts, sampling, mixing, alpha=alpha, running=self.running, **options)
+        self._ahead.append(batch)
+        self._since = time.monotonic()
         batch.start(self._ask)
         return batch
 
     def settle(self) -> None:
         """Wait until no process has a batch in the background. All of its completions are kept.
 
+        With ``running`` nothing waits for them, and this does nothing.
+
         Raises:
             ValueError, RuntimeError: as `generate`, except for `ServerLost`: `finish` asks for what is missing then.
         """
-        if self._ahead is None:
+        if self.running or not self._ahead:
             return
-        self._ahead.join()
-        failure, self._ahead = self._ahead.failure, None
-        self._agree(None if isinstance(failure, ServerLost) else failure)
+        [batch] = self._ahead
+        batch.join()
+        self._ahead = []
+        self._agree(None if isinstance(batch.failure, ServerLost) else batch.failure)
 
     def drop(self) -> None:
-        """End the batch in the background, if there is one; not collective."""
-        if self._ahead is not None:
-            self._ahead.cancel()
-            self._ahead = None
+        """End the batches in the background, if there are any; not collective."""
+        for batch in self._ahead:
+            batch.cancel()
+        self._ahead = []
 
     def finish(self, batch: Batch) -> list[PairCompletion]:
         """Return the completions of a batch; asks for those that have not come. Raises as `generate`."""
         self.settle()
         failure: Exception | None = None
-        batch.since = time.monotonic()
+        self._since = time.monotonic()
         try:
+            if batch in self._ahead:
+                batch.join()
+                self._ahead.remove(batch)
+                if not isinstance(batch.failure, ServerLost | None):
+                    raise batch.failure
             if self._stale:
                 raise RuntimeError("the student's weights are not to be sampled from (the last sync failed); sync them first")
             self._ask(batch)
+            if unknown := {name for of in batch.drawn_by.values() for name in of.values()} - self._updates_at.keys():
+                raise RuntimeError(f"server {self.pair.url} answered from weights that this run never pushed: {unknown}")
         except Exception as error:
             failure = error
         try:
@@ -211,6 +231,11 @@ class RemoteEngine:
             raise
         return [batch.completions[i] for i in range(len(batch.prompts))]
 
+    def updates_of(self, batch: Batch) -> list[dict[int, int]]:
+        """Return the optimizer updates of the weights that drew each completion of a finished batch, by their version."""
+        places = range(len(batch.prompts))
+        return [{version: self._updates_at[name] for version, name in batch.drawn_by[i].items()} for i in places]
+
     def _ask(self, batch: Batch) -> None:
         pause = 0.1
         while not (batch.is_whole or batch.cancelled.is_set()):
@@ -220,20 +245,25 @@ class RemoteEngine:
             except (httpx.TransportError, _HalfAnswer) as error:
                 if batch.cancelled.is_set():
                     return
-                self._check_still_there(error)
+                self._check_still_there(error, running=batch.body["running"])
             pause = 0.1 if len(batch.completions) > before else min(2 * pause, LONGEST_PAUSE)
-            if (waited := time.monotonic() - batch.since) > self.pair.timeout:
-                raise RuntimeError(
-                    f"server {self.pair.url} has not finished a completion for {waited:.0f} seconds, and "
-                    f"{len(batch.prompts) - len(batch.completions)} of {len(batch.prompts)} are left; if completions take that "
-                    f"long, raise vllm_server_timeout{batch.trouble and f' (the server says: {batch.trouble})'}"
-                )
+            self._check_progress(batch)
             if not batch.is_whole:
                 batch.cancelled.wait(pause)
+
+    def _check_progress(self, batch: Batch) -> None:
+        if (waited := time.monotonic() - self._since) > self.pair.timeout:
+            raise RuntimeError(
+                f"server {self.pair.url} has not finished a completion for {waited:.0f} seconds, and "
+                f"{len(batch.prompts) - len(batch.completions)} of {len(batch.prompts)} are left; if completions take that "
+                f"long, raise vllm_server_timeout{batch.trouble and f' (the server says: {batch.trouble})'}"
+            )
 
     def _ask_once(self, batch: Batch) -> None:
         """Ask for what is left of a batch, and take what comes."""
         places, body = batch.rest()
+        if self.running:  # the server has one mixing for all requests
+            body["mixing"] = [batch, *self._ahead][-1].body["mixing"]
         content = _json({**body, "trainer": self._trainer, "sync": self._sync})
         with self._client.stream("POST", SAMPLE_ROUTE, content=content) as answer:
             batch.reads(answer)
@@ -241,7 +271,10 @@ class RemoteEngine:
                 answer.read()
                 self._refuse(answer)
             for data in _whole_frames(answer):
-                self._take(batch, places, *unpack(data))
+                if data:
+                    self._take(batch, places, *unpack(data))
+                else:  # a sign of life
+                    self._check_progress(batch)
 
     def _refuse(self, answer: httpx.Response) -> None:
         message = f"server {self.pair.url}: {error_message(answer)}"
@@ -260,15 +293,17 @@ class RemoteEngine:
         if of["status"] != 200:
             batch.trouble = of["message"]
             return  # `_ask` asks for it again
-        if of["sync"] != self._sync:
-            raise ServerLost(f"server {self.pair.url} answered from the weights {of['sync']!r}, not {self._sync!r}")
-        batch.take(places[of["index"]], of, tensors, updates=self.updates)
-        batch.since = time.monotonic()
+        syncs = set(of["syncs"].values())
+        if not batch.body["running"] and syncs != {self._sync}:
+            raise ServerLost(f"server {self.pair.url} answered from the weights {syncs}, not {self._sync!r}")
+        batch.take(places[of["index"]], of, tensors)
+        self._since = time.monotonic()
 
-    def _check_still_there(self, error: Exception) -> None:
-        """Wait for the server; raise `ServerLost` if it no longer has the weights."""
+    def _check_still_there(self, error: Exception, *, running: bool) -> None:
+        """Wait for the server; raise `ServerLost` if it no longer has the weights (with ``running``, any of this run)."""
         state = self.pair.wait(self._client)["state"]
-        if state["sync"] != self._sync or not state["whole"] or state["trainer"] != self._trainer:
+        in_sync = running or (state["sync"] == self._sync and state["whole"])
+        if state["trainer"] != self._trainer or not in_sync:
             raise ServerLost(f"server {self.pair.url} went away ({error}), and came back without the student's weights")
 
     # -- the student's weights --------------------------------------------------------------------------------------
@@ -288,7 +323,7 @@ class RemoteEngine:
         failure, pushed = None, None
         try:
             if self.rank == 0:
-                pushed = self._sender.push(tensors, name, partial=partial)
+                pushed = self._sender.push(tensors, name, partial=partial, running=self.running)
         except Exception as error:
             failure = error
         try:
@@ -296,8 +331,14 @@ class RemoteEngine:
                 pass
         except Exception as error:
             failure = failure or error
-        self._sync, (self._trainer, self.weights_version) = self._agree(failure, (name, pushed))[0]
+        name, (self._trainer, self.weights_version) = self._agree(failure, (name, pushed))[0]
+        self._sync = name
         self._stale = False
+        self._updates_at.pop(None, None)  # the weights on the server's disk are never this run's again
+        self._updates_at[name] = self.updates
+        for batch in self._ahead:
+            if isinstance(batch.failure, ServerLost):
+                batch.start(self._ask)
         return self.weights_version
 
     # -- the teacher's output layer ---------------------------------------------------------------------------------

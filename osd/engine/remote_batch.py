@@ -18,7 +18,7 @@ from osd.engine.request import PairCompletion, PairPrompt
 _END_SECONDS = 10.0  # for a thread to end after `cancel`
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """Prompts that are being sampled through the server.
 
@@ -26,8 +26,7 @@ class Batch:
         body: of the request for all of them.
         prompts: token ids of both sides.
         completions: those that have come, by place.
-        updates: optimizer updates of the weights that drew each of them, by place.
-        since: when the last one came, or the batch was asked for (`time.monotonic`).
+        drawn_by: the names of the syncs that drew each of them, by place and by version of the weights.
         lost: how often the server has lost the weights meanwhile.
         trouble: why the server did not finish a prompt, the last time it said so.
         failure: the error that ended the batch's own thread.
@@ -37,8 +36,7 @@ class Batch:
     body: dict[str, Any]
     prompts: list[PairPrompt]
     completions: dict[int, PairCompletion] = field(default_factory=dict)
-    updates: dict[int, int] = field(default_factory=dict)
-    since: float = 0.0
+    drawn_by: dict[int, dict[int, str | None]] = field(default_factory=dict)
     lost: int = 0
     trouble: str = ""
     failure: Exception | None = None
@@ -58,10 +56,10 @@ class Batch:
         sampling = self.body["sampling"]
         return places, {**self.body, **body, "sampling": [sampling[i] for i in places] if len(sampling) > 1 else sampling}
 
-    def take(self, place: int, of: dict[str, Any], tensors: dict[str, torch.Tensor], *, updates: int) -> None:
+    def take(self, place: int, of: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Keep a completion, as the server describes it."""
+        self.drawn_by[place] = {int(version): name for version, name in of["syncs"].items()}
         self.completions[place] = _completion(self.prompts[place], of, tensors)
-        self.updates[place] = updates
 
     # -- in a thread of its own -------------------------------------------------------------------------------------
 
@@ -74,6 +72,7 @@ class Batch:
             except Exception as error:
                 self.failure = error
 
+        self.failure = None
         # A daemon: the interpreter does not wait for it, however it ends.
         self._thread = Thread(target=work, name="osd-batch", daemon=True)
         self._thread.start()
@@ -120,6 +119,7 @@ def _completion(prompt: PairPrompt, of: dict[str, Any], tensors: dict[str, torch
             teacher_topk_TX=tensors.get("topk"),
             weights_version=of["version"],
             origin_T=tensors.get("origin"),
+            version_T=tensors.get("version"),
         ),
         weights_version=of["version"],
         teacher_prompt_tokens=len(prompt.teacher_token_ids),

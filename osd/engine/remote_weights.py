@@ -77,12 +77,15 @@ class WeightSender:
         with suppress(Exception):
             self._held.close()
 
-    def push(self, tensors: Iterable[tuple[str, torch.Tensor]], name: str, *, partial: bool) -> tuple[str | None, int]:
+    def push(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], name: str, *, partial: bool, running: bool
+    ) -> tuple[str | None, int]:
         """Send the weights of one sync; return the run's id and the new version of the student's weights.
 
         Args:
             name: of the sync, which the server gives with everything that it samples from these weights.
             partial: the tensors are only those that changed since the last sync.
+            running: requests that run go on afterwards, with these weights; else they end.
 
         Raises:
             ServerLost: the server went away meanwhile, or a partial sync has nothing to build upon.
@@ -94,10 +97,15 @@ class WeightSender:
                 if partial:
                     raise ServerLost(f"server {self.pair.url} has lost the weights that a partial sync builds upon")
             assert self._transport is not None, "connected"
-            query = {"trainer": self.trainer, "partial": str(partial).lower()}
-            self._post("/start_weight_update", params=query)
-            self._transport.send(tensors)
-            self._post("/finish_weight_update", params=query, json={"weight_version": name})
+            query = {"trainer": self.trainer, "partial": str(partial).lower(), "running": str(running).lower()}
+            try:
+                self._post("/start_weight_update", params=query)
+                self._transport.send(tensors)
+                self._post("/finish_weight_update", params=query, json={"weight_version": name})
+            except BaseException:
+                if running:
+                    self.disconnect()  # which ends the requests that the update has paused
+                raise
             return self.trainer, self.pair.look(self._client)["state"]["version"]
         except httpx.TransportError as error:
             self.disconnect()

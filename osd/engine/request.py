@@ -170,7 +170,7 @@ class PairCompletion:
         stop_reason: the stop string or id that ended it, if one did.
         error: the reason of an error ("NaN in the student's logits"), or None.
         record: one row per token, or None if it was not asked for.
-        weights_version: the student weights that sampled it.
+        weights_version: the student weights that sampled it, or its last token.
         teacher_prompt_tokens, student_prompt_tokens: prompt lengths.
         teacher_cached_tokens, student_cached_tokens: how much of each prompt was in that side's prefix cache.
     """

@@ -25,6 +25,7 @@ from osd.engine.transport import check_sender
 from osd.engine.wire import HEAD_ROUTE, INFO_ROUTE, STATE_ROUTE, frames, unpack
 
 API_KEY_VARIABLE = "VLLM_API_KEY"  # the server reads it too
+WEIGHT_UPDATES = ("between", "running")  # batches that are sampled in the background, or under their requests
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 5.0  # seconds between two looks for a server that is away
 # For httpx clients: requests to this machine go through no proxy, whatever HTTP_PROXY and NO_PROXY say.

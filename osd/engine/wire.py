@@ -142,6 +142,7 @@ def record_from_json(columns: Mapping[str, Any]) -> TokenRecord:
         values_TR=torch.tensor(values, dtype=torch.float32).T.contiguous(),
         teacher_hidden_TH=None,
         weights_version=versions[-1] if versions else 0,
+        version_T=torch.tensor(versions) if len(set(versions)) > 1 else None,
         origin_T=torch.tensor(origins, dtype=torch.uint8) if any(origins) else None,
     )
 

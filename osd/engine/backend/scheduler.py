@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -134,7 +135,7 @@ class PairScheduler(SideScheduler):
         A request may be admitted out of turn (an older one's grammar was being compiled). Then each side's cache can be held by
         requests that the other side has no room for.
         """
-        if self.step_in_flight or self.student.step_in_flight:
+        if self.step_in_flight or self.student.step_in_flight or self.pause_state == PauseState.PAUSED_ALL:
             return
         waiting = RequestStatus.WAITING, RequestStatus.PREEMPTED
         alone = [
@@ -287,7 +288,15 @@ class PairScheduler(SideScheduler):
         self.finished_req_ids |= set(teacher_known) - self.requests.keys()
         self.student.finished_req_ids |= set(student_known) - self.student.requests.keys()
 
-    def set_pause_state(self, pause_state: Any) -> None:
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        """Pause or go on, on both sides. After a pause that kept its requests, the student computes their KV anew.
+
+        Its weights may have changed meanwhile; the teacher's never change. A step that is still in flight shows that nobody
+        waited for the pause, and so that nobody loaded weights in it.
+        """
+        was_kept = self.pause_state == PauseState.PAUSED_ALL
+        if was_kept and pause_state != PauseState.PAUSED_ALL and not (self.step_in_flight or self.student.step_in_flight):
+            self.student.reset_prefix_cache(reset_running_requests=True)
         super().set_pause_state(pause_state)
         self.student.set_pause_state(pause_state)
 

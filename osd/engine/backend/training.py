@@ -1,11 +1,13 @@
 """A pair's server as a trainer uses it: weights pushed into its student, batches sampled with their record as bytes.
 
-Weights come by vLLM's own routes (`/start_weight_update`, `/update_weights`, `/finish_weight_update`) and never change under a
-running request: an update begins by ending the running requests, and vLLM's scheduler stays paused until every weight is there.
-A trainer adds to them
+Weights come by vLLM's own routes (`/start_weight_update`, `/update_weights`, `/finish_weight_update`). An update begins by
+ending the running requests, or by pausing them if the trainer asks for that (`running`); vLLM's scheduler stays paused until
+every weight is there. Paused requests then go on with the new weights, under which the student's part of their KV is computed
+anew; the teacher's is still right. A trainer adds to these routes
 
 - a connection that stays open (`TRAINER_ROUTE`): while it is, no other trainer may update the weights;
-- the name of its update, which it asks for in every batch (`SAMPLE_ROUTE`) and which every answer has.
+- the name of its update, which it asks for in every batch (`SAMPLE_ROUTE`), unless its updates come under running requests;
+  every answer has the names of the updates that drew its tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from osd.engine.wire import (
     split_rows,
 )
 
-_PULSE_SECONDS = 1.0  # between two signs of life on a trainer's connection
+_END_SECONDS = 30.0  # for paused requests to end; a worker that waits for a dead trainer's broadcast ends none
+_PULSE_SECONDS = 1.0  # between two signs of life on a trainer's connections
 
 
 class Training:
@@ -54,6 +57,7 @@ class Training:
         whole: the student has all weights of one update, or its files'.
         version: number of updates so far, failed ones included.
         sync: the name of the last update; None: its files' weights, or an update without a name.
+        syncs: the names of all of them, by version.
         trainer: the id of the trainer that holds the server.
     """
 
@@ -66,7 +70,9 @@ class Training:
         self.dtype, self.hidden_size = config.model_config.dtype, config.model_config.get_hidden_size()
         self.whole, self.version = True, 0
         self.sync: str | None = None
+        self.syncs: dict[int, str | None] = {0: None}
         self.trainer: str | None = None
+        self._keeps = False  # an update has paused the running requests
         self._mixes, self._updates = asyncio.Lock(), asyncio.Lock()
         self._names = (f"osd-batch-{number}" for number in itertools.count())
         self._generate = self.client.generate
@@ -127,6 +133,9 @@ class Training:
         finally:
             gone.cancel()
             with suppress(Exception):  # a dead engine
+                async with self._updates:
+                    if self._keeps:  # an update that never ended has paused them
+                        await asyncio.wait_for(self._end_requests(), _END_SECONDS)
                 await self._mix(self._own_mixing)
             self.trainer = None
 
@@ -142,13 +151,22 @@ class Training:
     # -- the student's weights --------------------------------------------------------------------------------------
 
     async def start_update(self) -> None:
-        """End every running request, and begin an update; stands before the engine client's ``start_weight_update``."""
-        partial = _query().get("partial") == "true"
-        async with self._updates:  # a trainer that died may have left a call that still runs
+        """End or pause every running request, and begin an update; stands before the client's ``start_weight_update``."""
+        partial, running = (_query().get(name) == "true" for name in ("partial", "running"))
+        # A trainer that died may have left a call that still runs. `_mix` must not let requests go on.
+        async with self._updates, self._mixes:
             self._check_trainer(_query().get("trainer"))
             self.whole, self.sync = False, None
-            await self.client.pause_generation(mode="abort", clear_cache=True)
+            if running and self.trainer is not None:  # whose connection says when to end them after all
+                self._keeps = True
+                await self.client.pause_generation(mode="keep", clear_cache=False)
+            else:
+                await self._end_requests()
             self.version = (await self.client.collective_rpc("start_weight_update", kwargs={"partial": partial}))[0]
+
+    async def _end_requests(self) -> None:
+        self._keeps = False
+        await self.client.pause_generation(mode="abort", clear_cache=True)
 
     def _of_trainer(self, method: Any) -> Any:
         """Return a method of the engine client that only the trainer may call while there is one."""
@@ -172,7 +190,8 @@ class Training:
             [self.version] = set(await self.client.collective_rpc("finish_weight_update"))
             if weight_version is not None:
                 await self.client.update_weight_version(weight_version)
-            self.whole, self.sync = True, weight_version
+            self.whole, self.sync, self._keeps = True, weight_version, False
+            self.syncs[self.version] = weight_version
             await self.client.resume_generation()
 
     def check_open(self) -> None:
@@ -199,15 +218,20 @@ class Training:
     # -- batches ----------------------------------------------------------------------------------------------------
 
     async def _sample(self, http: Request, send: Any) -> None:
-        """Answer with a frame per completion, as they finish; end all of them if the trainer goes away."""
+        """Answer with a frame per completion, as they finish, and an empty one as a sign of life while none does.
+
+        Ends all of them if the trainer goes away.
+        """
         body = await http.json()
         self._check_trainer(body["trainer"])
         mixing = MixingConfig.from_dict(body["mixing"])
         jobs = [self._job(index, body, *prompts) for index, prompts in enumerate(body["prompts"])]
         if self.trainer is None:
             raise HTTPException(409, f"no trainer holds this server; connect by {TRAINER_ROUTE} first")
+        if body["running"] and not self.whole:
+            raise HTTPException(503, "an update of the student's weights has begun and not ended; ask again when one has")
         await self._mix(mixing)
-        if not self.whole or self.sync != body["sync"]:
+        if not body["running"] and (not self.whole or self.sync != body["sync"]):
             raise HTTPException(409, f"the student has the weights {self.sync!r}, and {body['sync']!r} were asked for")
         tasks = [asyncio.create_task(self._complete(*job)) for job in jobs]
         gone = asyncio.create_task(_disconnected(http))
@@ -215,7 +239,10 @@ class Training:
             await send({"type": "http.response.start", "status": 200, "headers": []})
             left: set[asyncio.Task[Any]] = set(tasks)
             while left and not gone.done():
-                done, _ = await asyncio.wait({*left, gone}, return_when=asyncio.FIRST_COMPLETED)
+                waited_for = {*left, gone}
+                done, _ = await asyncio.wait(waited_for, timeout=_PULSE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    await send({"type": "http.response.body", "body": framed(b""), "more_body": True})
                 for task in left & done:
                     await send({"type": "http.response.body", "body": framed(task.result()), "more_body": True})
                 left -= done
@@ -229,7 +256,12 @@ class Training:
         async with self._mixes:
             if mixing == self.mixing:
                 return
-            others, self.mixing = self.mixing == self._own_mixing, mixing  # from here on other clients' requests are refused
+            others = self.mixing == self._own_mixing
+            if others and not self.whole:
+                raise HTTPException(
+                    503, "the mixing changes when the update of the student's weights has ended; ask again then"
+                )
+            self.mixing = mixing  # from here on other clients' requests are refused
             if others:
                 await self.client.pause_generation(mode="abort", clear_cache=False)
                 await self.client.resume_generation()
@@ -270,7 +302,7 @@ class Training:
         if completion.finish_reason == "abort":
             return pack({"index": index, "status": 503, "message": "the weights were updated while the request ran"}, {})
         tensors: dict[str, torch.Tensor] = {"token_ids": torch.tensor(list(completion.token_ids), dtype=torch.int32)}
-        drawn_by, cached = self.sync, 0
+        versions, cached = [self.version], 0
         if completion.routed_experts is not None:
             rows = split_rows(completion.routed_experts[: len(completion.token_ids)])
             tensors["values"], cached = torch.from_numpy(np.ascontiguousarray(rows.values_TR)), rows.cached
@@ -282,16 +314,17 @@ class Training:
                     tensors["topk"] = signal_TX
                 else:
                     tensors["hidden"] = signal_TX.view(self.dtype)[:, : self.hidden_size].contiguous()
-            if not self.whole or set(rows.version_T.tolist()) != {self.version}:
-                drawn_by = f"version {sorted(set(rows.version_T.tolist()))}"
+            versions = sorted(set(rows.version_T.tolist())) or versions
+            if len(versions) > 1:
+                tensors["version"] = torch.from_numpy(rows.version_T)
         described = {
             "index": index,
             "status": 200,
-            "sync": drawn_by,
+            "syncs": {version: self.syncs.get(version, f"version {version}") for version in versions},
             "text": completion.text,
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
-            "version": self.version,
+            "version": versions[-1],
             "teacher_cached": last.num_cached_tokens or 0,
             "student_cached": cached,
         }
