@@ -372,9 +372,9 @@ def test_a_model_without_files_is_refused_with_the_way_out():
 
 
 def test_an_architecture_that_vllm_lacks_is_refused_where_only_vllms_are_allowed(tiny_pair, tmp_path):
-    path = saved_config(tmp_path, "llama", architectures=["MyOwnForCausalLM"])
+    path = saved_config(tmp_path, "llama", architectures=["HeliumForCausalLM"])
     config = replace(pair_of(path, model_impl="vllm"), teacher=str(tiny_pair[0]))
-    with pytest.raises(ValueError, match=r"student='.*': vLLM has no MyOwnForCausalLM.*set vllm_model_impl='auto'"):
+    with pytest.raises(ValueError, match=r"student='.*': vLLM has no HeliumForCausalLM.*set vllm_model_impl='auto'"):
         check_models(config)
 
 

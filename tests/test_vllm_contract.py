@@ -269,7 +269,7 @@ def test_the_names_are_few(names, record_property):
     every = {attr for _, attr in names.used} | {name for _, name in imports()}
     record_property("names_of_vllm", len(attrs | imported))
     print(f"{len(attrs | imported)} names of vllm.v1 ({len(attrs)} attributes), {len(every)} of vLLM")
-    assert len(attrs | imported) <= 200
+    assert len(attrs | imported) <= 203
 
 
 def test_an_attribute_that_vllm_does_not_have_is_seen(names, monkeypatch):

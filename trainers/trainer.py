@@ -13,8 +13,9 @@ One step of training and its modules:
 
 Overridden methods of TRL's DistillationTrainer, private to TRL and pinned by tests/test_trl_contract.py:
 `_generate_and_score_completions`, `_tokenize_prompts`, `_compute_loss`, `_prepare_inputs`, `_get_train_sampler`,
-`_save_checkpoint`, `_save`, `_set_signature_columns_if_needed`. Overridden public methods: `compute_loss`,
-`get_train_dataloader`, `get_batch_samples`, `evaluation_loop`, `prediction_step`, `train`, `log` and `create_model_card`.
+`_get_last_hidden_state`, `_save_checkpoint`, `_save`, `_set_signature_columns_if_needed`. Overridden public methods:
+`compute_loss`, `get_train_dataloader`, `get_batch_samples`, `evaluation_loop`, `prediction_step`, `train`, `log` and
+`create_model_card`.
 """
 
 from __future__ import annotations
