@@ -134,6 +134,8 @@ class OSDGeneration(BackgroundSampling):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'keep'")
         if async_weight_updates not in WEIGHT_UPDATES:
             raise ValueError(f"async_weight_updates={async_weight_updates!r}: choose {' or '.join(map(repr, WEIGHT_UPDATES))}")
+        if not isinstance(max_staleness, int) or max_staleness < 0:
+            raise ValueError(f"max_staleness={max_staleness!r} is not a number of updates, 0 or more")
         self.pair = pair
         self.mix_tokens = mix_tokens
         self.check_sync = check_sync

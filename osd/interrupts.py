@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ def kept_interrupts() -> Iterator[None]:
     def hook(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             before(dropped)
-        else:  # from another thread: in this one it would be raised right here, and dropped again
-            timer = threading.Timer(_AGAIN, _thread.interrupt_main)
+        else:  # later: now it would be raised right here, and dropped again; by a signal, which ends a wait too
+            timer = threading.Timer(_AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
             timer.daemon = True
             timer.start()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -106,4 +108,20 @@ def _accelerate_flags(launch: Namespace, *, use_cpu: bool) -> list[str]:
 
 
 def _replace_process(arguments: list[str]) -> NoReturn:
-    os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "osd.launch", *arguments])
+
+
+def accelerate_launch() -> None:
+    """Run `accelerate launch`. A single training process has said itself what failed: end with its status, and no traceback."""
+    from accelerate.commands.launch import main
+
+    # Ctrl-C goes to the training process too, and that one ends the run. (A handler, unlike SIG_IGN, is not inherited.)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
+
+
+if __name__ == "__main__":
+    accelerate_launch()

@@ -250,6 +250,8 @@ def _check_implemented(side: str, model: str, config: Any, kwargs: dict[str, Any
     from osd.engine.backend.configuration import supported_architectures
 
     names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list):
+        raise ValueError(f"{side}={model!r}: architectures={names!r} in config.json is no list; write [{names!r}]")
     if unfit := [name for name in names if name.endswith(_NOT_GENERATIVE)]:
         raise ValueError(
             f"{side}={model!r} is a {unfit[0]}, which has no distribution over tokens; use a causal language model"

@@ -234,6 +234,7 @@ def test_a_multimodal_model_is_counted_without_its_encoders(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM' in config.json is no list; write"),
         ({"architectures": ["NoSuchForCausalLM"]}, "neither vLLM nor transformers .* has the class NoSuchForCausalLM"),
         (
             {"architectures": ["LlamaForSequenceClassification"]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -287,3 +288,18 @@ def test_env_goes_on_where_a_part_fails(monkeypatch):
     assert "devices: cannot be read (RuntimeError: no driver)" in report
     assert "supported: cannot be read" in report
     assert "machine: " in report
+
+
+@pytest.mark.parametrize(("status", "expected"), [(2, 2), (130, 130), (-9, 137)])
+def test_the_launch_ends_with_the_status_of_the_training_process(monkeypatch, status, expected):
+    def main():
+        raise subprocess.CalledProcessError(status, ["python"])
+
+    monkeypatch.setattr("accelerate.commands.launch.main", main)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            launch.accelerate_launch()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == expected

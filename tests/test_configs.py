@@ -1,5 +1,6 @@
 """OSDConfig refuses what cannot work before a model loads; every shipped YAML parses; unknown keys are errors."""
 
+import math
 import re
 import shlex
 from dataclasses import fields
@@ -220,6 +221,7 @@ def test_mixing_is_what_was_configured(tmp_path):
         ({"teacher_topk": True}, "teacher_topk=True is not a whole number"),
         ({"vllm_server_timeout": "60"}, "vllm_server_timeout='60' is not a number"),
         ({"vllm_server_timeout": 0}, "vllm_server_timeout=0 is out of range; use a positive number of seconds"),
+        ({"vllm_server_timeout": math.inf}, "vllm_server_timeout=inf is out of range; use a positive number of seconds"),
         ({"vllm_server_port": 99999}, "vllm_server_port=99999 is out of range; use a port"),
         ({"vllm_group_port": 0}, "vllm_group_port=0 is out of range; use a port"),
         ({"mix_fraction": 1.5}, "mix_fraction=1.5 is out of range; use a probability"),
@@ -246,6 +248,9 @@ def test_a_weight_without_effect_warns(tmp_path):
         config(tmp_path, fixed_alpha=0.3)
 
 
+BEHIND = {"async_generation": True, "vllm_mode": "server"}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -254,6 +259,11 @@ def test_a_weight_without_effect_warns(tmp_path):
         ({"teacher_topk": 8}, "teacher_topk=8 has no effect without teacher_signal='topk'"),
         ({"importance_clip": 3.0}, "importance_clip=3.0 has no effect without importance_correction"),
         ({"alpha_max_end": 0.0}, "alpha_max_end=0.0 has no effect without alpha_schedule"),
+        (BEHIND | {"max_staleness": 2}, "max_staleness=2 with async_weight_updates='between' and num_iterations=1 acts as 1"),
+        (
+            BEHIND | {"async_weight_updates": "running", "max_staleness": 3, "num_iterations": 2},
+            "max_staleness=3 with async_weight_updates='running' and num_iterations=2 acts as 2",
+        ),
         ({"privilege_gap_tokens": 8}, "privilege_gap_tokens=8 has no effect without privilege_gap_steps"),
         ({"num_iterations": 2, "save_strategy": "no"}, "num_iterations=2 without importance_correction trains on samples of"),
         ({"importance_correction": "prefix", "top_p": 0.9}, "with top_p=0.9: tokens that top_p excludes get no weight"),

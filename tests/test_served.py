@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -11,6 +12,8 @@ import torch
 
 from osd.engine import served
 from osd.engine.config import PairConfig
+from osd.engine.remote import RemoteEngine
+from osd.engine.remote_batch import Batch
 from osd.engine.served import ServedPair, ServerUnavailable, through_proxy, weights_digest
 from osd.engine.wire import INFO_ROUTE
 from osd.train import train_osd
@@ -144,6 +147,21 @@ def test_https_without_a_certificate_is_refused_at_once(tiny_pair, answering):
 def test_what_is_no_address_is_refused(tiny_pair, url):
     with pytest.raises(ValueError, match=r"is not a URL; write http://host:port"):
         pair(tiny_pair, url=url)
+
+
+def test_a_timeout_that_never_ends_is_refused(tiny_pair):
+    with pytest.raises(ValueError, match="the timeout of inf seconds for the server must be positive and finite"):
+        pair(tiny_pair, timeout=math.inf)
+
+
+def test_a_pause_for_a_sync_is_no_lack_of_progress(tiny_pair):
+    engine = object.__new__(RemoteEngine)
+    engine.pair, engine._since, engine._stale = pair(tiny_pair), 0.0, True
+    batch = Batch({}, [])
+    engine._check_progress(batch)
+    engine._stale = False
+    with pytest.raises(RuntimeError, match="has not finished a completion for"):
+        engine._check_progress(batch)
 
 
 # -- proxies ------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,10 @@ def load_data(data: DataArguments, *, evaluate: bool, seed: int = 42, drop_bad_r
     if data.test_split_size is not None:
         if isinstance(train, datasets.IterableDataset):
             raise ValueError(f"test_split_size={data.test_split_size} cannot split a stream; set dataset_test_name")
-        parts = train.train_test_split(test_size=data.test_split_size, seed=seed)  # the same in every process
+        try:
+            parts = train.train_test_split(test_size=data.test_split_size, seed=seed)  # the same in every process
+        except ValueError as error:
+            raise ValueError(f"test_split_size={data.test_split_size}: {error}") from error
         train, test = parts["train"], parts["test"]
     if data.dataset_test_name is not None:
         test = load(data.dataset_test_name, split=data.dataset_test_split)

@@ -38,7 +38,7 @@ def start_generation(trainer: OSDTrainer, pair: PairConfig | PairEngine | Served
         hidden=args.teacher_signal == "recorded",
         topk=args.teacher_topk if args.teacher_signal == "topk" else 0,
         max_staleness=args.max_staleness,
-        async_weight_updates=args.async_weight_updates,
+        async_weight_updates=args.async_weight_updates if args.async_generation else "between",
         on_error="keep",
         temperature=trainer.temperature,
         top_p=trainer.top_p,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def _ranges(args: OSDConfig) -> None:
         ("importance_clip", args.importance_clip is None or args.importance_clip > 0, "use a positive weight, or null"),
         ("num_iterations", args.num_iterations >= 1, "use at least 1"),
         ("teacher_topk", args.teacher_topk >= 1, "use a whole number, from 1 to the size of the vocabulary"),
-        ("vllm_server_timeout", args.vllm_server_timeout > 0, "use a positive number of seconds"),
+        ("vllm_server_timeout", 0 < args.vllm_server_timeout < math.inf, "use a positive number of seconds"),
         ("vllm_server_port", 1 <= args.vllm_server_port <= 65535, "use a port, 1 to 65535"),
         ("vllm_group_port", 1 <= args.vllm_group_port <= 65535, "use a port, 1 to 65535"),
         ("max_staleness", args.max_staleness >= 1, "use at least 1; for samples of the present weights async_generation=False"),
@@ -142,6 +143,14 @@ def _no_effect(args: OSDConfig) -> None:
     ):
         if not used and changed(args, name):
             warnings.warn(f"{name}={getattr(args, name)!r} has no effect without {unless}", stacklevel=5)
+    running = args.async_weight_updates == "running"
+    bound = args.num_iterations * (args.max_staleness // args.num_iterations if running else 1)
+    if args.async_generation and args.max_staleness > bound:
+        warnings.warn(
+            f"max_staleness={args.max_staleness} with async_weight_updates={args.async_weight_updates!r} and num_iterations="
+            f"{args.num_iterations} acts as {bound}; see docs/scaling.md",
+            stacklevel=5,
+        )
     between = args.save_steps >= 1 and args.save_steps % args.num_iterations != 0  # below 1 it is a share of the run
     if args.save_strategy == "steps" and between:
         warnings.warn(

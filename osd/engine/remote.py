@@ -252,7 +252,8 @@ class RemoteEngine:
                 batch.cancelled.wait(pause)
 
     def _check_progress(self, batch: Batch) -> None:
-        if (waited := time.monotonic() - self._since) > self.pair.timeout:
+        """Raise if no completion has come for too long. A sync pauses the requests, and has timeouts of its own."""
+        if not self._stale and (waited := time.monotonic() - self._since) > self.pair.timeout:
             raise RuntimeError(
                 f"server {self.pair.url} has not finished a completion for {waited:.0f} seconds, and "
                 f"{len(batch.prompts) - len(batch.completions)} of {len(batch.prompts)} are left; if completions take that "
@@ -333,6 +334,7 @@ class RemoteEngine:
             failure = failure or error
         name, (self._trainer, self.weights_version) = self._agree(failure, (name, pushed))[0]
         self._sync = name
+        self._since = time.monotonic()
         self._stale = False
         self._updates_at.pop(None, None)  # the weights on the server's disk are never this run's again
         self._updates_at[name] = self.updates

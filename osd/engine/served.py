@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 import warnings
@@ -103,8 +104,8 @@ class ServedPair:
             valid = False
         if not valid:
             raise ValueError(f"the server {self.url!r} is not a URL; write http://host:port")
-        if not self.timeout > 0:
-            raise ValueError(f"the timeout of {self.timeout} seconds for the server must be positive")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"the timeout of {self.timeout} seconds for the server must be positive and finite")
         object.__setattr__(self, "url", url)
 
     def client(self) -> httpx.Client:

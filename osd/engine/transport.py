@@ -115,11 +115,9 @@ class NCCLTransport:
         wait((asked, done), timeout=self.seconds, return_when=FIRST_EXCEPTION)
         wait((asked, done), timeout=_GRACE_SECONDS)
         failures = [error for half in (asked, done) if half.done() and (error := half.exception())]  # the server's first
-        if not (asked.done() and done.done()):
-            self.close()
+        if failures or not (asked.done() and done.done()):
+            self.close()  # the workers have left the group, or cannot be waited for
             raise failures[0] if failures else httpx.ReadTimeout(f"{route} has not ended after {self.seconds:g} seconds")
-        if failures:
-            raise failures[0]
         return done.result()
 
     def close(self) -> None:
