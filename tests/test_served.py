@@ -33,7 +33,7 @@ def no_proxies(monkeypatch):
 
 def pair(models, **given):
     config = PairConfig(teacher=str(models[0]), student=str(models[1]))
-    return ServedPair(**{"config": config, "url": "http://server:8000", "timeout": 1.0, **given})
+    return ServedPair(**{"config": config, "url": "http://server:8000", "timeout": 1.0, "group_port": free_port(), **given})
 
 
 def info(models, **given):
