@@ -654,6 +654,7 @@ def test_as_many_sampling_steps_are_ahead_as_the_bound_allows(monkeypatch, mode,
         _schedule=SimpleNamespace(at=lambda step, _: step),
         _seed_of=str,
     )
+    trainer.args.steps_ahead = lambda: OSDConfig.steps_ahead(trainer.args)
     sampled = SampledAhead(trainer)
     for _ in range(2):
         epoch = iter([[n] for n in range(4) for _ in range(passes * iterations)])

@@ -278,6 +278,10 @@ class OSDConfig(DistillationConfig):
         """Return the address of the server that samples with `vllm_mode="server"`."""
         return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
 
+    def steps_ahead(self) -> int:
+        """Return how many sampling steps `async_generation` keeps in the background at most."""
+        return self.max_staleness // self.num_iterations if self.async_weight_updates == "running" else 1
+
     def sampling_kwargs(self) -> dict[str, Any]:
         """Return further `vllm.SamplingParams` arguments: `generation_kwargs` and the regular expression."""
         kwargs = self._mapping("generation_kwargs")

@@ -84,8 +84,7 @@ class SampledAhead:
         self._loader: Lookahead | None = None  # of the epoch
         self._taken = 0  # batches for the passes of the present step
         self._rows: deque[Any] = deque()  # whose completions are sampled, by sampling step
-        args = trainer.args
-        self._most = args.max_staleness // args.num_iterations if args.async_weight_updates == "running" else 1
+        self._most = trainer.args.steps_ahead()
 
     def batches(self, epoch_iterator: Iterator[Any], count: int) -> list[Any]:
         """Return the data loader's batches for the passes of an optimizer step."""

@@ -143,8 +143,7 @@ def _no_effect(args: OSDConfig) -> None:
     ):
         if not used and changed(args, name):
             warnings.warn(f"{name}={getattr(args, name)!r} has no effect without {unless}", stacklevel=5)
-    running = args.async_weight_updates == "running"
-    bound = args.num_iterations * (args.max_staleness // args.num_iterations if running else 1)
+    bound = args.num_iterations * args.steps_ahead()
     if args.async_generation and args.max_staleness > bound:
         warnings.warn(
             f"max_staleness={args.max_staleness} with async_weight_updates={args.async_weight_updates!r} and num_iterations="
