@@ -47,7 +47,7 @@ def state(**given):
 
 
 def look(pair, of, **states):
-    """What `pair` makes of a server with these answers."""
+    """Return what `pair.look` returns for a server with these answers."""
 
     def answer(request):
         return httpx.Response(200, json=of if request.url.path == INFO_ROUTE else state(**states))

@@ -135,17 +135,19 @@ def test_a_server_killed_in_mid_step_and_in_mid_sync_changes_nothing(tiny_pair, 
     assert losses, "no kill hit a batch that was being sampled: nothing was tested"
 
 
-def test_a_server_killed_with_a_batch_in_flight_costs_no_completion(tiny_pair, tmp_path, mortal, monkeypatch):
-    """Completions that had come are kept, from the older weights; the rest comes from the present ones, as records say."""
-    servers, again = mortal
-    fields = {"max_completion_length": 120, "max_steps": 4, "async_generation": True}
-    trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, **fields)
+def trained_while_killed(trainer, again, monkeypatch):
+    """Train, and kill the server at the first completion that comes in the background.
+
+    Returns:
+        the student's weights at every step, the batches with their prompts, and in `hit[0]` how many completions of each
+        batch in the background had come when the server was killed.
+    """
     take, weights, batches, hit = RemoteEngine._take, [], [], []
 
     def kill_at_first(engine, batch, *given):
         take(engine, batch, *given)
         if threading.current_thread() is not threading.main_thread() and not hit:
-            hit.append(batch)
+            hit.append([len(b.completions) for b in engine._ahead])
             again()
 
     monkeypatch.setattr(RemoteEngine, "_take", kill_at_first)
@@ -153,6 +155,15 @@ def test_a_server_killed_with_a_batch_in_flight_costs_no_completion(tiny_pair, t
     with trainer:
         watch(trainer, lambda prompts: batches.append((prompts, trainer.vllm_generation.last_batch)))
         trainer.train()
+    return weights, batches, hit
+
+
+def test_a_server_killed_with_a_batch_in_flight_costs_no_completion(tiny_pair, tmp_path, mortal, monkeypatch):
+    """Completions that had come are kept, from the older weights; the rest comes from the present ones, as records say."""
+    servers, again = mortal
+    fields = {"max_completion_length": 120, "max_steps": 4, "async_generation": True}
+    trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, **fields)
+    weights, batches, _ = trained_while_killed(trainer, again, monkeypatch)
     assert len(servers) == 2
     assert set(batches[1][1].staleness) == {0, 1}, "the kill hit a whole batch: nothing was tested"
     assert [set(batch.staleness) for _, batch in batches] == [{0}, {0, 1}, {1}, {1}]
@@ -167,19 +178,7 @@ def test_a_server_killed_under_running_batches_costs_no_completion(tiny_pair, tm
     """Two batches are in flight; both go on after the next sync, and every token is of the weights that its age names."""
     servers, again = mortal
     trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, max_completion_length=120, max_steps=4, **RUNNING)
-    take, weights, batches, hit = RemoteEngine._take, [], [], []
-
-    def kill_at_first(engine, batch, *given):
-        take(engine, batch, *given)
-        if threading.current_thread() is not threading.main_thread() and not hit:
-            hit.append([len(b.completions) for b in engine._ahead])
-            again()
-
-    monkeypatch.setattr(RemoteEngine, "_take", kill_at_first)
-    trainer.add_callback(EachStep(lambda: weights.append(copy.deepcopy(trainer.model).eval())))
-    with trainer:
-        watch(trainer, lambda prompts: batches.append((prompts, trainer.vllm_generation.last_batch)))
-        trainer.train()
+    weights, batches, hit = trained_while_killed(trainer, again, monkeypatch)
     assert len(servers) == 2
     assert hit
     assert min(hit[0]) < 4, "the kill hit no batch that was being sampled: nothing was tested"
