@@ -10,15 +10,19 @@ two policies say. Everything is computed as in a real run, and the tokens follow
 benchmark's own worker extension; the engine does not have it. Without drafts nothing is set, and with a real pair neither (see
 benchmarks/real_pair.py).
 
-Every number of drafts is an engine of its own, in a process of its own (see benchmarks/sampling.py, whose timing this uses: the
-milliseconds are those of a token, of all sequences together). `theory` is (1 + (k + 1) c) / t(k) of Theorem 21, with c from the
-measured student-only and teacher-only times. Prints a table and writes a JSON after each engine.
+Milliseconds are those of a token, of all sequences together. Without drafts the pair is the engine that a user gets by default.
+All other numbers of drafts share one engine with `num_speculative_tokens="auto"`, in which a second switch pins the number.
+With tensor parallelism that switch does not reach the scheduler, and each number has an engine of its own. All engines are
+alive at once and take turns (see benchmarks/turns.py), or run `--one-at-a-time` where memory is short. `theory` is
+(1 + (k + 1) c) / t(k) of Theorem 21, with c from the measured student-only and teacher-only times. Prints a table, and writes
+a JSON after each batch size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -26,11 +30,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Python adds only benchmarks/ to the path of a script
 
-from benchmarks import real_pair
-from benchmarks.process import GPU, MULTIPROCESSING, ROOT, environment, exit_on_sigterm, header, result_path, run_worker
-from benchmarks.real_pair import SIDES
-from benchmarks.shapes import parse_pair, write_model
+from benchmarks import real_pair, turns
+from benchmarks.process import GPU, MULTIPROCESSING, ROOT, environment, exit_on_sigterm, header, result_path
+from benchmarks.shapes import config, parse_pair, write_model
 from benchmarks.summary import Result, markdown
+from benchmarks.turns import SIDES, Prompts, Variant
 from osd.engine.speculation import expected_tokens
 
 SEEN = {"tokens_per_cycle": "tokens per cycle", "draft_acceptance": "accepted", "record_acceptance": "by the record"}
@@ -44,13 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pair", default="14B+1.5B", help=f"{shapes}, or one of {', '.join(real_pair.PAIRS)} (default: %(default)s)")
     add("--model", type=Path, help="teacher of a real pair (default: SmolLM2-135M-Instruct, made from its wheel)")
     add("--layers", type=int, help="layers of the healed student (default: a third of the teacher's)")
-    add(
-        "--alone",
-        nargs="*",
-        choices=SIDES,
-        default=list(SIDES),
-        help="models measured alone, of a real pair (default: both)",
-    )
+    add("--alone", nargs="*", choices=SIDES, default=list(SIDES), help="models measured alone (default: both)")
     add("--heal-steps", type=int, default=400, help="optimizer steps of 32 rows that heal it (default: %(default)s)")
     add("--drafts", nargs="+", default=["0", "1", "2", "3", "4", "5", "6", "auto"], metavar="K")
     add("--acceptances", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.95])
@@ -58,13 +56,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=256)
     add("--new-tokens", type=int, help=f"default: 256, or {ANSWER_TOKENS} with a real pair")
     add("--repeats", type=int, default=3)
-    add("--shape-seconds", type=float, default=40, help="start no further repeat of a shape after this many seconds")
+    add("--shape-seconds", type=float, default=600, help="start no further round at a batch size after this many seconds")
+    add("--one-at-a-time", action="store_true", help="start an engine when the one before it has ended")
     add("--in-process", action="store_true", default=not GPU, help="run the engine cores in the worker processes")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if GPU else "float32")
     add("--engine-kwargs", type=json.loads, default={}, metavar="JSON", help="vLLM engine arguments for every engine")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder, or the path of the JSON")
     args = parser.parse_args(argv)
-    args.real, args.gpu = args.pair in real_pair.PAIRS, GPU
+    args.real = args.pair in real_pair.PAIRS
     if not args.real:
         parse_pair(args.pair)
     if args.new_tokens is None:
@@ -74,37 +73,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def spec(system: str, args: argparse.Namespace, models: tuple[str, str], drafts: str = "0") -> dict[str, Any]:
-    """Return the job of a worker (see benchmarks.worker): every batch size at every acceptance that the drafts can have."""
-    rates: list[float | None] = [None] if system != "paired" or drafts == "0" else args.acceptances
+def variants(args: argparse.Namespace) -> list[Variant]:
+    """Return what is measured at each batch size: every number of drafts at every acceptance that it can have."""
+    rates = [None] if args.real else args.acceptances
+    pins = args.engine_kwargs.get("tensor_parallel_size", 1) == 1
+    found = [Variant(name=name, engine=name) for name in args.alone]
+    for drafts in args.drafts:
+        if drafts == "0":
+            found.append(Variant(name="0", engine="0"))
+            continue
+        engine, pinned = ("auto", int(drafts) if drafts != "auto" else None) if pins else (drafts, None)
+        found += [Variant(name=drafts, engine=engine, acceptance=rate, pinned=pinned) for rate in rates]
+    return found
+
+
+def job(args: argparse.Namespace, models: tuple[str, str], drafts: str, longest: int) -> dict[str, Any]:
+    """Return the job of an engine (see benchmarks.systems.Job); they fit side by side."""
+    small = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": (1 if args.real else 5) << 30} if GPU else {}
     return {
-        "system": system,
-        "shapes": [
-            {
-                "kind": "batch",
-                "batch_size": batch,
-                "prompt_tokens": args.prompt_tokens,
-                "new_tokens": args.new_tokens,
-                "record_off_too": False,
-                "acceptance": rate,
-            }
-            for batch in args.batch_sizes
-            for rate in rates
-        ],
-        "repeats": args.repeats,
-        "shape_seconds": args.shape_seconds,
-        "job": {
-            "teacher": models[0],
-            "student": models[1],
-            "dtype": args.dtype,
-            "random_weights": True,
-            "gpu": GPU,
-            "max_model_len": args.prompt_tokens + args.new_tokens,
-            "max_num_seqs": max(args.batch_sizes),
-            "engine_kwargs": args.engine_kwargs,
-            "num_speculative_tokens": drafts,
-        },
+        "teacher": models[0],
+        "student": models[1],
+        "dtype": args.dtype,
+        "random_weights": not args.real,
+        "gpu": GPU,
+        "max_model_len": longest + args.new_tokens,
+        "max_num_seqs": max(args.batch_sizes),
+        "engine_kwargs": {**small, **args.engine_kwargs},
+        "num_speculative_tokens": 0 if drafts in SIDES else drafts,
     }
+
+
+def random_prompts(args: argparse.Namespace) -> Prompts:
+    """Return random token ids, the same on both sides."""
+    vocab_size, rng = min(config(name)["vocab_size"] for name in parse_pair(args.pair)), random.Random(0)
+    ids = [[rng.randrange(100, vocab_size) for _ in range(args.prompt_tokens)] for _ in range(max(args.batch_sizes))]
+    return [(prompt, prompt) for prompt in ids]
 
 
 def table(result: Result) -> str:
@@ -128,30 +131,38 @@ def table(result: Result) -> str:
     return markdown(["sequences", "drafts", "acceptance", "ms per token", "/ teacher-only", "theory", *SEEN.values()], body)
 
 
-def measure_shapes(args: argparse.Namespace, result: Result, path: Path, folder: Path, env: dict[str, str]) -> None:
-    """Measure each number of drafts in an engine of its own, one after another."""
-    teacher, student = (str(write_model(name, folder / "models")) for name in parse_pair(args.pair))
-    jobs = {name: spec(name, args, (teacher, student)) for name in SIDES}
-    jobs |= {drafts: spec("paired", args, (teacher, student), drafts) for drafts in args.drafts}
-    for name, job in jobs.items():
-        result["systems"][name] = found = run_worker(job, env, folder, None)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{name}: {found['error'] or 'done'}", flush=True)
-
-
-def measure_real_pair(args: argparse.Namespace, result: Result, path: Path, folder: Path, env: dict[str, str]) -> None:
-    """Measure all numbers of drafts in turns."""
-    teacher, student, result["healing"] = real_pair.make_models(args.pair, folder, args.model, args.layers, args.heal_steps)
-    pairs = real_pair.prompts(teacher, student, max(args.batch_sizes))
+def measure(args: argparse.Namespace, result: Result, path: Path, folder: Path) -> None:
+    """Measure all variants and write the result after each batch size."""
+    if args.real:
+        teacher, student, result["healing"] = real_pair.make_models(args.pair, folder, args.model, args.layers, args.heal_steps)
+        pairs = real_pair.prompts(teacher, student, max(args.batch_sizes))
+    else:
+        teacher, student = (str(write_model(name, folder / "models")) for name in parse_pair(args.pair))
+        pairs = random_prompts(args)
     longest = max(len(ids) for pair in pairs for ids in pair)
-    jobs = {name: real_pair.job(args, teacher, student, name, longest) for name in (*args.alone, *args.drafts)}
-    with real_pair.engines(jobs, env) as calls:
-        for name, call in calls.items():
-            result["systems"][name] = {"status": "ok", "error": None, "settings": call(real_pair.settings), "rows": []}
-        for batch in args.batch_sizes:
-            for name, row in real_pair.measure(calls, pairs[:batch], args.new_tokens, args.repeats).items():
-                result["systems"][name]["rows"].append(row)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+    wanted = variants(args)
+    jobs = {variant.engine: job(args, (teacher, student), variant.engine, longest) for variant in wanted}
+    for variant in wanted:
+        result["systems"].setdefault(variant.name, {"status": "failed", "error": "not measured", "rows": []})
+
+    def env(name: str) -> dict[str, str]:
+        own = {"HF_HUB_OFFLINE": "1", MULTIPROCESSING: str(int(not args.in_process))}
+        return environment(folder / "caches" / name) | own
+
+    for together in [[name] for name in jobs] if args.one_at_a_time else [list(jobs)]:
+        with turns.engines({name: jobs[name] for name in together}, env) as (calls, started):
+            for variant in wanted:
+                if variant.engine in together:
+                    result["systems"][variant.name] |= started[variant.engine]
+            ready = [variant for variant in wanted if variant.engine in calls]
+            for batch in args.batch_sizes if ready else ():
+                rows = turns.measure(calls, ready, pairs[:batch], args.new_tokens, args.repeats, args.shape_seconds)
+                for variant, row in rows.items():
+                    result["systems"][variant.name]["rows"].append(row)
+                path.write_text(json.dumps(result, indent=1) + "\n")
+            for variant in ready:
+                result["systems"][variant.name] |= {"status": "ok", "error": None}
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,12 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     result: Result = {"pair": args.pair, **header(command, vars(args)), "systems": {}}
     path = result_path(args.output, f"speculation_{args.pair}", result["hardware"]["device"])
     with tempfile.TemporaryDirectory(prefix="osd-bench-") as scratch:
-        folder = Path(scratch)
-        env = environment(folder / "caches") | {"HF_HUB_OFFLINE": "1"}
-        env.pop(MULTIPROCESSING, None)
-        if args.in_process:
-            env[MULTIPROCESSING] = "0"
-        (measure_real_pair if args.real else measure_shapes)(args, result, path, folder, env)
+        measure(args, result, path, Path(scratch))
     print(f"\n{table(result)}\n\nwritten to {path}")
     return int(any(system["status"] != "ok" for system in result["systems"].values()))
 

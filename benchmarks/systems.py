@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.logits import SpreadLogits, spread, spread_logits
+from benchmarks.logits import Switches, spread, spread_logits
 from osd.core import RECORD_FIELDS, TOKEN_ORIGINS, MixingConfig
 
 ACCEPTED, CORRECTED = (TOKEN_ORIGINS.index(name) for name in ("accepted", "corrected"))
@@ -61,8 +61,8 @@ class Job:
             kwargs["gpu_memory_utilization"] = 0.9
         else:
             kwargs |= dict(enforce_eager=True, kv_cache_memory_bytes=1 << 30)
-        if self.random_weights:
-            kwargs["worker_extension_cls"] = f"{SpreadLogits.__module__}.{SpreadLogits.__qualname__}"
+        if self.random_weights or self.num_speculative_tokens == "auto":
+            kwargs["worker_extension_cls"] = f"{Switches.__module__}.{Switches.__qualname__}"
         return kwargs | self.engine_kwargs
 
     def finish(self, llm: Any, models: int = 1) -> dict[str, Any]:
@@ -162,6 +162,7 @@ class Paired:
             )
         )
         self.settings = job.finish(self.engine.llm, models=2)
+        self.chooses_drafts = job.num_speculative_tokens == "auto"
         self.completions: list[Any] = []
 
     def generate(self, prompts: list[list[int]], new_tokens: int, *, record: bool = True) -> list[list[int]]:
@@ -205,6 +206,10 @@ class Paired:
     def force_acceptance(self, rate: float) -> None:
         """Accept drafts with this probability, whatever the policies say: for speed only."""
         self.engine.llm.collective_rpc("force_acceptance", args=(rate,))
+
+    def pin_drafts(self, drafts: int | None, acceptance: float | None) -> None:
+        """Give every step this number of drafts; None: let the engine choose, by what it measured at this acceptance."""
+        self.engine.llm.collective_rpc("pin_drafts", args=(drafts, acceptance))
 
     def close(self) -> None:
         self.engine.close()

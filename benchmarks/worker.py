@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 from benchmarks.process import Written, guarded, serve
 from benchmarks.systems import Job, System
@@ -72,8 +72,6 @@ def measure(system: System, shape: dict[str, Any], vocab_size: int, repeats: int
     The variants alternate, so that a machine that slows down affects all of them. Runs at most ``repeats`` rounds, and
     starts no further round after ``shape_seconds``.
     """
-    if (rate := shape.get("acceptance")) is not None:
-        cast(Any, system).force_acceptance(rate)
     batch_size, prompt_tokens, new_tokens = (shape[key] for key in ("batch_size", "prompt_tokens", "new_tokens"))
 
     def prompts(*name: object) -> list[list[int]]:
