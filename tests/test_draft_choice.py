@@ -1,13 +1,19 @@
-"""The choice of k on engines whose times and acceptance are known: it finds the best k, and costs little where none pays."""
+"""The choice of k on engines whose times and acceptance are known: it finds the best k, and costs little where none pays.
+
+And the start of an engine that chooses.
+"""
 
 from __future__ import annotations
 
 import random
 
 import pytest
+import torch
 
 from osd.engine.draft_choice import DraftChooser
+from osd.engine.engine import PairPrompt
 from osd.engine.speculation import expected_tokens
+from tests.pairs import start
 
 MOST = 6
 
@@ -58,3 +64,27 @@ def test_batches_of_another_size_are_chosen_for_on_their_own():
             chooser.observe(100, k, (1 + (k + 1)) * 2.0, expected_tokens(0.1, k))
     assert chooser.choose(4) >= 3
     assert chooser.choose(100) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="every engine runs this on a GPU")
+def test_vllms_warm_up_for_a_gpu_runs_with_drafts(tiny_pair, monkeypatch):
+    """vLLM warms up on GPUs alone, with a grammar's masks for every position of a cycle."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    cold, masks = CPUWorker.compile_or_warm_up_model, []
+
+    def warm(worker):
+        runner = worker.model_runner
+        masks.append((runner.structured_outputs_worker.mask_stride, runner.decode_query_len))
+        warmup_kernels(runner, worker.execute_model, worker.sample_tokens)
+        return cold(worker)
+
+    monkeypatch.setattr(CPUWorker, "compile_or_warm_up_model", warm)
+    prompts = [PairPrompt(teacher_token_ids=[9, 10], student_token_ids=[11])] * 4
+    with start(tiny_pair, dict(num_speculative_tokens="auto")) as engine:
+        assert masks == [(7, 7)]
+        assert all(
+            len(completion.token_ids) == 8
+            for completion in engine.generate(prompts, sampling=dict(max_tokens=8, ignore_eos=True))
+        )

@@ -103,10 +103,6 @@ class SpeculativeWorker(PairWorker):
         slots = len(runner.req_states.draft_tokens)
         runner.req_states.draft_tokens = torch.zeros(slots, drafts, dtype=torch.int64, device=self.device)
 
-    def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)
-        self.model_runner.structured_outputs_worker.mask_stride = 1  # a request with a grammar has no drafts
-
     def determine_available_memory(self) -> int:
         """Return bytes for the teacher's KV cache, less the logits of all positions, which vLLM's profile does not know of."""
         available = super().determine_available_memory()
@@ -118,7 +114,9 @@ class SpeculativeWorker(PairWorker):
     def compile_or_warm_up_model(self) -> Any:
         if chooses_drafts(self.vllm_config):
             _graphs_for_all(self.model_runner.cudagraph_manager, most_drafts(self.vllm_config))
-        return super().compile_or_warm_up_model()
+        times = super().compile_or_warm_up_model()  # with masks for all drafts
+        self.model_runner.structured_outputs_worker.mask_stride = 1  # a request with a grammar has no drafts
+        return times
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
