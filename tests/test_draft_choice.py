@@ -83,8 +83,6 @@ def test_vllms_warm_up_for_a_gpu_runs_with_drafts(tiny_pair, monkeypatch):
     monkeypatch.setattr(CPUWorker, "compile_or_warm_up_model", warm)
     prompts = [PairPrompt(teacher_token_ids=[9, 10], student_token_ids=[11])] * 4
     with start(tiny_pair, dict(num_speculative_tokens="auto")) as engine:
-        assert masks == [(7, 7)]
-        assert all(
-            len(completion.token_ids) == 8
-            for completion in engine.generate(prompts, sampling=dict(max_tokens=8, ignore_eos=True))
-        )
+        assert masks == [(1, 1), (9, 9)]  # the student's, the teacher's
+        completions = engine.generate(prompts, sampling=dict(max_tokens=8, ignore_eos=True))
+        assert [len(completion.token_ids) for completion in completions] == [8] * 4
