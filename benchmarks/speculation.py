@@ -15,7 +15,7 @@ All other numbers of drafts share one engine with `num_speculative_tokens="auto"
 With tensor parallelism that switch does not reach the scheduler, and each number has an engine of its own. All engines are
 alive at once and take turns (see benchmarks/turns.py), or run `--one-at-a-time` where memory is short. `theory` is
 (1 + (k + 1) c) / t(k) of Theorem 21, with c from the measured student-only and teacher-only times. Prints a table, and writes
-a JSON after each batch size.
+a JSON after each round.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def table(result: Result) -> str:
 
 
 def measure(args: argparse.Namespace, result: Result, path: Path, folder: Path) -> None:
-    """Measure all variants and write the result after each batch size."""
+    """Measure all variants and write the result after each round."""
     if args.real:
         teacher, student, result["healing"] = real_pair.make_models(args.pair, folder, args.model, args.layers, args.heal_steps)
         pairs = real_pair.prompts(teacher, student, max(args.batch_sizes))
@@ -156,10 +156,11 @@ def measure(args: argparse.Namespace, result: Result, path: Path, folder: Path) 
                     result["systems"][variant.name] |= started[variant.engine]
             ready = [variant for variant in wanted if variant.engine in calls]
             for batch in args.batch_sizes if ready else ():
-                rows = turns.measure(calls, ready, pairs[:batch], args.new_tokens, args.repeats, args.shape_seconds)
-                for variant, row in rows.items():
-                    result["systems"][variant.name]["rows"].append(row)
-                path.write_text(json.dumps(result, indent=1) + "\n")
+                before = {variant.name: result["systems"][variant.name]["rows"] for variant in ready}
+                for rows in turns.measure(calls, ready, pairs[:batch], args.new_tokens, args.repeats, args.shape_seconds):
+                    for name, done in before.items():
+                        result["systems"][name]["rows"] = done + [row for v, row in rows.items() if v.name == name]
+                    path.write_text(json.dumps(result, indent=1) + "\n")
             for variant in ready:
                 result["systems"][variant.name] |= {"status": "ok", "error": None}
         path.write_text(json.dumps(result, indent=1) + "\n")

@@ -130,8 +130,8 @@ def engines(
 
 def measure(
     calls: dict[str, Call], variants: list[Variant], pairs: Prompts, tokens: int, repeats: int, seconds: float
-) -> dict[Variant, dict[str, Any]]:
-    """Time all variants in turns; returns a row for each.
+) -> Iterator[dict[Variant, dict[str, Any]]]:
+    """Time all variants in turns; yields a row for each after every round, and at the end with what the record says.
 
     Starts no further round after `seconds`. "auto" has its first steps in two turns that are not counted.
     """
@@ -145,18 +145,20 @@ def measure(
         for variant in draw.sample(variants, len(variants)):
             for key, count in (("first", 1), ("seen", tokens)):
                 times[variant][key].append(calls[variant.engine](turn, variant, pairs, count, key == "seen"))
+        yield {variant: row(variant, len(pairs), tokens, of, {}) for variant, of in times.items()}
         if time.perf_counter() - began > seconds:
             break
-    shape = {"kind": "batch", "batch_size": len(pairs), "new_tokens": tokens}
-    rows = {}
-    for variant, of in times.items():
-        seen = calls[variant.engine](observed, variant)
-        rows[variant] = {**shape, "acceptance": variant.acceptance, **step_times(of, tokens), "observed": seen}
+    rows = {v: row(v, len(pairs), tokens, of, calls[v.engine](observed, v)) for v, of in times.items()}
     none = next((variant for variant in variants if variant.name == "0"), None)
     for variant in variants if none else ():
         if variant.name not in (*SIDES, "0"):
             rows[variant]["over_no_drafts"] = over(times[variant]["seen"], times[none]["seen"])
-    return rows
+    yield rows
+
+
+def row(variant: Variant, batch: int, tokens: int, times: dict[str, list[float]], seen: dict[str, float]) -> dict[str, Any]:
+    shape = {"kind": "batch", "batch_size": batch, "new_tokens": tokens, "acceptance": variant.acceptance}
+    return {**shape, **step_times(times, tokens), "observed": seen}
 
 
 def over(seconds: list[float], reference: list[float]) -> dict[str, Any]:

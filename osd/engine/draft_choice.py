@@ -1,40 +1,48 @@
 """Choice of the number of drafts, measured while the engine runs, per batch size (`num_speculative_tokens="auto"`).
 
-A step with k drafts takes c(k) seconds and gives each request t(k) tokens. The time of a token, c(k) / t(k), has one minimum
-over k where c is linear and drafts are accepted alike (theory, Theorem 21). So the search moves to a neighbour whenever that is
-faster.
+A step with k drafts takes c(k) seconds and gives each request t(k) tokens on average. The time of a token, c(k) / t(k), has one
+minimum over k where c is linear and drafts are accepted alike (theory, Theorem 21). So the search moves to a neighbour whenever
+that is faster. c(k) is measured for each k; t of all k follows from one acceptance rate per place of a draft, which steps with
+any number of drafts measure, at any batch size.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 _FIRST = 8  # steps without drafts that are measured before anything is tried
 _TRIAL = 4  # steps that a trial takes
 _SKIPPED = 2  # steps after a change of k that are not measured: with async scheduling two steps overlap
-_MEMORY = 0.1  # weight of the newest step in the running means
-_ALLOWANCE = 0.015  # share of the time without drafts that trials may cost
+_MEMORY = 16  # steps whose median is the time of a step: one that was interrupted must not decide
+_VERDICTS = 1000  # about so many verdicts on drafts are remembered, at each place
+_ALLOWANCE = 0.015  # share of the time without drafts that trials may cost, after the first
 
 
-@dataclass
-class _Mean:
-    """Running means of the steps with one number of drafts."""
+class _Acceptance:
+    """Acceptance rate of a draft at each place of a cycle, given that the drafts before it were accepted."""
 
-    seconds: float = 0.0
-    tokens: float = 0.0
-    steps: int = 0
+    def __init__(self, most: int) -> None:
+        self._verdicts = [0.0] * most
+        self._accepted = [0.0] * most
 
-    def add(self, seconds: float, tokens: float) -> None:
-        self.steps += 1
-        weight = max(_MEMORY, 1 / self.steps)
-        # One step that was interrupted (by a garbage collection, another process) must not decide.
-        seconds = min(seconds, 3 * self.seconds) if self.steps > 2 else seconds
-        self.seconds += weight * (seconds - self.seconds)
-        self.tokens += weight * (tokens - self.tokens)
+    def add(self, drafts: int, tokens: Sequence[int]) -> None:
+        for place in range(drafts):
+            verdicts = sum(count > place for count in tokens)
+            keep = max(0.0, 1 - verdicts / _VERDICTS)
+            self._verdicts[place] = keep * self._verdicts[place] + verdicts
+            self._accepted[place] = keep * self._accepted[place] + sum(count > place + 1 for count in tokens)
 
-    @property
-    def per_token(self) -> float:
-        return self.seconds / self.tokens
+    def tokens(self, drafts: int) -> float:
+        """Return the expected tokens of a cycle; a place without verdicts has the rate of the place before it."""
+        rate, chance, total = 0.0, 1.0, 1.0
+        for verdicts, accepted in zip(self._verdicts[:drafts], self._accepted, strict=False):
+            rate = accepted / verdicts if verdicts else rate
+            chance *= rate
+            total += chance
+        return total
 
 
 @dataclass
@@ -42,25 +50,27 @@ class _Bucket:
     """Measurements of batches of about one size.
 
     Attributes:
-        means: by number of drafts.
+        costs: seconds of the last steps by number of drafts.
         best: the fastest number of drafts so far.
         trial: the number of drafts that is being tried, and how many steps are left; None: none is.
+        tried: the neighbours of `best` that were tried since it became the best.
         spent: seconds of all steps.
         lost: seconds that trials took longer than the same tokens would have taken at the best number of drafts.
     """
 
-    means: dict[int, _Mean] = field(default_factory=dict)
+    costs: dict[int, deque[float]] = field(default_factory=dict)
     best: int = 0
     trial: tuple[int, int] | None = None
+    tried: list[int] = field(default_factory=list)
     spent: float = 0.0
     lost: float = 0.0
-    tried: list[int] = field(default_factory=list)
 
 
 class DraftChooser:
     """Chooses the number of drafts of a step.
 
-    Trials that turn out slower may cost 1.5% of the time that was spent, so that a pair for which no draft pays loses no more.
+    Trials that turn out slower may cost 1.5% of the time that was spent, so that a pair for which no draft pays loses no more
+    than that and one trial.
 
     Args:
         most: the largest number of drafts.
@@ -68,6 +78,7 @@ class DraftChooser:
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self._acceptance = _Acceptance(most)
         self._buckets: dict[int, _Bucket] = {}
         self._last: int | None = None
         self._since = 0
@@ -77,25 +88,24 @@ class DraftChooser:
         bucket = self._bucket(batch)
         return bucket.best if bucket.trial is None else bucket.trial[0]
 
-    def observe(self, batch: int, drafts: int, seconds: float, tokens: float) -> None:
+    def observe(self, drafts: int, seconds: float, tokens: Sequence[int]) -> None:
         """Record the time and the tokens of one step.
 
         Args:
-            batch: requests.
-            drafts: of each.
+            drafts: of each request.
             seconds: from the end of the step before to its end.
-            tokens: that a request got, on average.
+            tokens: how many tokens each request got, from 1 to drafts + 1.
         """
         self._since = self._since + 1 if drafts == self._last else 0
         self._last = drafts
-        if self._since < _SKIPPED or tokens <= 0:
+        self._acceptance.add(drafts, tokens)
+        if self._since < _SKIPPED:
             return
-        bucket = self._bucket(batch)
-        best = bucket.means.get(bucket.best)
-        if best is not None and drafts != bucket.best:
-            bucket.lost += seconds - tokens * best.per_token
+        bucket = self._bucket(len(tokens))
+        if drafts != bucket.best and bucket.best in bucket.costs:
+            bucket.lost += seconds - sum(tokens) / len(tokens) * self._per_token(bucket, bucket.best)
         bucket.spent += seconds
-        bucket.means.setdefault(drafts, _Mean()).add(seconds, tokens)
+        bucket.costs.setdefault(drafts, deque(maxlen=_MEMORY)).append(seconds)
         self._advance(bucket, drafts)
 
     def _advance(self, bucket: _Bucket, drafts: int) -> None:
@@ -105,13 +115,16 @@ class DraftChooser:
             if left > 1 or drafts != tried:
                 return
             bucket.trial = None
-            if bucket.means[tried].per_token < bucket.means[bucket.best].per_token:
+            if self._per_token(bucket, tried) < self._per_token(bucket, bucket.best):
                 bucket.best, bucket.tried = tried, [bucket.best]
-        if bucket.best not in bucket.means or bucket.means[bucket.best].steps < _FIRST:
+        if len(bucket.costs.get(bucket.best, ())) < (_TRIAL if bucket.best else _FIRST):
             return
-        price = 0.5 * _TRIAL * bucket.means[bucket.best].seconds  # what the next trial may lose
-        if bucket.lost <= _ALLOWANCE * bucket.spent - price:
+        price = 0.5 * _TRIAL * median(bucket.costs[bucket.best])  # what the next trial may lose
+        if len(bucket.costs) == 1 or bucket.lost <= _ALLOWANCE * bucket.spent - price:
             bucket.trial = (self._neighbour(bucket), _TRIAL)
+
+    def _per_token(self, bucket: _Bucket, drafts: int) -> float:
+        return median(bucket.costs[drafts]) / self._acceptance.tokens(drafts)
 
     def _neighbour(self, bucket: _Bucket) -> int:
         """Return the neighbour of the best number that was tried the longest ago."""
@@ -123,4 +136,4 @@ class DraftChooser:
         return chosen
 
     def _bucket(self, batch: int) -> _Bucket:
-        return self._buckets.setdefault(max(batch, 1).bit_length(), _Bucket())
+        return self._buckets.setdefault(batch.bit_length(), _Bucket())

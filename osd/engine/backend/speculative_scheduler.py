@@ -79,9 +79,9 @@ class SpeculativeScheduler(PairScheduler):
         if began is None or len(kinds) != 1:
             return
         [(count, drafted)] = kinds
-        tokens = sum(map(len, model_runner_output.sampled_token_ids)) / len(scheduled)
-        if count == drafted + 1 and tokens:
-            chooser.observe(len(scheduled), drafted, self._step_ended - began, tokens)
+        tokens = [len(ids) for ids in model_runner_output.sampled_token_ids]
+        if count == drafted + 1 and all(tokens):
+            chooser.observe(drafted, self._step_ended - began, tokens)
 
     def _level_drafts(self, output: SchedulerOutput, student_output: SchedulerOutput) -> None:
         """Give both sides of a request as many drafts as the side with fewer has; none if one side does not sample it.
