@@ -1,11 +1,11 @@
 """Plots of the ratio to teacher-only vLLM, from results of benchmarks/sampling.py and benchmarks/speculation.py.
 
     python benchmarks/plot.py SAMPLING.json [MORE.json ...] [--output sampling.svg]
-    python benchmarks/plot.py SPECULATION.json [SAMPLING.json] [--output drafts.svg]
+    python benchmarks/plot.py SPECULATION.json [--output drafts.svg]
 
 Of sampling: against batch size. Each pair and machine gets one panel; several results of the same pair and machine are merged.
-Of speculation: against the number of drafts, with the line of Theorem 21 for each acceptance; one panel per batch size. If it
-has no run without drafts, a result of sampling can give it. Writes SVG and PNG.
+Of speculation: against the number of drafts, with the line of Theorem 21 for each acceptance; one panel per batch size.
+Writes SVG and PNG.
 """
 
 from __future__ import annotations
@@ -158,12 +158,8 @@ def break_even_line(cost: float, acceptance: float, most: int) -> list[tuple[int
     return [(k, (1 + (k + 1) * cost) / expected_tokens(acceptance, k)) for k in range(most + 1)]
 
 
-def plot_drafts(result: Result, further: list[Result], output: Path, most: int = 8) -> list[Path]:
-    """Draw time per token against the number of drafts; k = 0 of ``further`` results where ``result`` has none.
-
-    Raises:
-        ValueError: a further result of another pair or device.
-    """
+def plot_drafts(result: Result, output: Path, most: int = 8) -> list[Path]:
+    """Draw time per token against the number of drafts."""
     teacher, student = (times_alone(result, name) for name in ("teacher", "student"))
     points = over_teacher(result)
     with panels(len(points), output) as axes:
@@ -176,8 +172,7 @@ def plot_drafts(result: Result, further: list[Result], output: Path, most: int =
                     *zip(*line, strict=True), color=colour, linestyle="--", linewidth=1.2, label=f"theory, {rate:g} accepted"
                 )
                 panel.plot(*zip(*by_rate[rate], strict=True), color=colour, marker="o", label=f"measured, {rate:g} accepted")
-            without = by_rate.get(None) or [(0, ms / teacher[batch]) for ms in without_drafts(result, further, batch)]
-            if without:
+            if without := by_rate.get(None):
                 panel.plot(*zip(*without, strict=True), color="#000000", marker="s", linestyle="", label="measured, no drafts")
             panel.axhline(1, color="#777777", linewidth=0.8)
             title = f"{result['pair']}, {result['hardware']['device']}, {batch} sequences"
@@ -188,21 +183,6 @@ def plot_drafts(result: Result, further: list[Result], output: Path, most: int =
     return written(output)
 
 
-def without_drafts(result: Result, further: list[Result], batch: int) -> list[float]:
-    """Return the pair's milliseconds per step at a batch size in results of benchmarks/sampling.py."""
-    for other in further:
-        for what in ("pair", "hardware"):
-            one, two = (r[what] if what == "pair" else r[what]["device"] for r in (result, other))
-            if one != two:
-                raise ValueError(f"these results cannot share a plot: {what} is {one!r} in one and {two!r} in the other")
-    return [
-        row["ms_per_step"]
-        for other in further
-        for row in other["systems"]["paired"]["rows"]
-        if row["batch_size"] == batch and row["record"] and row["kind"] == "batch"
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
@@ -210,9 +190,9 @@ def main() -> None:
     args = parser.parse_args()
     results, output = [json.loads(path.read_text()) for path in args.results], args.output or args.results[0]
     drafts = [result for result in results if is_speculation(result)]
-    if len(drafts) > 1:
-        parser.error("give one result of benchmarks/speculation.py")
-    paths = plot_drafts(drafts[0], [r for r in results if r is not drafts[0]], output) if drafts else plot(results, output)
+    if drafts and len(results) > 1:
+        parser.error("give one result of benchmarks/speculation.py alone")
+    paths = plot_drafts(drafts[0], output) if drafts else plot(results, output)
     print("written to", *paths)
 
 

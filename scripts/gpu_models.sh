@@ -8,13 +8,14 @@ out=${1:-outputs/gpu_models}
 mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-# One process: vLLM is imported and CUDA set up once. Engines are tiny and eager. What no CPU runs comes first.
-timeout 480 python -m pytest -v -m gpu --tb=short --durations=0 -p no:cacheprovider tests/test_families.py 2>&1 | tee "$out/families.log"
+# Engines are tiny and eager; half a minute each, most of it the host's. What no CPU runs comes first.
+timeout 480 python -m pytest -v -m gpu -n 5 --tb=short --durations=0 -p no:cacheprovider tests/test_families.py 2>&1 | tee "$out/families.log"
 tests=${PIPESTATUS[0]}
 
-# Three engines, one process each: the pair, and each of its models alone.
-timeout 330 python benchmarks/sampling.py --pair Qwen3.5-4B+Qwen3.5-0.8B --systems teacher paired student --batch-sizes 8 32 128 \
-  --contexts --new-tokens 256 --repeats 2 --shape-seconds 15 --no-prime --time-limit 300 --output "$out" 2>&1 | tee "$out/speed.log"
+# Three engines that take turns: the pair, and each of its models alone. Without FlashInfer vLLM needs to be told.
+kernel='{}'; python -c "import flashinfer" 2>/dev/null || kernel='{"gdn_prefill_backend": "triton"}'
+timeout 330 python benchmarks/speculation.py --pair Qwen3.5-4B+Qwen3.5-0.8B --drafts 0 --batch-sizes 8 32 128 \
+  --new-tokens 256 --repeats 3 --engine-kwargs "$kernel" --output "$out" 2>&1 | tee "$out/speed.log"
 speed=${PIPESTATUS[0]}
 echo "families: exit status $tests; speed: exit status $speed"
 exit $((tests || speed))

@@ -101,22 +101,25 @@ def test_readme_is_short():
 
 def test_readme_has_the_committed_results():
     """Write the rows of its tables again: cost from benchmarks/results, quality from the generated page evidence.md."""
-    from benchmarks.summary import rows
 
     def result(name):
         return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
 
     text, evidence = ENGLISH.read_text(), (ROOT / "docs" / "evidence.md").read_text()
-    sampling = result("sampling_3B+1.5B_256_nvidia-h200_2026-11-30.json")
-    teacher, pair = (rows(sampling, system, "batch") for system in ("teacher", "paired"))
-    for shape, alone in teacher.items():
-        ms = [alone["ms_per_step"], pair[shape]["ms_per_step"]]
-        assert f"| {shape[0]} | {ms[0]:.2f} | {ms[1]:.2f} | {ms[1] / ms[0]:.2f} |" in text
-    drafts = result("speculation_14B+1.5B_nvidia-h200_2026-11-30.json")["systems"]
-    ms = {(r["batch_size"], r["acceptance"]): r["ms_per_step"] for s in ("teacher", "4") for r in drafts[s]["rows"]}
+    sampling = result("speculation_3B+1.5B_512_nvidia-h200_2026-12-01.json")["systems"]
+    for alone, pair in zip(sampling["teacher"]["rows"], sampling["0"]["rows"], strict=True):
+        ms = [alone["ms_per_step"], pair["ms_per_step"]]
+        assert f"| {alone['batch_size']} | {ms[0]:.2f} | {ms[1]:.2f} | {ms[1] / ms[0]:.2f} |" in text
+    drafts = result("speculation_14B+1.5B_nvidia-h200_2026-12-01.json")["systems"]
+    ms = {(s, r["batch_size"], r["acceptance"]): r["ms_per_step"] for s, system in drafts.items() for r in system["rows"]}
+    performance = (ROOT / "docs" / "performance.md").read_text()
     for size in (8, 32):
-        cells = " | ".join(f"{ms[size, a]:.2f} ({ms[size, a] / ms[size, None]:.2f} ×)" for a in (0.9, 0.7))
-        assert f"| {size} | {ms[size, None]:.2f} | {cells} |" in text
+        alone, paired = ms["teacher", size, None], [ms["0", size, None], ms["4", size, 0.9], ms["4", size, 0.7]]
+        cells = " | ".join(f"{time:.2f} ({time / alone:.2f} ×)" for time in paired)
+        assert f"| {size} | {alone:.2f} | {cells} |" in text
+        for rate in (0.7, 0.8, 0.9, 0.95):
+            ratios = " | ".join(f"{ms[k, size, rate] / alone:.2f}" for k in ("1", "2", "3", "4", "5", "6", "auto"))
+            assert f"| {size}, {rate} | {ratios} |" in performance
     steps = result("train_step_3B+0.5B_256_nvidia-h200_2026-11-28.json")["systems"]
     ours, trls = (statistics.median(steps[system]["step_s"]) for system in ("osd", "trl_autocast"))
     assert f"took {ours:.1f} s (vLLM 0.26, the previous engine); TRL's took {trls:.1f} s" in " ".join(text.split())
