@@ -26,6 +26,7 @@ class SideScheduler(AsyncScheduler):
     may_finish: Callable[[str], bool]
     cornered: set[str]
     resets = 0
+    drafts = 0  # that a step accepts at most
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with zeroed_blocks():
@@ -37,22 +38,27 @@ class SideScheduler(AsyncScheduler):
         """Skip vLLM's block allocation for a token whose block a request already has: half of a step's scheduling time.
 
         Only for one group of full attention, where vLLM would allocate nothing. A block that becomes full enters the prefix
-        cache when its last token is known, in ``update_from_output``. The student's last block does not enter it if the
-        request ends with that token.
+        cache when its last token is known, in ``update_from_output``, where steps that fill no block are skipped as well. The
+        student's last block does not enter it if the request ends with that token.
         """
         groups = self.kv_cache_config.kv_cache_groups
         if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:
             return
         # Not self.block_size, which need not be that of the one group.
         manager, block_size = self.kv_cache_manager, groups[0].kv_cache_spec.block_size
-        allocate = manager.allocate_slots
+        allocate, cache = manager.allocate_slots, manager.cache_blocks
 
         def allocate_slots(request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
             if num_new_tokens == 1 and request.num_computed_tokens % block_size:
                 return manager.empty_kv_cache_blocks
             return allocate(request, num_new_tokens, *args, **kwargs)
 
+        def cache_blocks(request: Request, num_computed_tokens: int) -> None:
+            if num_computed_tokens % block_size <= self.drafts:
+                cache(request, num_computed_tokens)
+
         manager.allocate_slots = allocate_slots
+        manager.cache_blocks = cache_blocks
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Return how many tokens of a request to schedule.
