@@ -218,7 +218,8 @@ class LiveStudent(VLLMGeneration):
             return self._named(plain_weights(self.model))
         if self._sharded:
             for module in self.model.modules():
-                if isinstance(module, FSDPModule):  # FSDP2: after a forward pass without a backward one, the last layer is whole
+                # A forward pass without a backward one, as in evaluation, leaves FSDP2's outermost parameters whole.
+                if isinstance(module, FSDPModule):
                     module.reshard()
             return super()._iter_named_params()
         return ((self._fix_param_name_to_vllm(name), p.data) for name, p in self.model.named_parameters())

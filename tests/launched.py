@@ -238,7 +238,7 @@ def shared(out: Path, teacher: str, student: str) -> None:
 def served(out: Path, teacher: str, student: str) -> None:
     """A greedy run against the server at OSD_TEST_URL, which ends itself at the place OSD_TEST_DIES, if that is set.
 
-    OSD_TEST_FIELDS: further fields of the configuration, as JSON.
+    OSD_TEST_RESUME: the checkpoint that it goes on from. OSD_TEST_FIELDS: further fields of the configuration, as JSON.
     """
     import osd.engine.transport as transport
     from osd.engine.remote import RemoteEngine
@@ -260,9 +260,24 @@ def served(out: Path, teacher: str, student: str) -> None:
     elif place == "sample":
         RemoteEngine._take = die
         fields["max_completion_length"] = 200
+    elif place == "sample of rank 1" and os.environ["RANK"] == "1":
+
+        def fail(*_):
+            raise KeyError("planted")
+
+        RemoteEngine._take = fail
     evaluated = {"eval_dataset": Dataset.from_list(ROWS[:3])} if "eval_strategy" in fields else {}
     trainer = build_trainer(None, student, out, teacher_model_name_or_path=teacher, **evaluated, **fields)
     steps, rank = [], trainer.accelerator.process_index
+    if place in ("step", f"step of rank {rank}"):
+
+        def die_in_flight(step):
+            ahead = trainer.vllm_generation.engine._ahead
+            if step == 3:
+                print(sum(not batch.is_whole for batch in ahead), "batches in flight", flush=True)
+                die()
+
+        trainer.add_callback(BeforeOptimizer(die_in_flight))
 
     def look(prompts):
         if not trainer.model.training:
@@ -282,6 +297,14 @@ def served(out: Path, teacher: str, student: str) -> None:
     torch.save(steps, out / f"{rank}.pt")
     trainer.close()
     trainer.accelerator.end_training()
+
+
+class BeforeOptimizer(TrainerCallback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.call(state.global_step)
 
 
 class DieInTheThirdStep(TrainerCallback):

@@ -189,7 +189,7 @@ begun.wait(60)
 
 
 def test_a_program_that_ends_while_a_batch_is_sampled_ends_in_order():
-    """A daemon thread inside torch when the interpreter ends aborts the process: "terminate called without an active exception"."""
+    """A daemon thread inside torch at that time aborts the process: "terminate called without an active exception"."""
     done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 

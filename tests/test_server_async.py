@@ -30,7 +30,7 @@ from osd.engine.wire import STATE_ROUTE
 from osd.train import OSDConfig
 from osd.train.lookahead import Lookahead, SampledAhead, warn_without_overlap
 from tests.exact import completion_logits, mixture
-from tests.served import KEY, free_port, served
+from tests.served import KEY, free_port, running, served
 from tests.training import ROWS, build_trainer, logged, watch
 
 GREEDY = {"generation_kwargs": {"temperature": 0.0}, "optim": "sgd", "learning_rate": 0.1}
@@ -610,11 +610,6 @@ def test_a_run_that_is_interrupted_leaves_nothing_running(make, server, fields, 
         trainer.train()
     assert no_thread_is_left()
     wait_for(lambda: not running(server))
-
-
-def running(server):
-    lines = server.http.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:num_requests_running{"))
 
 
 def test_a_server_that_gives_nothing_but_signs_of_life_ends_the_run(make, monkeypatch):

@@ -45,7 +45,10 @@ def configuration(kind, path):
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "zero3"])
 def test_a_sharded_student_is_sampled_from_as_it_is(tiny_pair, server, tmp_path, monkeypatch, kind):
-    """Under running requests, with evaluation in between. log π_θ of every token, against transformers with the live weights of the step of its age."""
+    """Under running requests, with evaluation in between.
+
+    log π_θ of every token, against transformers with the live weights of the step that its age names.
+    """
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     monkeypatch.setenv("OSD_TEST_URL", server.server.url)

@@ -179,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> OSDTrainer | None:
             f"trained model in {args.output_dir}; next: osd compare --model_name_or_path {args.output_dir} "
             f"--teacher_model_name_or_path {trainer.vllm_generation.engine.config.teacher} --input FILE --output FOLDER"
         )
+    trainer.accelerator.end_training()  # and the process group, with its threads
     return trainer
 
 
