@@ -1,17 +1,23 @@
-"""Training of a sharded student against a server, in two processes: FSDP1, FSDP2 and DeepSpeed ZeRO-3 on gloo."""
+"""Training against a server in two processes on gloo: students in shards (FSDP1, FSDP2, DeepSpeed ZeRO-3), and two nodes."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from tests.exact import completion_logits
+from tests.launched import GREEDY
 from tests.launches import fsdp_on_a_cpu, in_float32, launch
-from tests.served import KEY
+from tests.served import KEY, ROOT, free_port
+from tests.training import ROWS, build_trainer, logged
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +86,48 @@ def test_a_sharded_student_is_sampled_from_as_it_is(tiny_pair, server, tmp_path,
     assert max(gaps[True]) < 1e-3
     assert max(gaps[False]) > 0.05, "the weights did not move: nothing was tested"
     assert max(int(age_T.max()) for rank in ranks for step in rank for age_T in step["ages"]) >= 1
+
+
+def test_two_nodes_train_as_one_process(tiny_pair, server, tmp_path, monkeypatch):
+    """`osd train` once per node, as docs/scaling.md says; both nodes are this machine."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    data, config = tmp_path / "train.jsonl", tmp_path / "config.yaml"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    settings = {"vllm_mode": "server", "vllm_server_base_url": server.server.url, "max_completion_length": 8, **GREEDY}
+    settings |= {
+        "teacher_model_name_or_path": str(tiny_pair[0]),
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "seed": 5,
+    }
+    own = {
+        "model_name_or_path": str(tiny_pair[1]),
+        "dataset_name": str(data),
+        "per_device_train_batch_size": 2,
+        "save_steps": 3,
+    }
+    config.write_text(yaml.safe_dump({**settings, **own, "output_dir": str(tmp_path / "out"), "logging_steps": 1}))
+    flags = ["--accelerate_config", "cpu_ddp", "--num_machines", "2", "--num_processes", "2", "--config", str(config)]
+    flags += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "osd", "train", *flags, "--machine_rank", str(rank)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    with build_trainer(None, tiny_pair[1], tmp_path / "one", **settings) as one:
+        one.train()
+    assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(logged(one, "loss"), rel=1e-4)
