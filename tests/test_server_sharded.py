@@ -94,19 +94,10 @@ def test_two_nodes_train_as_one_process(tiny_pair, server, tmp_path, monkeypatch
     data, config = tmp_path / "train.jsonl", tmp_path / "config.yaml"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     settings = {"vllm_mode": "server", "vllm_server_base_url": server.server.url, "max_completion_length": 8, **GREEDY}
-    settings |= {
-        "teacher_model_name_or_path": str(tiny_pair[0]),
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "seed": 5,
-    }
-    own = {
-        "model_name_or_path": str(tiny_pair[1]),
-        "dataset_name": str(data),
-        "per_device_train_batch_size": 2,
-        "save_steps": 3,
-    }
+    settings |= {"teacher_model_name_or_path": str(tiny_pair[0]), "seed": 5}
+    settings |= {"bf16": False, "use_cpu": True, "report_to": "none"}
+    own = {"model_name_or_path": str(tiny_pair[1]), "dataset_name": str(data)}
+    own |= {"per_device_train_batch_size": 2, "save_steps": 3}
     config.write_text(yaml.safe_dump({**settings, **own, "output_dir": str(tmp_path / "out"), "logging_steps": 1}))
     flags = ["--accelerate_config", "cpu_ddp", "--num_machines", "2", "--num_processes", "2", "--config", str(config)]
     flags += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
