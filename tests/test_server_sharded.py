@@ -44,7 +44,7 @@ def configuration(kind, path):
     """The configuration of accelerate, and the script that comes before the test's own."""
     if kind == "zero3":
         if find_spec("deepspeed") is None:
-            pytest.skip("needs deepspeed: make test-sharded")
+            pytest.skip("needs deepspeed: PYTHONPATH=build/deepspeed after make test-sharded")
         return in_float32("zero3", path, num_processes=2, use_cpu=True), []
     return fsdp_on_a_cpu(path, **(FSDP1 if kind == "fsdp1" else {})), ["tests/fsdp_cpu.py"]
 
