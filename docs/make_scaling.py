@@ -32,12 +32,9 @@ def table() -> str:
 
 
 def _column(teacher: str, student: str) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = [write_model(shape, Path(scratch)) for shape in (teacher, student)]
-        for path in paths:
-            save_tokenizer(path, 64)
-            (path / "model.safetensors").touch()  # `osd check` refuses a folder without weights
-        alone, shared = (_checked(*map(str, paths), gpus) for gpus in (1, RANKS))
+    alone, shared = (
+        checked(teacher, student, Wanted(gpus=gpus, max_model_len=LENGTH, max_num_seqs=REQUESTS)) for gpus in (1, RANKS)
+    )
     (weights, request), (weights_of_rank, request_of_rank) = _known(alone), _known(shared)
     caches, caches_of_rank = REQUESTS * request, REQUESTS * request_of_rank
     training = TRAINING_BYTES * (alone.sides["student"].parameters or 0)
@@ -55,8 +52,14 @@ def _column(teacher: str, student: str) -> dict[str, float]:
     }
 
 
-def _checked(teacher: str, student: str, gpus: int) -> Report:
-    report = check(teacher, student, Wanted(gpus=gpus, max_model_len=LENGTH, max_num_seqs=REQUESTS))
+def checked(teacher: str, student: str, wanted: Wanted) -> Report:
+    """Return what `osd check` finds about models of two shapes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = [write_model(shape, Path(scratch)) for shape in (teacher, student)]
+        for path in paths:
+            save_tokenizer(path, 64)
+            (path / "model.safetensors").touch()  # `osd check` refuses a folder without weights
+        report = check(*map(str, paths), wanted)
     assert not report.status, (report.sampling, report.training)
     return report
 

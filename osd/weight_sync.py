@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -216,6 +217,10 @@ class LiveStudent(VLLMGeneration):
         if self._walks_adapter:
             return self._named(plain_weights(self.model))
         if self._sharded:
+            for module in self.model.modules():
+                # A forward pass without a backward one, as in evaluation, leaves FSDP2's outermost parameters whole.
+                if isinstance(module, FSDPModule):
+                    module.reshard()
             return super()._iter_named_params()
         return ((self._fix_param_name_to_vllm(name), p.data) for name, p in self.model.named_parameters())
 

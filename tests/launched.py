@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -51,6 +52,12 @@ def weights_of(trainer):
         return {name: tensor.detach().cpu().clone() for name, tensor in trainer.vllm_generation._iter_named_params()}
 
 
+def elements_of(trainer):
+    """Numbers of the student that this process holds."""
+    shards = (getattr(p, "ds_tensor", getattr(p, "_local_tensor", p)) for p in trainer.model.parameters())
+    return sum(shard.numel() for shard in shards)
+
+
 def sampled_by(trainer, resume=None):
     """The completions of this process at every step."""
     sampled = []
@@ -68,7 +75,7 @@ def greedy(out: Path, teacher: str, student: str, engine=None, save="weights", *
     seen = {
         "kind": str(trainer.accelerator.distributed_type),
         "device": str(trainer.vllm_generation.engine._frontend.worker.device),
-        "elements": sum(getattr(p, "_local_tensor", p).numel() for p in trainer.model.parameters()),
+        "elements": elements_of(trainer),
         "loss": logged(trainer, "loss"),
     }
     weights = weights_of(trainer)
@@ -231,7 +238,7 @@ def shared(out: Path, teacher: str, student: str) -> None:
 def served(out: Path, teacher: str, student: str) -> None:
     """A greedy run against the server at OSD_TEST_URL, which ends itself at the place OSD_TEST_DIES, if that is set.
 
-    OSD_TEST_FIELDS: further fields of the configuration, as JSON.
+    OSD_TEST_RESUME: the checkpoint that it goes on from. OSD_TEST_FIELDS: further fields of the configuration, as JSON.
     """
     import osd.engine.transport as transport
     from osd.engine.remote import RemoteEngine
@@ -253,15 +260,51 @@ def served(out: Path, teacher: str, student: str) -> None:
     elif place == "sample":
         RemoteEngine._take = die
         fields["max_completion_length"] = 200
-    trainer = build_trainer(None, student, out, teacher_model_name_or_path=teacher, **fields)
-    sampled = []
-    watch(trainer, lambda _: sampled.append([c.token_ids for c in trainer.vllm_generation.last_batch.completions]))
-    trainer.train()
+    elif place == "sample of rank 1" and os.environ["RANK"] == "1":
+
+        def fail(*_):
+            raise KeyError("planted")
+
+        RemoteEngine._take = fail
+    evaluated = {"eval_dataset": Dataset.from_list(ROWS[:3])} if "eval_strategy" in fields else {}
+    trainer = build_trainer(None, student, out, teacher_model_name_or_path=teacher, **evaluated, **fields)
+    steps, rank = [], trainer.accelerator.process_index
+    if place in ("step", f"step of rank {rank}"):
+
+        def die_in_flight(step):
+            ahead = trainer.vllm_generation.engine._ahead
+            if step == 3:
+                print(sum(not batch.is_whole for batch in ahead), "batches in flight", flush=True)
+                die()
+
+        trainer.add_callback(BeforeOptimizer(die_in_flight))
+
+    def look(prompts):
+        if not trainer.model.training:
+            return
+        batch, live = trainer.vllm_generation.last_batch, weights_of(trainer)
+        rows = [(c.token_ids, torch.as_tensor(c.record.logp_theta)) for c in batch.completions]
+        steps.append({"prompts": prompts, "rows": rows, "ages": batch.staleness_T, "live": live if rank == 0 else None})
+        steps[-1]["elements"] = elements_of(trainer)
+
+    watch(trainer, look)
+    trainer.train(resume_from_checkpoint=os.environ.get("OSD_TEST_RESUME"))
     metrics = {"syncs": "weights_version", "staleness": "staleness"}
     seen = {name: logged(trainer, f"osd/engine/{metric}") for name, metric in metrics.items()}
-    seen |= {"loss": logged(trainer, "loss"), "sampled": sampled}
-    (out / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
+    seen |= {"loss": logged(trainer, "loss"), "sampled": [[ids for ids, _ in step["rows"]] for step in steps]}
+    seen["kind"] = str(trainer.accelerator.distributed_type)
+    (out / f"{rank}.json").write_text(json.dumps(seen))
+    torch.save(steps, out / f"{rank}.pt")
     trainer.close()
+    trainer.accelerator.end_training()
+
+
+class BeforeOptimizer(TrainerCallback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.call(state.global_step)
 
 
 class DieInTheThirdStep(TrainerCallback):

@@ -121,6 +121,12 @@ class Client:
         return error["error"]["code"], error["error"]["message"]
 
 
+def running(server: Client) -> float:
+    """Return how many requests the engine runs."""
+    lines = server.http.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:num_requests_running{"))
+
+
 def events(text: str) -> list[dict[str, Any]]:
     """Return the events of a stream, without its end."""
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]

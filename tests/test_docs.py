@@ -162,8 +162,14 @@ def test_memory_page_follows_the_formula_of_osd_check():
 def test_scaling_page_has_the_memory_that_osd_check_computes():
     import runpy
 
+    from osd.check import Wanted
+
     made = runpy.run_path(str(ROOT / "docs" / "make_scaling.py"))
-    assert made["PAGE"].read_text() == made["page"](), "run `python docs/make_scaling.py`"
+    assert (text := made["PAGE"].read_text()) == made["page"](), "run `python docs/make_scaling.py`"
+    for pair, gpus, requests in (("8B + 0.6B", 1, 32), ("32B + 7B", 4, 128)):
+        wanted = Wanted(gpus=gpus, max_model_len=1536, max_num_seqs=requests)
+        weights, request = made["checked"](*made["PAIRS"][pair], wanted).needed()
+        assert re.search(rf"--max_num_seqs {requests}`, [^.]* {(weights + requests * request) / 2**30:.1f} GiB", text)
 
 
 def test_the_commands_of_the_scaling_page_parse(monkeypatch):
@@ -178,6 +184,8 @@ def test_the_commands_of_the_scaling_page_parse(monkeypatch):
     seen = set()
     for block in blocks((ROOT / "docs" / "scaling.md").read_text()):
         for words, _ in commands(block.text):
+            if words[0].startswith("CUDA_VISIBLE_DEVICES="):
+                words = [word for word in words[1:] if word != "&"]
             if words[:2] == ["osd", "serve"]:
                 assert pair_config(parser().parse_args(words[2:]), given(words[2:])).engine_kwargs["weight_transfer_config"]
             elif words[:2] == ["osd", "train"]:
@@ -185,8 +193,8 @@ def test_the_commands_of_the_scaling_page_parse(monkeypatch):
                 parse([*rest, "--use_cpu", "--bf16", "false"])  # for this machine
                 flags = [*_accelerate_flags(launch, use_cpu=False), "-m", "osd.train.train_osd"]
                 args, *_ = _validate_launch_command(launch_command_parser().parse_args(flags))
-                assert args.use_fsdp
-                assert args.num_processes == int(launch.num_processes)
+                assert args.use_fsdp == (launch.accelerate_config == "fsdp2")
+                assert args.num_processes == int(getattr(launch, "num_processes", 1))
                 assert args.num_machines == int(getattr(launch, "num_machines", 1))
             seen.add(" ".join(words[:2]))
     assert {"osd serve", "osd train"} <= seen

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
 import torch
 
-from osd.engine import served
+from osd.engine import remote, served
 from osd.engine.config import PairConfig
 from osd.engine.remote import RemoteEngine
 from osd.engine.remote_batch import Batch
 from osd.engine.served import ServedPair, ServerUnavailable, through_proxy, weights_digest
 from osd.engine.wire import INFO_ROUTE
 from osd.train import train_osd
-from tests.served import free_port
+from tests.served import ROOT, free_port
 from tests.tiny import tiny_model
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -162,6 +166,60 @@ def test_a_pause_for_a_sync_is_no_lack_of_progress(tiny_pair):
     engine._stale = False
     with pytest.raises(RuntimeError, match="has not finished a completion for"):
         engine._check_progress(batch)
+
+
+# -- threads that sample in the background ------------------------------------------------------------------------------
+
+ENDS = """
+import threading
+from osd.engine.remote_batch import Batch
+from osd.engine.wire import pack, unpack
+import torch
+
+def ask(batch):
+    while not batch.cancelled.is_set():
+        unpack(pack({}, {"values": torch.ones(100)}))
+        begun.set()
+
+begun = threading.Event()
+for _ in range(3):
+    Batch({}, []).start(ask)
+begun.wait(60)
+"""
+
+
+def test_a_program_that_ends_while_a_batch_is_sampled_ends_in_order():
+    """A daemon thread inside torch at that time aborts the process: "terminate called without an active exception"."""
+    done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_batch_that_nobody_wants_waits_for_no_server(tiny_pair):
+    engine = object.__new__(RemoteEngine)
+    engine.pair, engine._ahead, engine._since, engine._stale = pair(tiny_pair, timeout=600.0), [], time.monotonic(), False
+    engine.pair = replace(engine.pair, url=f"http://127.0.0.1:{free_port()}")
+    engine.running, engine._trainer, engine._sync, engine._client = False, "t", "s", engine.pair.client()
+    batch = Batch({"running": False, "prompts": [[]], "alpha": [None], "seeds": [1], "sampling": [{}]}, [None])
+    batch.start(engine._ask)
+    time.sleep(0.5)
+    begun = time.monotonic()
+    batch.cancel()
+    assert not batch._thread.is_alive()
+    assert time.monotonic() - begun < 5
+    assert not isinstance(batch.failure, RuntimeError)
+
+
+def test_a_batch_that_nobody_wants_takes_no_completion(monkeypatch):
+    engine, batch = object.__new__(RemoteEngine), Batch({"running": False}, [None])
+    engine.running, engine._trainer, engine._sync, taken = False, "t", "s", []
+    answers = httpx.MockTransport(lambda request: httpx.Response(200))
+    engine._client = httpx.Client(base_url="http://server", transport=answers)
+    monkeypatch.setattr(batch, "rest", lambda: ([0], {"prompts": []}))
+    monkeypatch.setattr(remote, "_whole_frames", lambda answer: iter([b"1", b"2"]))
+    monkeypatch.setattr(remote, "unpack", lambda data: (data, {}))
+    engine._take = lambda batch, places, of, tensors: (taken.append(of), batch.cancelled.set())
+    engine._ask_once(batch)
+    assert taken == [b"1"]
 
 
 # -- proxies ------------------------------------------------------------------------------------------------------------

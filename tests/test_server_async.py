@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.state import GradientState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
 import osd.engine.remote
@@ -30,7 +30,7 @@ from osd.engine.wire import STATE_ROUTE
 from osd.train import OSDConfig
 from osd.train.lookahead import Lookahead, SampledAhead, warn_without_overlap
 from tests.exact import completion_logits, mixture
-from tests.served import KEY, free_port, served
+from tests.served import KEY, free_port, running, served
 from tests.training import ROWS, build_trainer, logged, watch
 
 GREEDY = {"generation_kwargs": {"temperature": 0.0}, "optim": "sgd", "learning_rate": 0.1}
@@ -455,6 +455,90 @@ def test_batches_run_on_over_the_syncs_of_a_run(make, server, iterations):
     assert set(logged(trainer, "eval_osd/engine/staleness")) == {0.0}
 
 
+def in_flight_at_saves(trainer, held):
+    """The unfinished batches in the background at every checkpoint. Batches from number `held` on wait for the first one."""
+    engine, saved, found, numbers, numbering = trainer.vllm_generation.engine, threading.Event(), [], {}, threading.Lock()
+    take, begin, save = engine._take, engine.begin, trainer._save_checkpoint
+
+    def numbered(*args, **kwargs):
+        with numbering:
+            batch = begin(*args, **kwargs)
+            numbers[batch] = len(numbers) + 1
+        return batch
+
+    def late(batch, *args):
+        with numbering:
+            number = numbers.get(batch, 0)
+        assert number < held or saved.wait(SECONDS)
+        take(batch, *args)
+
+    def saving(*args, **kwargs):
+        save(*args, **kwargs)
+        found.append(sum(not batch.is_whole for batch in engine._ahead))
+        saved.set()
+
+    engine.begin, engine._take, trainer._save_checkpoint = numbered, late, saving
+    return found
+
+
+def test_a_checkpoint_under_running_batches_is_resumed_without_a_lost_or_repeated_prompt(make, models, tmp_path):
+    """After three of eight steps of an epoch; its end comes later."""
+    fields = {**RUNNING, "max_steps": 10, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
+    whole = make(**fields)
+    batches, found = batches_of(whole), in_flight_at_saves(whole, held=3)
+    whole.train()
+    assert found[0] == 2
+    resumed = make(**fields)
+    again = batches_of(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [prompts for prompts, _ in again] == [prompts for prompts, _ in batches[3:]]
+    assert logged(resumed, "osd/engine/weights_version") == logged(whole, "osd/engine/weights_version")
+    saved = type(models[1]).from_pretrained(tmp_path / "checkpoint-3").eval()
+    prompts, first = again[0]
+    assert first.staleness == [0] * 2
+    assert gap(saved, prompts, first.completions) < 1e-3
+    assert gap(models[1], prompts, first.completions) > 0.05, "the weights did not move: nothing was tested"
+
+
+@pytest.mark.parametrize("rows", [16, 10, "a stream"])
+def test_running_batches_end_with_their_epoch(make, server, rows):
+    """Ten rows are two batches of four, and two rows that TRL leaves out."""
+    count = 4 if rows != 10 else 2
+    data = IterableDataset.from_generator(lambda: iter(ROWS)) if rows == "a stream" else ROWS[:rows]
+    length = {"max_steps": 8} if rows == "a stream" else {"max_steps": -1, "num_train_epochs": 2}
+    trainer = make(rows=data, **{**RUNNING, "max_completion_length": 60, **length})
+    batches = batches_of(trainer)
+    begun, begin = [], trainer.vllm_generation.begin
+    trainer.vllm_generation.begin = lambda prompts, *args, **kwargs: (begun.append(prompts), begin(prompts, *args, **kwargs))
+    trainer.train()
+    prompts = [prompts for prompts, _ in batches]
+    assert len(prompts) == 2 * count
+    for epoch in (prompts[:count], prompts[count:]):
+        assert len({tuple(prompt) for step in epoch for prompt in step}) == 4 * count, "a prompt came twice"
+    assert begun == [*prompts[1:count], *prompts[count + 1 :]]
+    assert batches[0][1].staleness == batches[count][1].staleness == [0] * 4
+    assert {len(c.token_ids) for _, batch in batches for c in batch.completions} == {60}
+    assert no_thread_is_left()
+
+
+def test_running_batches_that_fill_the_queue_are_whole(make, server):
+    """The server runs 16 requests and queues 12; a sync comes meanwhile."""
+    generation, prompts = make(**RUNNING).vllm_generation, [[7, 8, n] for n in range(9, 33)]
+    asked, ask_once = [], generation.engine._ask_once
+    generation.engine._ask_once = lambda batch: (asked.append(len(batch.completions)), ask_once(batch))
+    generation.sync_weights()
+    for _ in range(2):
+        generation.begin(prompts)
+    wait_for(lambda: running(server))
+    generation.updates = 1
+    generation.sync_weights()
+    for _ in range(2):
+        with generation.teacher_reads(None, begun=True):
+            generation.generate(prompts, None, 1)
+        assert [len(c.token_ids) for c in generation.last_batch.completions] == [120] * 24
+    assert len(asked) > 2, "the queue was never full: nothing was tested"
+
+
 def test_without_batches_in_the_background_updates_come_between_requests(make):
     with pytest.warns(UserWarning, match="async_weight_updates='running' has no effect without async_generation"):
         trainer = make(async_weight_updates="running")
@@ -471,7 +555,8 @@ def test_importance_weights_of_a_completion_of_several_versions(make, server, mo
     assert max(spans) > 1, "no completion has tokens of several versions: nothing was tested"
 
 
-def test_an_update_that_breaks_under_running_requests_ends_them(make, server, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_update_that_breaks_under_running_requests_ends_them(make, server, monkeypatch, error):
     """Those of the run and those of other clients; nobody is served until another update succeeds."""
     trainer = make(**RUNNING)
     generation, others = trainer.vllm_generation, []
@@ -484,12 +569,12 @@ def test_an_update_that_breaks_under_running_requests_ends_them(make, server, mo
 
     def broken(self, named_tensors):
         send(self, [next(iter(named_tensors))])
-        raise RuntimeError("a planted error")
+        raise error("a planted error")
 
     send = HTTPTransport.send
     with monkeypatch.context() as planted:
         planted.setattr(HTTPTransport, "send", broken)
-        with pytest.raises(RuntimeError, match="a planted error"):
+        with pytest.raises(error, match="a planted error"):
             generation.sync_weights()
     ask.join(SECONDS)
     assert [status for status, _ in others] == [503]
@@ -524,8 +609,9 @@ def test_an_error_in_the_background_ends_the_run(make, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_a_run_that_is_interrupted_leaves_nothing_running(make, server, error):
-    trainer = make(**AHEAD, max_steps=200, max_completion_length=120, generation_kwargs={"ignore_eos": True})
+@pytest.mark.parametrize("fields", [{**AHEAD, **LONG}, RUNNING], ids=["between", "running"])
+def test_a_run_that_is_interrupted_leaves_nothing_running(make, server, fields, error):
+    trainer = make(**fields, max_steps=200)
 
     def interrupt(step):
         if running(server):  # or it has finished the batch already
@@ -536,11 +622,6 @@ def test_a_run_that_is_interrupted_leaves_nothing_running(make, server, error):
         trainer.train()
     assert no_thread_is_left()
     wait_for(lambda: not running(server))
-
-
-def running(server):
-    lines = server.http.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:num_requests_running{"))
 
 
 def test_a_server_that_gives_nothing_but_signs_of_life_ends_the_run(make, monkeypatch):

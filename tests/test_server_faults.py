@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from osd.engine.remote import RemoteEngine, ServerLost
 from osd.engine.wire import STATE_ROUTE, WEIGHTS_ROUTE
 from tests.exact import completion_logits
 from tests.launched import GREEDY
-from tests.served import Client, serve, served
-from tests.test_launch import ACCELERATE, launch
+from tests.launches import ACCELERATE, launch
+from tests.served import Client, running, serve, served
 from tests.tiny import tiny_engine_kwargs
 from tests.training import build_trainer, logged, watch
 
@@ -135,22 +136,37 @@ def test_a_server_killed_in_mid_step_and_in_mid_sync_changes_nothing(tiny_pair, 
     assert losses, "no kill hit a batch that was being sampled: nothing was tested"
 
 
-def trained_while_killed(trainer, again, monkeypatch):
-    """Train, and kill the server at the first completion that comes in the background.
+def trained_while_killed(trainer, again, monkeypatch, place="sample"):
+    """Train, and kill the server at the first completion that comes in the background, or in the sync of the third step.
 
     Returns:
         the student's weights at every step, the batches with their prompts, and in `hit[0]` how many completions of each
         batch in the background had come when the server was killed.
     """
-    take, weights, batches, hit = RemoteEngine._take, [], [], []
+    take, check, weights, batches, hit, parts = RemoteEngine._take, transport.check, [], [], [], []
+    engine = trainer.vllm_generation.engine
+
+    def kill():
+        hit.append([len(b.completions) for b in engine._ahead])
+        again()
 
     def kill_at_first(engine, batch, *given):
         take(engine, batch, *given)
         if threading.current_thread() is not threading.main_thread() and not hit:
-            hit.append([len(b.completions) for b in engine._ahead])
-            again()
+            kill()
 
-    monkeypatch.setattr(RemoteEngine, "_take", kill_at_first)
+    def kill_between_parts(answer):
+        check(answer)
+        if trainer.state.global_step == 2:
+            parts.append(answer)
+            if len(parts) == 3:
+                kill()
+
+    if place == "sample":
+        monkeypatch.setattr(RemoteEngine, "_take", kill_at_first)
+    else:
+        monkeypatch.setattr(transport, "PART_BYTES", 1)
+        monkeypatch.setattr(transport, "check", kill_between_parts)
     trainer.add_callback(EachStep(lambda: weights.append(copy.deepcopy(trainer.model).eval())))
     with trainer:
         watch(trainer, lambda prompts: batches.append((prompts, trainer.vllm_generation.last_batch)))
@@ -174,14 +190,19 @@ def test_a_server_killed_with_a_batch_in_flight_costs_no_completion(tiny_pair, t
             torch.testing.assert_close(torch.as_tensor(completion.record.logp_theta).double(), logp_T, atol=1e-3, rtol=0)
 
 
-def test_a_server_killed_under_running_batches_costs_no_completion(tiny_pair, tmp_path, mortal, monkeypatch):
+@pytest.mark.parametrize("place", ["sample", "sync"])
+def test_a_server_killed_under_running_batches_costs_no_completion(tiny_pair, tmp_path, mortal, monkeypatch, place):
     """Two batches are in flight; both go on after the next sync, and every token is of the weights that its age names."""
     servers, again = mortal
-    trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, max_completion_length=120, max_steps=4, **RUNNING)
-    weights, batches, hit = trained_while_killed(trainer, again, monkeypatch)
+    fields = {"max_completion_length": 120, "generation_kwargs": {"ignore_eos": True}, "max_steps": 4}
+    trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, **fields, **RUNNING)
+    begun, begin = [], trainer.vllm_generation.begin
+    trainer.vllm_generation.begin = lambda prompts, *args, **kwargs: (begun.append(prompts), begin(prompts, *args, **kwargs))
+    weights, batches, hit = trained_while_killed(trainer, again, monkeypatch, place)
     assert len(servers) == 2
-    assert hit
+    assert len(hit) == 1
     assert min(hit[0]) < 4, "the kill hit no batch that was being sampled: nothing was tested"
+    assert [prompts for prompts, _ in batches[1:]] == begun, "a prompt was lost, or repeated"
     for step, (prompts, batch) in enumerate(batches):
         assert len(batch.completions) == 4
         assert max(batch.staleness) <= 2
@@ -262,7 +283,7 @@ def test_a_trainer_that_is_killed_leaves_a_server_for_the_next(tiny_pair, tmp_pa
     if place != "sample":
         assert server.refused({"prompt": [7, 8], "max_tokens": 2})[0] == 503
     else:
-        wait_for(lambda: "num_requests_running{" not in server.http.get("/metrics").text or running(server) == 0)
+        wait_for(lambda: not running(server))
     next_one = process(tiny_pair, tmp_path / "next", url)
     assert next_one.returncode == 0, next_one.stderr[-3000:]
     here = run(trainer_of(tiny_pair, tmp_path, **GREEDY))
@@ -271,9 +292,35 @@ def test_a_trainer_that_is_killed_leaves_a_server_for_the_next(tiny_pair, tmp_pa
     assert seen["loss"] == pytest.approx(here[0], rel=1e-5)
 
 
-def running(server):
-    lines = [line for line in server.http.get("/metrics").text.splitlines() if line.startswith("vllm:num_requests_running{")]
-    return sum(float(line.rpartition(" ")[2]) for line in lines)
+def test_a_trainer_killed_under_running_batches_goes_on_from_its_checkpoint(tiny_pair, tmp_path, server):
+    """In mid-step, with batches in flight; another process resumes, and no prompt is lost or repeated."""
+    fields = {**RUNNING, "max_completion_length": 120, "generation_kwargs": {"ignore_eos": True}}
+    fields |= {"per_device_train_batch_size": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    given = {"OSD_TEST_FIELDS": json.dumps(fields)}
+    url, out = server.server.url, tmp_path / "run"
+    died = process(tiny_pair, out, url, OSD_TEST_DIES="step", **given)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
+    assert re.search("[12] batches in flight", died.stdout), "nothing was tested"
+    wait_for(lambda: state(server)["trainer"] is None and not running(server))
+    resumed = process(tiny_pair, out, url, OSD_TEST_RESUME="last", **given)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    whole = process(tiny_pair, tmp_path / "whole", url, **given)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    steps, again = (torch.load(folder / "0.pt") for folder in (tmp_path / "whole", out))
+    assert [step["prompts"] for step in again] == [step["prompts"] for step in steps[3:]]
+    assert [len(ids) for step in again for ids, _ in step["rows"]] == [120] * 6
+    assert all(age_T.eq(0).all() for age_T in again[0]["ages"]), "the first batch is of the present weights"
+
+
+def test_a_second_training_process_ends_in_one_line_and_the_first_goes_on(tiny_pair, tmp_path, server):
+    with trainer_of(tiny_pair, tmp_path, server.server.url, **GREEDY) as first:
+        first.vllm_generation.sync_weights()
+        second = process(tiny_pair, tmp_path / "second", server.server.url)
+        assert second.returncode == 1
+        assert "another trainer (" in second.stderr.splitlines()[-1], second.stderr[-3000:]
+        first.train()
+    assert len(logged(first, "loss")) == 3
+    wait_for(lambda: state(server)["trainer"] is None)
 
 
 # -- several processes --------------------------------------------------------------------------------------------------
@@ -355,6 +402,25 @@ def test_two_processes_have_running_batches(tiny_pair, tmp_path, mortal, monkeyp
         assert seen[0]["staleness"] == seen[1]["staleness"]
         assert all(0 <= age <= 2 for age in seen[0]["staleness"])
         assert [len(step) for rank in seen for step in rank["sampled"]] == [2] * 10
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("step of rank 1", "SIGKILL"), ("sample of rank 1", r"process 1 failed \(KeyError: 'planted'\)")]
+)
+def test_one_of_two_processes_that_fails_ends_the_run_and_frees_the_server(
+    tiny_pair, tmp_path, server, monkeypatch, place, message
+):
+    """Under running requests, those of the other process end too."""
+    monkeypatch.setenv("OSD_TEST_URL", server.server.url)
+    monkeypatch.setenv("OSD_TEST_DIES", place)
+    monkeypatch.setenv("OSD_TEST_FIELDS", json.dumps({**RUNNING, "max_steps": 8, "max_completion_length": 120}))
+    begun = time.monotonic()
+    result = launch(ACCELERATE / "cpu_ddp.yaml", "-m", "tests.launched", "served", tmp_path, *tiny_pair)
+    assert result.returncode != 0
+    assert re.search(message, result.stderr), result.stderr[-4000:]
+    assert "terminate called" not in result.stderr
+    assert time.monotonic() - begun < 120, "a process waited for the one that failed"
+    wait_for(lambda: state(server)["trainer"] is None and not running(server))
 
 
 # -- TRL's own client ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from osd.engine.transport import HTTPTransport
 from osd.engine.wire import STATE_ROUTE, framed, frames
 from osd.train import OSDConfig
 from tests.exact import completion_logits, q_star, reference
-from tests.served import KEY, free_port, served
+from tests.served import KEY, free_port, running, served
 from tests.tiny import tiny_engine_kwargs, tiny_model
 from tests.training import build_trainer, logged
 
@@ -371,6 +372,29 @@ def test_a_full_queue_is_waited_for(connect, tiny_pair):
     completions = engine.generate(prompts, sampling={"max_tokens": 4, "ignore_eos": True})
     assert [len(c.token_ids) for c in completions] == [4] * 50
     assert len(asked) > 1, "the queue was never full: nothing was tested"
+
+
+def test_a_trainer_that_does_not_read_holds_nobody_up(connect, tiny_pair, server):
+    """Its completions are whole when it reads on."""
+    engine = connect()
+    engine.load_student_weights(weights(tiny_pair[1])[1].items())
+    prompts, read_on = [replace(PROMPTS[0], student_token_ids=[20, i]) for i in range(7, 19)], threading.Event()
+    take, began = engine._take, threading.Event()
+
+    def wait(*given):
+        began.set()
+        assert read_on.wait(60)
+        take(*given)
+
+    engine._take = wait
+    sampling = {"max_tokens": 120, "ignore_eos": True}
+    batch = engine.begin(prompts, sampling=sampling, mixing=engine.mixing, hidden=True)
+    assert began.wait(60)
+    [choice] = server.complete([7, 8])
+    assert len(choice["token_ids"]) == 24
+    wait_for(lambda: not running(server))
+    read_on.set()
+    assert [len(c.record.teacher_hidden_TH) for c in engine.finish(batch)] == [120] * len(prompts)
 
 
 # -- servers that are not there -----------------------------------------------------------------------------------------

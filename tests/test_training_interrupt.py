@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from osd.engine.wire import STATE_ROUTE
 from osd.train.checkpointing import RUN_FILE, resolve
+from tests.served import KEY, running
 from tests.tiny import tiny_engine_kwargs
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 120  # seconds; a process that hangs fails the test
 
 PROGRAM = """
-import sys
+import sys, time
 from transformers import TrainerCallback
 from osd.train import train_osd, trainer
 
@@ -26,8 +28,13 @@ place = sys.argv.pop(1)
 
 class Marks(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 2:
+        if state.global_step == 2 and place == "training":
             print("HERE", flush=True)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 3 and place == "batches in flight":
+            print("HERE", flush=True)
+            time.sleep(60)
 
 class Marked(trainer.OSDTrainer):
     def _start(self, planned):
@@ -42,8 +49,8 @@ train_osd.command()
 """
 
 
-@pytest.mark.parametrize("place", ["loading", "training"])
-def test_sigint_to_the_process_group_ends_training_with_130(tmp_path, tiny_pair, place):
+@pytest.mark.parametrize("place", ["loading", "training", pytest.param("batches in flight", marks=pytest.mark.slow)])
+def test_sigint_to_the_process_group_ends_training_with_130(tmp_path, tiny_pair, place, request):
     data, config, out = tmp_path / "train.jsonl", tmp_path / "config.yaml", tmp_path / "out"
     data.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(7, 39)))
     settings = {
@@ -61,11 +68,17 @@ def test_sigint_to_the_process_group_ends_training_with_130(tmp_path, tiny_pair,
         "report_to": "none",
         "output_dir": str(out),
     }
+    if place == "batches in flight":
+        server = request.getfixturevalue("server")
+        settings |= {"vllm_mode": "server", "vllm_server_base_url": server.server.url, "max_completion_length": 200}
+        settings |= {"async_generation": True, "async_weight_updates": "running", "max_staleness": 2}
+        settings |= {"generation_kwargs": {"ignore_eos": True}}
+        del settings["engine_kwargs"]
     config.write_text(yaml.safe_dump(settings))
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, place, "--config", str(config)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "VLLM_API_KEY": KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -81,7 +94,12 @@ def test_sigint_to_the_process_group_ends_training_with_130(tmp_path, tiny_pair,
     assert process.returncode == 130, err[-2000:]
     assert "osd train: interrupted; `--resume_from_checkpoint last` goes on" in err
     assert "Traceback" not in err
-    if place == "training":
+    if place == "batches in flight":
+        deadline = time.monotonic() + DEADLINE
+        while server.http.get(STATE_ROUTE).json()["trainer"] is not None or running(server):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    if place != "loading":
         last = Path(resolve("last", str(out)))
         assert json.loads((last / RUN_FILE).read_text())["weights_version"] >= 2
         assert (last / "model.safetensors").is_file()

@@ -179,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> OSDTrainer | None:
             f"trained model in {args.output_dir}; next: osd compare --model_name_or_path {args.output_dir} "
             f"--teacher_model_name_or_path {trainer.vllm_generation.engine.config.teacher} --input FILE --output FOLDER"
         )
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.end_training()  # the process group, with its threads
     return trainer
 
 

@@ -245,7 +245,7 @@ class RemoteEngine:
             except (httpx.TransportError, _HalfAnswer) as error:
                 if batch.cancelled.is_set():
                     return
-                self._check_still_there(error, running=batch.body["running"])
+                self._check_still_there(batch, error)
             pause = 0.1 if len(batch.completions) > before else min(2 * pause, LONGEST_PAUSE)
             self._check_progress(batch)
             if not batch.is_whole:
@@ -272,6 +272,8 @@ class RemoteEngine:
                 answer.read()
                 self._refuse(answer)
             for data in _whole_frames(answer):
+                if batch.cancelled.is_set():
+                    return
                 if data:
                     self._take(batch, places, *unpack(data))
                 else:  # a sign of life
@@ -300,10 +302,10 @@ class RemoteEngine:
         batch.take(places[of["index"]], of, tensors)
         self._since = time.monotonic()
 
-    def _check_still_there(self, error: Exception, *, running: bool) -> None:
+    def _check_still_there(self, batch: Batch, error: Exception) -> None:
         """Wait for the server; raise `ServerLost` if it no longer has the weights (with ``running``, any of this run)."""
-        state = self.pair.wait(self._client)["state"]
-        in_sync = running or (state["sync"] == self._sync and state["whole"])
+        state = self.pair.wait(self._client, batch.cancelled)["state"]
+        in_sync = batch.body["running"] or (state["sync"] == self._sync and state["whole"])
         if state["trainer"] != self._trainer or not in_sync:
             raise ServerLost(f"server {self.pair.url} went away ({error}), and came back without the student's weights")
 

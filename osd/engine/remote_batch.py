@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import Any
+from weakref import WeakSet
 
 import httpx
 import torch
@@ -16,6 +18,7 @@ from osd.core import RECORD_FIELDS, TokenRecord
 from osd.engine.request import PairCompletion, PairPrompt
 
 _END_SECONDS = 10.0  # for a thread to end after `cancel`
+_started: WeakSet[Batch] = WeakSet()  # with a thread; one that has not ended keeps its batch alive
 
 
 @dataclass(eq=False)
@@ -73,6 +76,7 @@ class Batch:
                 self.failure = error
 
         self.failure = None
+        _started.add(self)
         # A daemon: the interpreter does not wait for it, however it ends.
         self._thread = Thread(target=work, name="osd-batch", daemon=True)
         self._thread.start()
@@ -89,7 +93,10 @@ class Batch:
             self._hang_up()
 
     def cancel(self) -> None:
-        """End the thread and with it the server's work. Waits for that, but not for a server that hangs."""
+        """End the thread and with it the server's work. Waits for that, but not for a server that hangs.
+
+        A thread that still waits for one then reads no further completion.
+        """
         self.cancelled.set()
         if self._thread is not None and self._thread.is_alive():
             self._hang_up()
@@ -101,6 +108,13 @@ class Batch:
         if stream and (sock := stream.get_extra_info("socket")) is not None:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+
+@atexit.register
+def _cancel_all() -> None:
+    """End the threads before the interpreter ends, which aborts the process if a daemon thread is inside a call of torch."""
+    for batch in list(_started):
+        batch.cancel()
 
 
 def _completion(prompt: PairPrompt, of: dict[str, Any], tensors: dict[str, torch.Tensor]) -> PairCompletion:

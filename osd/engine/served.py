@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -152,13 +153,19 @@ class ServedPair:
                 )
             time.sleep(0.1)
 
-    def wait(self, client: httpx.Client) -> dict[str, Any]:
-        """Wait until the server answers; return its description. Raises as `info`."""
+    def wait(self, client: httpx.Client, over: Event | None = None) -> dict[str, Any]:
+        """Wait until the server answers; return its description. Raises as `info`.
+
+        Args:
+            over: set when nobody waits any longer; then an `httpx.TransportError` ends the wait.
+        """
         deadline, pause, silent = time.monotonic() + self.timeout, 0.1, True
         while True:
             try:
                 return self.look(client)
             except httpx.TransportError as error:
+                if over is not None and over.is_set():
+                    raise
                 if "[SSL" in str(error):
                     raise ValueError(
                         f"no TLS connection to server {self.url} ({error}); write http:// for a server without --ssl-certfile, "
@@ -176,7 +183,7 @@ class ServedPair:
                         f"no `osd serve` has answered at {self.url} for {self.timeout:g} seconds ({error}); start one there, "
                         f"correct vllm_server_base_url, or raise vllm_server_timeout{through_proxy(self.url)}"
                     ) from error
-            time.sleep(pause)
+            (over or Event()).wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def look(self, client: httpx.Client) -> dict[str, Any]:
