@@ -206,6 +206,40 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeHybrid",
         dict(ARCHITECTURES["Mamba-2 and attention"][1], num_local_experts=4, num_experts_per_tok=2),
     ),
+    "OLMo 2": ("Olmo2", {}),
+    "OLMoE": ("Olmoe", _EXPERTS),
+    "Granite MoE": ("GraniteMoe", _EXPERTS),
+    "Mixtral": ("Mixtral", _EXPERTS),
+    "Exaone MoE": (
+        "ExaoneMoe",
+        dict(
+            _SLIDING,
+            **_EXPERTS,
+            num_shared_experts=1,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            is_moe_layer=[False, True, True, True],
+            mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+        ),
+    ),
+    "Hunyuan MoE": ("HunYuanMoEV1", dict(num_experts=4, moe_topk=2)),
+    "Apertus": ("Apertus", {}),
+    "Arcee": ("Arcee", {}),
+    "Cohere 2": ("Cohere2", _SLIDING),
+    "Minitron": ("Nemotron", {}),
+    "StableLM": ("StableLm", {}),
+    "Bamba": (
+        "Bamba",
+        dict(
+            attn_layer_indices=[1, 3],
+            mamba_n_heads=4,
+            mamba_d_head=32,
+            mamba_d_state=16,
+            mamba_n_groups=1,
+            mamba_expand=2,
+        ),
+    ),
 }
 
 _VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)

@@ -25,7 +25,7 @@ NOT_ON_CPUS = {
     "Qwen3.5 MoE": "vLLM imports torchvision with it, which PyPI has not for CPUs",
 }
 HALF = ["Qwen3-Next", "Qwen3.5", "Qwen3.5 MoE"]
-STATEFUL = ["LFM2 MoE", "Falcon-H1", "Granite 4 with experts", "Jamba", "Nemotron 3", *HALF]
+STATEFUL = ["LFM2 MoE", "Falcon-H1", "Bamba", "Granite 4 with experts", "Jamba", "Nemotron 3", *HALF]
 
 
 def parameter(family: str) -> Any:
