@@ -37,8 +37,8 @@ class RecurrentStates:
         recurrent = [isinstance(group[0], MambaBase) for group in groups]
         tables = runner.block_tables.block_tables
         self._groups = [
-            (table.gpu, [state for layer in group for state in layer.kv_cache])
-            for group, table, has_states in zip(groups, tables, recurrent, strict=True)
+            (table.gpu, [state for mixer in mixers for state in mixer.kv_cache])
+            for mixers, table, has_states in zip(groups, tables, recurrent, strict=True)
             if has_states
         ]
         if self._groups:
