@@ -1,8 +1,9 @@
 """SpeculativeWorker: a pair whose student drafts several tokens, which the teacher verifies in one pass.
 
 One cycle: the student runs once per draft and once more, one token at a time; the teacher runs once over each request's next
-token and its drafts; the sampler decides; both runners' state goes back by what was rejected. The last pass of the student,
-whose draft the teacher does not read, runs beside the teacher's. Nothing of this waits for the device.
+token and its drafts; the sampler decides; both runners' state goes back by what was rejected (a student's recurrent
+layers: to a copy, see `RecurrentStates`). The last pass of the student, whose draft the teacher does not read, runs beside the
+teacher's. Nothing of this waits for the device.
 """
 
 from __future__ import annotations
