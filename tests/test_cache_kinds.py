@@ -32,6 +32,8 @@ EXPERTS = ["experts", "chunked attention", "attention sinks", "latent attention"
 # One block a request, or blocks of 512 tokens: their caches do not fill up.
 ROOMY = ["Mamba-2 everywhere", "head sizes that differ by layer", "short convolution"]
 WHOLE_PROMPTS = ["latent attention"]  # vLLM on a CPU without AMX neither splits nor caches them
+# Their output layer is their embedding, so both sides mostly repeat the last token; drafts are rejected beside a Llama.
+AGREEING = ["sliding window and full", "head sizes that differ by layer"]
 ONE_GROUP = ["sliding window everywhere", "experts"]
 pytestmark = pytest.mark.gpu
 
@@ -126,7 +128,8 @@ def test_records_are_exact_under_a_hard_schedule(kind, engine, models, drafts, m
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
     assert max(errors(models, results).values()) < 2e-3
     assert preempted(seen) or kind in ROOMY, seen
-    assert not drafts or min(origins(results)["accepted"], origins(results)["corrected"]) > 20
+    if drafts and kind not in AGREEING:
+        assert min(origins(results)["accepted"], origins(results)["corrected"]) > 20
     assert min(seen["teacher ahead in prefill"], seen["student ahead in prefill"]) > 0 or kind in WHOLE_PROMPTS, seen
 
 
