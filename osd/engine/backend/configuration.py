@@ -128,9 +128,10 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     drafts, unless it asks for that.
     """
     own = as_text({name: value for name, value in _pair_section(teacher_config)["student"].items() if value is not None})
-    model = EngineArgs(**own).create_model_config()
-    if most_drafts(teacher_config) and model.has_inner_state:
-        own = {"enable_prefix_caching": False, **own}
+    if most_drafts(teacher_config):
+        model = EngineArgs(**own).create_model_config()
+        if model.has_inner_state:
+            own = {"enable_prefix_caching": False, **own}
     config = EngineArgs(**_step_limits(teacher_config.scheduler_config, own) | own).create_engine_config()
     config.parallel_config = teacher_config.parallel_config
     config.device_config = teacher_config.device_config
