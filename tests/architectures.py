@@ -225,7 +225,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "Hunyuan MoE": ("HunYuanMoEV1", dict(num_experts=4, moe_topk=2)),
-    "Apertus": ("Apertus", {}),
     "Arcee": ("Arcee", {}),
     "Minitron": ("Nemotron", {}),
     "StableLM": ("StableLm", {}),
