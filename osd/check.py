@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from osd.core import speculative_tokens
-from osd.engine.config import PairConfig
+from osd.engine.config import PairConfig, largest_number
 from osd.engine.multimodal import text_parameters
 from osd.validate_models import (
     check_models,
@@ -99,6 +99,7 @@ class Side:
         ends: token ids that end a completion by its files.
         template: its chat template, or None.
         defaults: sampling defaults of its generation_config.json that are not neutral.
+        states: how many copies of each recurrent state a request has: one, and with a student that drafts one per draft.
     """
 
     facts: ModelFacts
@@ -108,11 +109,15 @@ class Side:
     ends: list[int]
     template: Any
     defaults: dict[str, Any]
+    states: int = 1
 
     def request_bytes(self, length: int) -> int | None:
         """Return the bytes of cache of one request of ``length`` tokens, on one GPU."""
-        layers = self.facts.layers
-        return None if layers is None else sum(layer.request_bytes(length) for layer in layers)
+        if self.facts.layers is None:
+            return None
+        return sum(
+            layer.request_bytes(length) * (self.states if layer.kind == "recurrent state" else 1) for layer in self.facts.layers
+        )
 
     def growing(self) -> int:
         """Return the bytes of cache on one GPU that each token of a request adds: those of layers that keep all tokens."""
@@ -251,7 +256,7 @@ def check(teacher: str, student: str, wanted: Wanted) -> Report:
     sides: dict[str, Side] = {}
     for name in SIDES:
         try:
-            sides[name] = _side(config, name, wanted.gpus, built.get(name))
+            sides[name] = _side(config, name, wanted, built.get(name))
         except (ValueError, OSError) as error:
             why = f"{name}={getattr(config, name)!r}: vLLM does not take it on this machine ({str(error).splitlines()[0]})"
             sampling = sampling or why
@@ -290,12 +295,12 @@ def stored_bytes(model: str, revision: str | None = None) -> int | None:
     return sum(max(tensor.data_offsets[1] for tensor in file.tensors.values()) for file in found)
 
 
-def _side(config: PairConfig, name: str, gpus: int, model: Any | None) -> Side:
+def _side(config: PairConfig, name: str, wanted: Wanted, model: Any | None) -> Side:
     from osd.engine.backend.layers import model_facts
 
     if model is None:
         model = model_without_weights(config, name)  # first: it says best that there is no such model
-    facts = model_facts(config, name, gpus)
+    facts = model_facts(config, name, wanted.gpus)
     parameters = None if model is None else sum(parameter.numel() for parameter in text_parameters(model))
     if facts.quantization or parameters is None:
         weights = stored_bytes(getattr(config, name), config.side_kwargs(name).get("revision"))
@@ -309,6 +314,7 @@ def _side(config: PairConfig, name: str, gpus: int, model: Any | None) -> Side:
         ends=declared_ends(config, name),
         template=load_tokenizer(config, name).chat_template,
         defaults=_defaults(load_generation_config(config, name)),
+        states=1 + (largest_number(wanted.num_speculative_tokens) if name == "student" else 0),
     )
 
 
@@ -333,13 +339,7 @@ def _too_large(sides: dict[str, Side], wanted: Wanted) -> str:
 
 def _no_drafts(sides: dict[str, Side]) -> str:
     """Return why the student cannot draft for the teacher; empty if it can."""
-    for name, side in sides.items():
-        if side.facts.recurrent:
-            return (
-                f"the {name} has recurrent layers (Mamba, linear attention), whose state cannot go back by a rejected draft; "
-                "use num_speculative_tokens=0"
-            )
-    return ""
+    return next((side.facts.no_drafts for side in sides.values() if side.facts.no_drafts), "")
 
 
 def _model(path: str, side: Side) -> str:

@@ -61,6 +61,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "head sizes that differ by layer": ("Gemma4", _SLIDING),
     "attention sinks": ("GptOss", dict(_SLIDING, **_EXPERTS)),
     "experts": ("Qwen3Moe", _EXPERTS),
+    "chunked attention": (
+        "Llama4",
+        dict(
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            interleave_moe_layer_step=2,
+            intermediate_size_mlp=64,
+            attention_chunk_size=32,
+            no_rope_layers=[1, 1, 1, 0],
+        ),
+    ),
     "latent attention": (
         "DeepseekV2",
         dict(
@@ -172,17 +183,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Ernie4_5_Moe",
         dict(_EXPERTS, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_end_index=3),
     ),
-    "Llama 4": (
-        "Llama4",
-        dict(
-            num_local_experts=4,
-            num_experts_per_tok=1,
-            interleave_moe_layer_step=2,
-            intermediate_size_mlp=64,
-            attention_chunk_size=32,
-            no_rope_layers=[1, 1, 1, 0],
-        ),
-    ),
+    "Llama 4": ARCHITECTURES["chunked attention"],
     "DeepSeek-V3": (
         "DeepseekV3",
         dict(
@@ -206,6 +207,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeHybrid",
         dict(ARCHITECTURES["Mamba-2 and attention"][1], num_local_experts=4, num_experts_per_tok=2),
     ),
+    "OLMo 2": ("Olmo2", {}),
+    "OLMoE": ("Olmoe", _EXPERTS),
+    "Granite MoE": ("GraniteMoe", _EXPERTS),
+    "Mixtral": ("Mixtral", _EXPERTS),
+    "Exaone MoE": (
+        "ExaoneMoe",
+        dict(
+            _SLIDING,
+            **_EXPERTS,
+            num_shared_experts=1,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            is_moe_layer=[False, True, True, True],
+            mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+        ),
+    ),
+    "Hunyuan MoE": ("HunYuanMoEV1", dict(num_experts=4, moe_topk=2)),
+    "Arcee": ("Arcee", {}),
+    "Minitron": ("Nemotron", {}),
+    "StableLM": ("StableLm", {}),
 }
 
 _VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)

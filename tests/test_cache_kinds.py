@@ -6,11 +6,15 @@ Both sides have the architecture and weights of their own. Float32; bound 2e-3 o
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
+from osd.core import TOKEN_ORIGINS
 from osd.engine.engine import PairPrompt
 from tests.architectures import ARCHITECTURES, reference, save_model
 from tests.pairs import compare_caches, cramped, errors, moved, on_disk, preempted, run_with_random_arrivals, start, watch
@@ -24,10 +28,12 @@ KINDS = [kind for kind in ARCHITECTURES if kind != "gated delta net and attentio
 # OSD refuses to train gpt-oss and latent attention; vLLM 0.32's Gemma 3n is wrong where `correct_output_scale` is not 0.
 NOT_SYNCED = ["attention sinks", "latent attention", "shared KV caches"]
 RECURRENT = ["Mamba-2 and attention", "Mamba-2 everywhere", NEMOTRON, "short convolution"]
-EXPERTS = ["experts", "attention sinks", "latent attention"]
+EXPERTS = ["experts", "chunked attention", "attention sinks", "latent attention"]
 # One block a request, or blocks of 512 tokens: their caches do not fill up.
 ROOMY = ["Mamba-2 everywhere", "head sizes that differ by layer", "short convolution"]
 WHOLE_PROMPTS = ["latent attention"]  # vLLM on a CPU without AMX neither splits nor caches them
+# Their output layer is their embedding, so both sides mostly repeat the last token; drafts are rejected beside a Llama.
+AGREEING = ["sliding window and full", "head sizes that differ by layer"]
 ONE_GROUP = ["sliding window everywhere", "experts"]
 pytestmark = pytest.mark.gpu
 
@@ -64,6 +70,11 @@ def drafts(kind, request) -> int:
     return request.param
 
 
+def origins(results: dict[int, tuple[Any, Any]]) -> Counter:
+    """Count the tokens of some completions by how they came to be."""
+    return Counter(TOKEN_ORIGINS[origin] for _, record in results.values() for origin in record.origin_T.tolist())
+
+
 def caches_prefixes(kind: str) -> bool:
     """vLLM 0.32 on a CPU: a prefill that ends inside a block of cached states ends the engine."""
     return torch.cuda.is_available() or kind not in [*RECURRENT, *WHOLE_PROMPTS]
@@ -79,28 +90,46 @@ def engine(kind, model_paths, drafts):
         yield engine
 
 
+def beside_a_llama() -> Iterator[Any]:
+    """Yield each kind, its side and the number of drafts, but for what OSD refuses."""
+    for kind, side, drafts in product(KINDS, ("teacher", "student"), (0, 3)):
+        if side == "student" and kind in EXPERTS and kind != "latent attention":
+            continue  # vLLM prepares for experts by the teacher's configuration
+        if side == "teacher" and drafts and kind in [*RECURRENT, *WHOLE_PROMPTS]:
+            continue  # it cannot verify drafts
+        in_ci = (kind, side, drafts) == ("Mamba-2 and attention", "student", 3)
+        yield pytest.param(kind, side, drafts, marks=[] if in_ci else [*parameter(kind).marks, pytest.mark.slow])
+
+
 # First in the module: the engine of the fixture above stays open until the module's end.
-@pytest.mark.slow
-@pytest.mark.parametrize("side", ["teacher", "student"])
-@pytest.mark.parametrize("kind", map(parameter, KINDS))
-def test_beside_a_llama(kind, side, tmp_path):
-    """An architecture on one side alone, with full attention on the other."""
-    if side == "student" and kind in EXPERTS:
-        pytest.skip("vLLM prepares for experts by the teacher's configuration")
+@pytest.mark.parametrize(("kind", "side", "drafts"), beside_a_llama())
+def test_beside_a_llama(kind, side, drafts, tmp_path, monkeypatch):
+    """An architecture on one side alone, with full attention on the other; with drafts, many of which are rejected."""
     folders = {"teacher": tmp_path / "teacher", "student": tmp_path / "student"}
+    dense = {"first_k_dense_replace": 4, "n_routed_experts": 1} if (kind, side) == ("latent attention", "student") else {}
     for name, seed in (("teacher", 3), ("student", 4)):
-        save_model(folders[name], kind, seed=seed) if name == side else tiny_model(folders[name], seed=seed)
+        save_model(folders[name], kind, seed, **dense) if name == side else tiny_model(folders[name], seed=seed)
     models = tuple(map(reference, folders.values()))
-    with start(folders.values(), cramped(34, 50, 24), max_model_len=192, enable_prefix_caching=caches_prefixes(kind)) as engine:
+    config = cramped(34, 50, 24) | dict(num_speculative_tokens=drafts)
+    with start(folders.values(), config, max_model_len=192, enable_prefix_caching=caches_prefixes(kind)) as engine:
         results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
         assert max(errors(models, results).values()) < 2e-3
+        if not drafts:
+            return
+        assert min(origins(results)["accepted"], origins(results)["corrected"]) > 20
+        if kind in RECURRENT:  # planted: a state that stays where the rejected drafts left it
+            monkeypatch.setattr("osd.engine.backend.recurrent_states.RecurrentStates.restore", lambda *_: None)
+            results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
+            assert errors(models, results)["logp_theta"] > 0.1
 
 
-def test_records_are_exact_under_a_hard_schedule(kind, engine, models, monkeypatch):
+def test_records_are_exact_under_a_hard_schedule(kind, engine, models, drafts, monkeypatch):
     seen = watch(engine, monkeypatch)
     results = run_with_random_arrivals(engine, 5, count=12, temperature=1.0, ignore_eos=True)
     assert max(errors(models, results).values()) < 2e-3
     assert preempted(seen) or kind in ROOMY, seen
+    if drafts and kind not in AGREEING:
+        assert min(origins(results)["accepted"], origins(results)["corrected"]) > 20
     assert min(seen["teacher ahead in prefill"], seen["student ahead in prefill"]) > 0 or kind in WHOLE_PROMPTS, seen
 
 

@@ -286,7 +286,7 @@ def test_qwen3_5_is_described_where_vllm_cannot_import_it(saved, monkeypatch):
     channels = 2 * config.linear_num_key_heads * size + heads * size
     state = 4 * (channels * (config.linear_conv_kernel_dim - 1) + heads * size * size)
     assert side.request_bytes(300) == 2 * state + 2 * 300 * 2 * 2 * 32 * 4
-    assert side.facts.recurrent
+    assert "has recurrent layers" in side.facts.no_drafts
 
 
 def test_a_class_that_cannot_be_imported_is_told_with_the_reason(monkeypatch, saved):
@@ -349,14 +349,26 @@ def test_quantized_checkpoints(method, tmp_path, tiny_pair):
     assert side.weights == (path / "model.safetensors").stat().st_size
 
 
-def test_drafts_are_refused_for_recurrent_models(run, saved, tiny_pair):
+def test_a_recurrent_student_drafts_and_a_recurrent_teacher_verifies_nothing(run, saved, tiny_pair):
     stateful, plain = saved("Mamba-2 and attention"), tiny_pair[1]
     assert run(plain, plain).lines["drafts"] == "yes"
     assert "num_speculative_tokens: 4" in run(plain, plain, "--num_speculative_tokens", "4").out
-    without, drafting = run(stateful, stateful), run(stateful, stateful, "--num_speculative_tokens", "auto")
+    without, drafting = run(stateful, plain), run(stateful, plain, "--num_speculative_tokens", "auto")
     assert (without.status, drafting.status) == (0, 1)
     assert without.lines["drafts"] == drafting.lines["drafts"]
-    assert drafting.lines["sampling"].startswith("no: the teacher has recurrent layers")
+    assert drafting.lines["sampling"].startswith(f"no: the teacher {str(stateful)!r} has recurrent layers")
+
+
+def test_each_draft_of_a_recurrent_student_takes_one_more_state(saved, tiny_pair):
+    def request_bytes(drafts: int | str) -> int:
+        report = check(str(tiny_pair[0]), str(saved("Mamba-2 and attention")), Wanted(num_speculative_tokens=drafts))
+        assert not report.sampling
+        return report.sides["student"].request_bytes(100)
+
+    state = request_bytes(1) - request_bytes(0)
+    assert state > 0
+    assert request_bytes(3) == request_bytes(0) + 3 * state
+    assert request_bytes("auto") == request_bytes(0) + 8 * state
 
 
 @pytest.mark.parametrize(

@@ -108,12 +108,23 @@ def test_cached_states_are_refused_on_a_cpu(tmp_path, tiny_pair, side):
         pair(**paths)
 
 
-@pytest.mark.parametrize("side", ["teacher", "student"])
-def test_a_recurrent_model_gets_no_drafts(tmp_path, tiny_pair, side):
-    """A state cannot go back by a rejected draft: it would be wrong, and nothing would show it."""
-    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: save_model(tmp_path, "Mamba-2 everywhere")}
-    with pytest.raises(ValueError, match=f"num_speculative_tokens.*{side} '{tmp_path}' has recurrent layers"):
-        pair(**paths, num_speculative_tokens=2, engine_kwargs={"enable_prefix_caching": False})
+@pytest.mark.parametrize(
+    ("side", "kwargs", "fix"),
+    [
+        ("teacher", {"engine_kwargs": {"enable_prefix_caching": False}}, "num_speculative_tokens=0"),
+        pytest.param(
+            "student",
+            {"student_kwargs": {"enable_prefix_caching": True}},
+            r"student_kwargs\['enable_prefix_caching'\]=False",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no state is cached on a CPU"),
+        ),
+    ],
+)
+def test_drafts_that_a_state_cannot_go_back_by_are_refused(tmp_path, tiny_pair, side, kwargs, fix):
+    """The state would be wrong, and nothing would show it."""
+    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: save_model(tmp_path, "Mamba-2 and attention")}
+    with pytest.raises(ValueError, match=f"num_speculative_tokens.*{side} '{tmp_path}' has recurrent layers.*{fix}"):
+        pair(**paths, num_speculative_tokens=2, **kwargs)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(), reason="vLLM's kernels there can")

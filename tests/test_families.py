@@ -1,6 +1,7 @@
 """Families of models that people distil now: one engine each, with the family on both sides.
 
-Float32, bound 2e-3 nats on every log-probability; where vLLM has no float32, bfloat16 and a bound on the mean of a completion.
+Float32, bound 2e-3 nats on every log-probability; where vLLM has no float32, bfloat16 and a bound on the mean of a
+completion.
 """
 
 from __future__ import annotations

@@ -175,6 +175,7 @@ def _known_elsewhere() -> set[str]:
         torch.nn,
         torch.nn.Module,
         torch.cuda,
+        torch.cpu,
     ]
     owners += [
         torch.accelerator,

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
 from vllm import ModelRegistry, envs
 from vllm.config import CacheConfig, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -57,7 +58,7 @@ class ModelFacts:
         context: the longest sequence in tokens.
         quantization: vLLM's name of the method, or None.
         refused_here: why the platform of this machine does not run that method; empty if it does.
-        recurrent: it has layers with a state (Mamba, linear attention, short convolutions).
+        no_drafts: why it cannot take part in speculation; empty if it can.
         layers: one entry per cache; those of layers that share another's cache are left out. None: unknown.
         unknown: why `layers` is None.
     """
@@ -67,7 +68,7 @@ class ModelFacts:
     context: int
     quantization: str | None
     refused_here: str
-    recurrent: bool
+    no_drafts: str
     layers: list[LayerCache] | None
     unknown: str = ""
 
@@ -98,10 +99,28 @@ def model_facts(config: PairConfig, side: str, gpus: int) -> ModelFacts:
         context=model.max_model_len,
         quantization=model.quantization,
         refused_here=_refused_here(model.quantization),
-        recurrent=model.is_hybrid or model.is_attention_free,
+        no_drafts=no_drafts(side, model),
         layers=layers,
         unknown=unknown,
     )
+
+
+def no_drafts(side: str, model: ModelConfig, caching: bool = False) -> str:
+    """Return why "teacher" or "student" cannot take part in speculation; empty if it can.
+
+    ``caching``: its prefix cache is on.
+    """
+    reason = ""
+    if model.has_inner_state and side == "teacher":
+        reason = "recurrent layers (Mamba, linear attention, convolutions), whose state cannot go back by a rejected draft"
+    elif model.has_inner_state and caching:
+        reason = (
+            "recurrent layers, whose states cannot be cached if they go back by a rejected draft; "
+            "set student_kwargs['enable_prefix_caching']=False"
+        )
+    elif side == "teacher" and model.use_mla and current_platform.is_cpu() and not torch.cpu._is_amx_tile_supported():
+        reason = "latent attention (MLA), whose kernel on this CPU cannot verify several drafts at once"
+    return f"the {side} {model.model!r} has {reason}; use num_speculative_tokens=0" if reason else ""
 
 
 def _refused_here(quantization: str | None) -> str:

@@ -1,8 +1,9 @@
 """SpeculativeWorker: a pair whose student drafts several tokens, which the teacher verifies in one pass.
 
 One cycle: the student runs once per draft and once more, one token at a time; the teacher runs once over each request's next
-token and its drafts; the sampler decides; both runners' state goes back by what was rejected. The last pass of the student,
-whose draft the teacher does not read, runs beside the teacher's. Nothing of this waits for the device.
+token and its drafts; the sampler decides; both runners' state goes back by what was rejected (a student's recurrent
+layers: to a copy, see `RecurrentStates`). The last pass of the student, whose draft the teacher does not read, runs beside the
+teacher's. Nothing of this waits for the device.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from osd.engine.backend.configuration import chooses_drafts, most_drafts
+from osd.engine.backend.layers import no_drafts
+from osd.engine.backend.recurrent_states import RecurrentStates, with_copies
 from osd.engine.backend.sampler import StepInputs, counts, sampler_output
 from osd.engine.backend.scheduler import PairStep
 from osd.engine.backend.speculative_sampler import SpeculativeSampler
@@ -61,6 +64,7 @@ class Cycle:
         drafts: how many drafts a request has.
         ids, logits, tokens: the requests, raw logits and drafts of each pass.
         slots: the student's slots of the rows of the first pass.
+        drafting: those of its rows that have drafts, int64; None: no row has.
         counts: their (num_sampled, num_rejected) before any draft.
     """
 
@@ -69,6 +73,7 @@ class Cycle:
     logits: list[torch.Tensor] = field(default_factory=list)
     tokens: list[torch.Tensor] = field(default_factory=list)
     slots: torch.Tensor | None = None
+    drafting: torch.Tensor | None = None
     counts: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -84,24 +89,24 @@ class SpeculativeWorker(PairWorker):
 
     def init_device(self) -> None:
         super().init_device()
-        for side, model in (("teacher", self.model_config), ("student", self.student_config.model_config)):
-            if model.has_inner_state:
-                raise ValueError(
-                    f"num_speculative_tokens needs attention in every layer: the {side} {model.model!r} has recurrent layers "
-                    "(Mamba, linear attention), whose state cannot go back by a rejected draft; use num_speculative_tokens=0"
-                )
-        # On a CPU without AMX vLLM splits no prompt of such a model: several tokens at once see nothing of those before them.
-        if current_platform.is_cpu() and self.model_config.use_mla and not self.scheduler_config.enable_chunked_prefill:
-            raise ValueError(
-                f"num_speculative_tokens: the teacher {self.model_config.model!r} has latent attention (MLA), whose kernel on "
-                "this CPU cannot verify several drafts at once; use num_speculative_tokens=0"
-            )
+        for side, config in (("teacher", self.vllm_config), ("student", self.student_config)):
+            if reason := no_drafts(side, config.model_config, caching=bool(config.cache_config.enable_prefix_caching)):
+                raise ValueError(f"num_speculative_tokens: {reason}")
         self._pass_rows: dict[int, tuple[Any, PassRows]] = {}
         # Before the teacher's model is built, so that its graphs and buffers have room for the drafts.
         runner, drafts = self.model_runner, most_drafts(self.vllm_config)
         runner.num_speculative_steps = runner.req_states.num_speculative_steps = drafts
         slots = len(runner.req_states.draft_tokens)
         runner.req_states.draft_tokens = torch.zeros(slots, drafts, dtype=torch.int64, device=self.device)
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        carried = super().get_kv_cache_spec()
+        self.student_cache.specs.update(with_copies(self.student_cache.specs, most_drafts(self.vllm_config)))
+        return carried
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        self.student_states = RecurrentStates(self.student_runner)
 
     def determine_available_memory(self) -> int:
         """Return bytes for the teacher's KV cache, less the logits of all positions, which vLLM's profile does not know of."""
@@ -145,6 +150,7 @@ class SpeculativeWorker(PairWorker):
             batch, rows = state.input_batch, self._rows(cycle, place, state.input_batch, step)
             if place == 0:
                 cycle.slots = batch.idx_mapping
+                cycle.drafting = None if rows.goes_on is None else rows.goes_on[0]
                 cycle.counts = counts(runner.req_states, batch, rows.ready_S, rows.rejected_S)
             starts = batch.query_start_loc[: batch.num_reqs + 1]
             runner.req_states.num_computed_tokens.gpu.index_add_(0, batch.idx_mapping, starts.diff())
@@ -161,6 +167,7 @@ class SpeculativeWorker(PairWorker):
         if rows.goes_on is None:
             return
         index, teacher_slots = rows.goes_on
+        self.student_states.keep(batch.idx_mapping[index], place + 1)
         self.student_runner.req_states.last_sampled_tokens[batch.idx_mapping[index], 0] = token_S[index]
         self.model_runner.req_states.draft_tokens[teacher_slots, place] = token_S[index]
         if self._main_stream is not None:
@@ -272,6 +279,10 @@ class SpeculativeWorker(PairWorker):
             tokens, kept_S = take(outputs.verdict.token_BW, source), take(outputs.verdict.kept_B, source).int()
             num_rejected = num_rejected + num_sampled * (1 + alignment.drafts_S - kept_S)
             num_sampled = num_sampled * kept_S
+            if (row_S := cycle.drafting) is not None:
+                # With every draft kept the running state is the right one, and has no copy.
+                back_S = torch.where(kept_S <= alignment.drafts_S, kept_S, 0)
+                self.student_states.restore(cycle.slots[row_S], back_S[row_S])
         else:
             tokens = torch.zeros(len(cycle.slots), 1, dtype=torch.int64, device=self.device)
         runner.postprocess_sampled(cycle.slots, tokens, num_sampled, num_rejected)
