@@ -68,24 +68,6 @@ def check_models(config: PairConfig) -> None:
     check_same_ids(*(load_tokenizer(config, side).get_vocab() for side in ("teacher", "student")))
 
 
-def check_weights(config: PairConfig) -> None:
-    """Raise if the folder of a model has no file of weights that vLLM would load by default.
-
-    Raises:
-        ValueError: such a folder; one of an adapter alone is one.
-    """
-    for side in ("teacher", "student"):
-        folder = Path(getattr(config, side))
-        if not folder.is_dir() or config.side_kwargs(side).get("load_format", "auto") not in ("auto", "hf", "safetensors"):
-            continue
-        files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt")]
-        if all(name.startswith(("adapter_", "training_args", "optimizer", "scheduler")) for name in files):
-            raise ValueError(
-                f"{side}={str(folder)!r}: the folder has no weights; save the whole model there (of an adapter, the merged "
-                "model), or give the folder or the id that has them"
-            )
-
-
 def load_tokenizer(config: PairConfig, side: str) -> Any:
     """Return the tokenizer of "teacher" or "student" as transformers loads it, with that side's own chat template.
 

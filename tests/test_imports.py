@@ -24,7 +24,11 @@ LAYERS = [
     "osd.sampling_args",
     "osd.prompt_checks",
     "osd.prompts",
-    ("osd.validate_models", "osd.engine"),  # they import each other: checks need PairConfig, PairEngine needs the checks
+    (
+        "osd.validate_models",
+        "osd.weight_files",
+        "osd.engine",
+    ),  # they import each other: checks need PairConfig, PairEngine needs the checks
     "osd.check",
     "osd.adapters",
     "osd.sync_check",
@@ -121,3 +125,10 @@ def test_the_wheel_has_two_top_level_names():
     assert packages | set(project["py-modules"]) == {"osd", "optimal_sampling"}
     folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "osd").rglob("*.py")}
     assert folders | {"osd.configs", "osd.train"} == set(project["packages"]), "a folder that the wheel would lack"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_no_module_imports_a_test_module(path):
+    """Helpers of several tests live in modules without tests."""
+    found = [name for name in imports(path) if re.match(r"(tests\.|\.*)test_|tests\.conftest", name)]
+    assert not found, f"move what is shared to a helper module in tests/: {found}"
