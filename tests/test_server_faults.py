@@ -23,8 +23,8 @@ from osd.engine.remote import RemoteEngine, ServerLost
 from osd.engine.wire import STATE_ROUTE, WEIGHTS_ROUTE
 from tests.exact import completion_logits
 from tests.launched import GREEDY
+from tests.launches import ACCELERATE, launch
 from tests.served import Client, serve, served
-from tests.test_launch import ACCELERATE, launch
 from tests.tiny import tiny_engine_kwargs
 from tests.training import build_trainer, logged, watch
 
