@@ -19,7 +19,7 @@ _INDEXES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_mod
 
 
 def check_weights(config: PairConfig) -> None:
-    """Raise if the folder of a model has no whole weights that vLLM would load by default; reads headers only.
+    """Raise if files of weights in a model's folder are missing or damaged; reads headers only.
 
     Raises:
         ValueError: a folder without weights (one of an adapter alone is one); an index that cannot be read or names a file

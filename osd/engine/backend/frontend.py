@@ -34,7 +34,7 @@ _POLL_SECONDS = 0.5  # how often a wait for another process looks whether it is 
 
 
 class EngineDied(RuntimeError):
-    """The process of the engine ended."""
+    """Raised when the engine's process has ended."""
 
 
 class Frontend:

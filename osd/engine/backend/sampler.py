@@ -1,4 +1,4 @@
-"""PairSampler: draws a step's tokens from q*, in the place of vLLM's sampler.
+"""PairSampler: draws a step's tokens from q*, instead of vLLM's sampler.
 
 Order of operations: both policies are tempered and mixed into log q*. Then a grammar, logit bias, allowed tokens, penalties,
 bad words, a thinking budget, min-p, top-k and top-p act on log q*, as vLLM defines them on logits; vLLM's own sampler keeps
