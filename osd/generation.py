@@ -304,7 +304,8 @@ class OSDGeneration(BackgroundSampling):
         self.sync_seconds = self.waited_seconds = 0.0
         self._sleep()
         self._check_errors(completions)
-        token_ids = [c.token_ids or [self._end_token] for c in completions]
+        # TRL reads the last token of every completion: one that failed before its first token gets the end token.
+        token_ids = [c.token_ids or [self.engine.tokenizer.eos_token_id] for c in completions]
         logprobs = [[[lp] for lp in _logp_draw(c, len(ids))] for c, ids in zip(completions, token_ids, strict=True)]
         return prompts, token_ids, logprobs, [[[token] for token in ids] for ids in token_ids]
 
@@ -332,11 +333,6 @@ class OSDGeneration(BackgroundSampling):
     def sampling_temperature(self) -> float:
         """The temperature of both policies; 0 samples greedily."""
         return self._sampling()["temperature"]
-
-    @property
-    def _end_token(self) -> int:
-        # TRL reads the last token of every completion. A completion that failed before its first token gets this one.
-        return self.engine.tokenizer.eos_token_id
 
     def _check_errors(self, completions: list[PairCompletion]) -> None:
         failed = {i: c.error for i, c in enumerate(completions) if c.error}

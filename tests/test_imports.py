@@ -80,8 +80,12 @@ def test_dependencies_point_one_way(path):
         assert top != "trl" or LAYERS[own] in IMPORT_TRL, f"{path} imports TRL"
 
 
-def test_importing_osd_imports_neither_vllm_nor_trl():
-    code = "import sys, osd; sys.exit(bool({'vllm', 'trl', 'torch'} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("osd", {"vllm", "trl", "torch"}), ("osd.sampling_args", {"vllm", "trl", "torch"}), ("osd.prompts", {"vllm", "trl"})],
+)
+def test_light_modules_import_no_heavy_package(module, absent):
+    code = f"import sys, {module}; sys.exit(bool({absent} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
