@@ -137,7 +137,7 @@ def pair_config(args: Namespace, given: Mapping[str, Any]) -> PairConfig:
     """Return the pair of parsed arguments; ``given`` holds those that were written.
 
     Raises:
-        ValueError: no teacher or student, a model given vLLM's way, or what `PairConfig` and `MixingConfig` refuse.
+        ValueError: no teacher or student, a model given as to `vllm serve`, or what `PairConfig` and `MixingConfig` refuse.
     """
     for side in ("teacher", "student"):
         if not getattr(args, side):
@@ -230,7 +230,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _explained(action: Action, kind: Any) -> Any:
-    """Return a parser of one value that names the value, what is wrong with it and how it is written."""
+    """Wrap the parser of one value: its errors name the value, what is wrong with it and how to write it."""
 
     @functools.wraps(kind)
     def parse(text: str) -> Any:

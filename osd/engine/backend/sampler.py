@@ -104,7 +104,7 @@ class PairSampler:
         return replace(self._drawn(inputs), topk_BX=self._topk(inputs))
 
     def _topk(self, inputs: StepInputs) -> torch.Tensor | None:
-        """Return the teacher's largest log-probabilities: of π_t itself, whatever acts on log q*."""
+        """Return the teacher's largest log-probabilities: of π_t itself, before anything that acts on log q*."""
         of, logits_BV = inputs.alignment, inputs.teacher[:, : self.vocab_size]
         if not of.topk:
             return None
