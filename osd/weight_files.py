@@ -48,7 +48,8 @@ def _files(folder: Path) -> tuple[str, list[Path]]:
     weights = [path for path in sorted(folder.iterdir()) if not path.name.startswith(_OTHERS)]
     for suffix in (".safetensors", ".bin", ".pt"):
         if files := [path for path in weights if path.suffix == suffix]:
-            return suffix, files
+            # Mistral's consolidated.safetensors are the same weights a second time.
+            return suffix, [path for path in files if not path.name.startswith("consolidated")] or files
     return "", []
 
 

@@ -28,7 +28,7 @@ from osd.train.validation import planned_pair
 from osd.validate_models import end_ids
 from osd.weight_files import check_weights
 from tests.architectures import WINDOW, save_model, save_multimodal
-from tests.tiny import save_tokenizer, tiny_model
+from tests.tiny import save_tokenizer, spoil_weights, tiny_model
 
 FLOAT32 = Wanted(dtype="float32")
 
@@ -231,7 +231,7 @@ def test_a_multimodal_model_is_counted_without_its_encoders(run, tmp_path):
     path = save_multimodal(tmp_path / "whole", "Gemma 3")
     text_config(AutoConfig.from_pretrained(path)).save_pretrained(tmp_path / "text")
     save_tokenizer(tmp_path / "text", 64)
-    (tmp_path / "text" / "model.safetensors").touch()
+    spoil_weights(tmp_path / "text")
     done = run(path, tmp_path / "text", "--dtype", "float32")
     assert (done.status, done.lines["sampling"], done.lines["training"]) == (0, "yes", "yes")
     assert done.lines["memory, teacher"] == done.lines["memory, student"]
