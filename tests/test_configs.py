@@ -226,11 +226,6 @@ def test_bad_values_are_refused_by_name(tmp_path, given, message):
         config(tmp_path, **given)
 
 
-def test_an_unknown_field_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="alpha_metod"):
-        config(tmp_path, alpha_metod="fixed")
-
-
 def test_a_weight_without_effect_warns(tmp_path):
     with pytest.warns(UserWarning, match="no effect"):
         config(tmp_path, fixed_alpha=0.3)
