@@ -43,7 +43,7 @@ LAYERS = [
     "osd.cli",
     "osd.__main__",
 ]
-IMPORT_TRL = ("osd.sync_check", "osd.weight_sync", "osd.colocated", "osd.generation", "osd.train")
+IMPORT_TRL = ("osd.sync_check", "osd.weight_sync", "osd.colocated", "osd.train")
 SOURCES = [p for folder in ("osd", "trainers") for p in sorted((ROOT / folder).rglob("*.py")) if p != ROOT / "osd/__init__.py"]
 
 
