@@ -38,7 +38,7 @@ class Weight:
 
     @property
     def changes(self) -> bool:
-        """Training may change this weight. A bias beside a plain LoRA matrix is not changed by the adapter."""
+        """True if training may change this weight. A bias beside a plain LoRA matrix is not changed by the adapter."""
         adapted = self.layer is not None and (self.leaf == "weight" or not _is_plain(self.layer))
         return adapted or self.parameter.requires_grad
 
@@ -82,7 +82,7 @@ def _join(*names: str) -> str:
 
 
 def _acts(layer: Any) -> bool:
-    """The layer computes with an adapter that is not merged into its base weight already."""
+    """Return True if the layer computes with an adapter that is not merged into its base weight already."""
     return not (layer.disable_adapters or layer.merged) and any(
         adapter in getattr(layer, kind)
         for adapter, kind in itertools.product(layer.active_adapters, layer.adapter_layer_names)
@@ -124,7 +124,7 @@ def _is_plain(layer: Any) -> bool:
 
 @torch.no_grad()
 def merge_plain(layer: Any) -> Tensor:
-    """The matrix of a plain LoRA layer with its active adapters, W + Σ scaling·B·A, as a new tensor; one or two launches each.
+    """Merge a plain LoRA layer with its active adapters: W + Σ scaling·B·A as a new tensor, one or two launches per adapter.
 
     As in PEFT the product has the dtype of A and B. The sum is rounded to the dtype of W once per adapter.
     """
@@ -156,7 +156,7 @@ def merge_by_peft(layer: Any, leaf: str) -> Tensor:
             base.get_parameter(name).data.copy_(tensor)
 
 
-# -- what the engine's plain student cannot follow ----------------------------------------------------------------------
+# -- adapters that the engine's plain student cannot follow -------------------------------------------------------------
 
 
 def check_mergeable(model: Any) -> None:

@@ -19,7 +19,6 @@ from osd.engine.multimodal import text_parameters
 from osd.validate_models import (
     check_models,
     check_student_can_train,
-    check_weights,
     declared_ends,
     end_ids,
     experts_of,
@@ -27,6 +26,7 @@ from osd.validate_models import (
     load_tokenizer,
     model_without_weights,
 )
+from osd.weight_files import check_weights
 
 if TYPE_CHECKING:
     from osd.engine.backend.layers import ModelFacts

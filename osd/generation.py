@@ -12,8 +12,6 @@ TRL's trainers call two methods of a generator, `sync_weights()` and `generate(.
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,17 +19,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import set_seed
-from trl.trainer.utils import ensure_master_addr_port
 
 from osd.background import BackgroundSampling, paired
+from osd.colocated import start_engine
 from osd.engine.remote import RemoteEngine
 from osd.engine.remote_batch import Batch
 from osd.engine.served import WEIGHT_UPDATES, ServedPair
 from osd.prompt_checks import check_special_tokens, check_template_kwargs, forget_warnings
 from osd.prompts import Prompt, encode_all
-from osd.sampling_args import DROP_IN, FIELDS, checked_fields
-from osd.terminal import Loading, models
+from osd.sampling_args import DROP_IN, FIELDS, as_vllm_arguments, checked_fields
 from osd.validate_models import check_student_can_train, end_ids
 
 if TYPE_CHECKING:
@@ -163,7 +159,7 @@ class OSDGeneration(BackgroundSampling):
 
     def _init_vllm(self) -> None:
         """Check the student and start the pair; TRL's constructor calls this to build its `LLM`."""
-        from osd.engine.engine import PairConfig, PairEngine
+        from osd.engine.engine import PairConfig
 
         self._layout = check_student_can_train(self._pair_config)
         self.check_live_student()
@@ -172,35 +168,11 @@ class OSDGeneration(BackgroundSampling):
             rank, device = self.accelerator.process_index, self.accelerator.device
             self.engine = RemoteEngine(self.pair, rank=rank, device=device, running=running)
         elif isinstance(self.pair, PairConfig):
-            check_groups(self.pair, self.accelerator.num_processes)
-            # The trainer passes tensors by reference, so the engine must live in this process.
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            seed = self.pair.engine_kwargs.get("seed", 0)
-            kwargs = self.pair.engine_kwargs | self._process_kwargs(seed)
-            if self.enable_sleep_mode:
-                kwargs["enable_sleep_mode"] = True
-            loaded = models(teacher=self.pair.teacher, student=self.pair.student)
-            with Loading(loaded, quiet=not self.accelerator.is_main_process):
-                self.engine = PairEngine(dataclasses.replace(self.pair, engine_kwargs=kwargs))
-            if self.tensor_parallel_size > 1:
-                # vLLM seeded all ranks of the group alike, and their dropout masks would be one.
-                set_seed(seed + self.accelerator.process_index)
+            self.engine = start_engine(self.pair, self.accelerator, enable_sleep_mode=self.enable_sleep_mode)
         else:
             self.engine = self.pair
         self._sleep()
         self.accelerator.wait_for_everyone()
-
-    def _process_kwargs(self, seed: int) -> dict[str, Any]:
-        """Return the engine arguments that depend on this process's rank."""
-        rank = self.accelerator.process_index
-        kwargs = {"seed": seed + rank // self.tensor_parallel_size}  # with one seed every pair would draw the same noise
-        if self.accelerator.num_processes > 1:
-            # As in TRL: vLLM must join the process group that accelerate made instead of making one.
-            kwargs["distributed_executor_backend"] = "external_launcher"
-            os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(self.accelerator.num_processes)
-            os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
-            ensure_master_addr_port()
-        return kwargs
 
     def attach(self, trainer: Any) -> OSDGeneration:
         """Make a trainer of TRL (one with `use_vllm`) sample with this generator from its next step on; returns self.
@@ -332,7 +304,8 @@ class OSDGeneration(BackgroundSampling):
         self.sync_seconds = self.waited_seconds = 0.0
         self._sleep()
         self._check_errors(completions)
-        token_ids = [c.token_ids or [self._end_token] for c in completions]
+        # TRL reads the last token of every completion: one that failed before its first token gets the end token.
+        token_ids = [c.token_ids or [self.engine.tokenizer.eos_token_id] for c in completions]
         logprobs = [[[lp] for lp in _logp_draw(c, len(ids))] for c, ids in zip(completions, token_ids, strict=True)]
         return prompts, token_ids, logprobs, [[[token] for token in ids] for ids in token_ids]
 
@@ -353,56 +326,19 @@ class OSDGeneration(BackgroundSampling):
         return {"sampling": self._sampling(), "mix_tokens": self.mix_tokens, "hidden": self.hidden, "topk": self.topk}
 
     def _sampling(self) -> dict[str, Any]:
-        return {
-            "max_tokens": self.max_completion_length,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p or 0.0,
-            "repetition_penalty": self.repetition_penalty,
-            "detokenize": bool(self.generation_kwargs.get("stop")),  # vLLM needs the text for stop strings alone
-            **self.generation_kwargs,
-        }
+        text = bool(self.generation_kwargs.get("stop"))  # vLLM needs the text for stop strings alone
+        return {"detokenize": text, **as_vllm_arguments(self, self.generation_kwargs)}
 
     @property
     def sampling_temperature(self) -> float:
         """The temperature of both policies; 0 samples greedily."""
         return self._sampling()["temperature"]
 
-    @property
-    def _end_token(self) -> int:
-        # TRL reads the last token of every completion. A completion that failed before its first token gets this one.
-        return self.engine.tokenizer.eos_token_id
-
     def _check_errors(self, completions: list[PairCompletion]) -> None:
         failed = {i: c.error for i, c in enumerate(completions) if c.error}
         if failed and self.on_error == "raise":
             first = next(iter(failed))
             raise RuntimeError(f"{len(failed)} of {len(completions)} completions failed; number {first}: {failed[first]}")
-
-
-def check_groups(pair: PairConfig, processes: int) -> None:
-    """Check that the training processes form whole groups of `engine_kwargs["tensor_parallel_size"]`, one pair each.
-
-    Raises:
-        ValueError: a number of processes that is no multiple of it; an option that would differ between the ranks of a group.
-    """
-    size = pair.engine_kwargs.get("tensor_parallel_size", 1)
-    if size < 1 or processes % size:
-        raise ValueError(
-            f"tensor_parallel_size={size} (in training vllm_tensor_parallel_size): {processes} training processes do not make "
-            f"groups of {size}, each of which holds a pair; start a multiple of it (--num_processes), or set a divisor"
-        )
-    if size > 1 and pair.num_speculative_tokens == "auto":
-        raise ValueError(
-            f"num_speculative_tokens='auto' with tensor_parallel_size={size} in training: it measures times, which differ "
-            "between the processes that hold a pair; set a number"
-        )
-    if (replicas := pair.engine_kwargs.get("data_parallel_size", 1)) != 1:
-        raise ValueError(
-            f"engine_kwargs['data_parallel_size']={replicas}: in training every group of processes has its own pair; use 1, "
-            "and more processes instead"
-        )
 
 
 def _logp_draw(completion: PairCompletion, length: int) -> list[float]:

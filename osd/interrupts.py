@@ -1,4 +1,4 @@
-"""Ctrl-C that reaches the program also when it comes inside a destructor."""
+"""Delivery of a Ctrl-C that arrives inside a destructor, where Python drops it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kept_interrupts() -> Iterator[None]:
     def hook(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             before(dropped)
-        else:  # later: now it would be raised right here, and dropped again; by a signal, which ends a wait too
+        else:  # Send it later, and as a signal, which also ends a wait: raised here, it would be dropped again.
             timer = threading.Timer(_AGAIN, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
             timer.daemon = True
             timer.start()

@@ -112,7 +112,7 @@ def _replace_process(arguments: list[str]) -> NoReturn:
 
 
 def accelerate_launch() -> None:
-    """Run `accelerate launch`. A single training process has said itself what failed: end with its status, and no traceback."""
+    """Run `accelerate launch`. If a single training process fails, exit with its status: it has printed the reason itself."""
     from accelerate.commands.launch import main
 
     # Ctrl-C goes to the training process too, and that one ends the run. (A handler, unlike SIG_IGN, is not inherited.)

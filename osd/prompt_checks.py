@@ -27,7 +27,7 @@ _warned: set[tuple[str, str]] = set()
 
 
 def forget_warnings() -> None:
-    """Begin a run: every warning of this module may be given again."""
+    """Forget which warnings were given, so that a new run gives each of them again."""
     _warned.clear()
 
 
@@ -165,7 +165,7 @@ def check_template_kwargs(kwargs: Mapping[str, Any], *, where: str = "chat_templ
 def compare_templates(
     teacher: Any, student: Any, teacher_kwargs: Mapping[str, Any] | None = None, student_kwargs: Mapping[str, Any] | None = None
 ) -> None:
-    """Warn once if the chat templates of two tokenizers differ, and once for each argument that its template never reads."""
+    """Warn once if the chat templates of two tokenizers differ, and once for each argument that a template never reads."""
     templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (teacher, student)]
     if None not in templates and templates[0] != templates[1]:
         _warn_once(

@@ -215,12 +215,27 @@ def checked_fields(
     Raises:
         ValueError: as :func:`checked_sampling`.
     """
-    own = {"max_tokens" if name == "max_completion_length" else name: value for name, value in fields.items()}
+    own = {_vllm_name(name): value for name, value in fields.items()}
     if not TAKEN["max_tokens"].accepts(own["max_tokens"]):
         raise ValueError(f"max_completion_length={own['max_tokens']!r} must be {TAKEN['max_tokens'].wanted}")
     extra = checked_sampling(generation_kwargs, where="generation_kwargs", refused=refused)
     _check_together({**checked_sampling(own), **extra}, "generation_kwargs")
     return extra
+
+
+def as_vllm_arguments(settings: Any, generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry's sampling as arguments of ``vllm.SamplingParams``.
+
+    Args:
+        settings: an object with the attributes FIELDS.
+        generation_kwargs: further arguments, as `checked_sampling` returns them; they win.
+    """
+    fields = {_vllm_name(name): getattr(settings, name) for name in FIELDS}
+    return {**fields, "min_p": settings.min_p or 0.0, **generation_kwargs}
+
+
+def _vllm_name(field: str) -> str:
+    return "max_tokens" if field == "max_completion_length" else field
 
 
 def _check_together(checked: Mapping[str, Any], where: str) -> None:

@@ -68,24 +68,6 @@ def check_models(config: PairConfig) -> None:
     check_same_ids(*(load_tokenizer(config, side).get_vocab() for side in ("teacher", "student")))
 
 
-def check_weights(config: PairConfig) -> None:
-    """Raise if the folder of a model has no file of weights that vLLM would load by default.
-
-    Raises:
-        ValueError: such a folder; one of an adapter alone is one.
-    """
-    for side in ("teacher", "student"):
-        folder = Path(getattr(config, side))
-        if not folder.is_dir() or config.side_kwargs(side).get("load_format", "auto") not in ("auto", "hf", "safetensors"):
-            continue
-        files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt")]
-        if all(name.startswith(("adapter_", "training_args", "optimizer", "scheduler")) for name in files):
-            raise ValueError(
-                f"{side}={str(folder)!r}: the folder has no weights; save the whole model there (of an adapter, the merged "
-                "model), or give the folder or the id that has them"
-            )
-
-
 def load_tokenizer(config: PairConfig, side: str) -> Any:
     """Return the tokenizer of "teacher" or "student" as transformers loads it, with that side's own chat template.
 
@@ -201,12 +183,12 @@ def _names_on_disk(model: Any, student: str) -> dict[str, tuple[str, ...]]:
 
 
 def shared_vocabulary(config: PairConfig) -> int:
-    """The number of token ids that both models have logits for."""
+    """Return the number of token ids that both models have logits for."""
     return min(_config(config, side).get_text_config().vocab_size for side in ("teacher", "student"))
 
 
 def end_ids(config: PairConfig) -> list[int]:
-    """Every token id that ends a completion: those that the student's files declare, then those of the teacher's."""
+    """Return every token id that ends a completion: those that the student's files declare, then those of the teacher's."""
     ends = [*declared_ends(config, "student"), *declared_ends(config, "teacher")]
     if not config.side_kwargs("teacher").get("skip_tokenizer_init"):  # vLLM stops at this one too, whatever the model declares
         ends.append(load_tokenizer(config, "teacher").eos_token_id)
@@ -236,7 +218,7 @@ def experts_of(config: PairConfig, side: str) -> int:
 
 
 def experts(config: Any) -> int:
-    """The number of experts of a model with this (transformers) configuration; 0 for a dense one."""
+    """Return the number of experts of a model with this (transformers) configuration; 0 for a dense one."""
     text = config.get_text_config()
     if text.model_type == "nemotron_h" and "moe" not in text.layers_block_type:
         return 0  # its configuration declares experts whether a layer has them or not

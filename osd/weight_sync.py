@@ -247,7 +247,7 @@ class LiveStudent(VLLMGeneration):
 
     @property
     def _walks_adapter(self) -> bool:
-        """The student has an adapter, which is merged layer by layer and not by TRL."""
+        """True if the student has an adapter; it is merged layer by layer, not by TRL."""
         return self._adapted and not self._sharded
 
     @property

@@ -59,6 +59,16 @@ def collect(engine: PairEngine, names: dict[str, str], finished: dict[str, Any])
 MAX_TOKENS = 40
 
 
+def prompt_pairs(count: int) -> list[PairPrompt]:
+    """Prompts of 1 to 40 tokens, different on each side."""
+    rng = torch.Generator().manual_seed(5)
+
+    def ids() -> list[int]:
+        return torch.randint(7, 64, (int(torch.randint(1, 41, (1,), generator=rng)),), generator=rng).tolist()
+
+    return [PairPrompt(teacher_token_ids=ids(), student_token_ids=ids()) for _ in range(count)]
+
+
 def hard_prompts(count: int = 24) -> list[PairPrompt]:
     """Return up to 150 tokens a side, in blocks of 32; some share a prefix of two blocks on one side only."""
     rng = random.Random(7)

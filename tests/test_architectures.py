@@ -15,9 +15,8 @@ from osd.train.divergence import token_logprobs
 from osd.train.lm_head import head_of
 from osd.validate_models import StudentLayout
 from tests.architectures import save_model
-from tests.test_generation import NOISE, disagreement, gaps_over_training
 from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
-from tests.training import build_trainer
+from tests.training import NOISE, build_trainer, disagreement, gaps_over_training
 
 pytestmark = pytest.mark.gpu
 

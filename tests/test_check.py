@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from vllm import ModelRegistry
 from vllm.model_executor.models import registry
 
 from osd import cli
 from osd.check import TRAINING_BYTES, Wanted, check, size, stored_bytes
 from osd.data.settings import GenerateConfig
+from osd.engine.backend.arguments import server_arguments
 from osd.engine.config import PairConfig
+from osd.engine.engine import PairEngine
 from osd.engine.multimodal import text_config
-from osd.validate_models import check_weights, end_ids
+from osd.train.config import OSDConfig
+from osd.train.validation import planned_pair
+from osd.validate_models import end_ids
+from osd.weight_files import check_weights
 from tests.architectures import WINDOW, save_model, save_multimodal
-from tests.tiny import save_tokenizer, tiny_model
+from tests.tiny import save_tokenizer, spoil_weights, tiny_model
 
 FLOAT32 = Wanted(dtype="float32")
 
@@ -224,7 +231,7 @@ def test_a_multimodal_model_is_counted_without_its_encoders(run, tmp_path):
     path = save_multimodal(tmp_path / "whole", "Gemma 3")
     text_config(AutoConfig.from_pretrained(path)).save_pretrained(tmp_path / "text")
     save_tokenizer(tmp_path / "text", 64)
-    (tmp_path / "text" / "model.safetensors").touch()
+    spoil_weights(tmp_path / "text")
     done = run(path, tmp_path / "text", "--dtype", "float32")
     assert (done.status, done.lines["sampling"], done.lines["training"]) == (0, "yes", "yes")
     assert done.lines["memory, teacher"] == done.lines["memory, student"]
@@ -251,17 +258,73 @@ def test_architectures_that_complete_no_text_are_refused(changes, message, tmp_p
         assert len(report.sampling) < 400
 
 
-@pytest.mark.parametrize("file", [None, "adapter_model.safetensors", "model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("file", [None, "adapter_model.safetensors"])
 def test_a_folder_without_weights_is_refused(file, tmp_path, tiny_pair):
     (tiny_model(tmp_path) / "model.safetensors").unlink()
     if file:
         (tmp_path / file).write_bytes(b"")
-    report = check(str(tiny_pair[0]), str(tmp_path), Wanted())
-    refused = file in (None, "adapter_model.safetensors")
-    assert report.sampling.startswith(f"student='{tmp_path}': the folder has no weights") == refused
-    with pytest.raises(ValueError, match="the folder has no weights") if refused else nullcontext():
-        check_weights(PairConfig(teacher=str(tiny_pair[0]), student=str(tmp_path)))
-    check_weights(PairConfig(teacher=str(tiny_pair[0]), student=str(tmp_path), engine_kwargs={"load_format": "dummy"}))
+    refused_everywhere(tmp_path, tiny_pair[0], "the folder has no weights")
+
+
+@pytest.mark.parametrize(
+    ("file", "kept", "message"),
+    [
+        ("model.safetensors", 0, r"model.safetensors is no whole file of weights \(it is empty\)"),
+        ("model.safetensors", 100, r"model.safetensors is no whole file of weights .100 bytes: .*header"),
+        ("model.safetensors", -1, r"model.safetensors is no whole file .* not fully covered"),
+        ("pytorch_model.bin", 0, r"pytorch_model.bin is no whole file of weights \(it is empty\)"),
+        ("pytorch_model.bin", -30, r"pytorch_model.bin is no whole file .*its end is missing"),
+    ],
+)
+def test_weights_that_are_cut_short_are_refused(file, kept, message, tmp_path, tiny_pair):
+    whole = tiny_model(tmp_path) / "model.safetensors"
+    if file == "pytorch_model.bin":
+        torch.save(load_file(whole), tmp_path / file)
+        whole.unlink()
+    check_weights(PairConfig(teacher=str(tmp_path), student=str(tmp_path)))
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:kept])
+    refused_everywhere(tmp_path, tiny_pair[0], message)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: next(folder.glob("*-00002-*")).unlink(),
+            r"\S+.index.json names 1 of . files that are not there .model-00002-of",
+        ),
+        (
+            lambda folder: next(folder.glob("*-00002-*")).write_bytes(b"version https://git-lfs"),
+            "model-00002-of-00002.safetensors is no whole file",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
+            r"\S+.index.json cannot be read",
+        ),
+    ],
+)
+def test_shards_that_are_missing_or_damaged_are_refused(damage, message, tmp_path, tiny_pair):
+    AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path)).save_pretrained(tmp_path, max_shard_size="200KB")
+    check_weights(PairConfig(teacher=str(tmp_path), student=str(tmp_path)))
+    (tmp_path / "unused.safetensors").write_bytes(b"")  # vLLM reads what the index names
+    check_weights(PairConfig(teacher=str(tmp_path), student=str(tmp_path)))
+    damage(tmp_path)
+    refused_everywhere(tmp_path, tiny_pair[0], message)
+
+
+def refused_everywhere(student, teacher, message):
+    """Check that `osd check`, the engine, the server and the trainer refuse the student's files before a model loads."""
+    message = re.escape(f"student='{student}': ") + message
+    assert re.match(message, check(str(teacher), str(student), Wanted()).sampling)
+    pair = PairConfig(teacher=str(teacher), student=str(student))
+    for entry in (
+        lambda: PairEngine(pair),
+        lambda: server_arguments(["--teacher", str(teacher), "--student", str(student), "--dtype", "float32"]),
+        lambda: planned_pair(str(student), str(teacher), OSDConfig(str(student / "out"), use_cpu=True, bf16=False), None),
+    ):
+        with pytest.raises(ValueError, match=message):
+            entry()
+    check_weights(replace(pair, engine_kwargs={"load_format": "dummy"}))
 
 
 def test_experts_that_no_layer_has_are_not_counted(run, tmp_path, saved):

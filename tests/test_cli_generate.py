@@ -328,31 +328,6 @@ def cli_compare_config():
     return CompareConfig
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["generat"], "unknown command 'generat'"),
-        (["generate", "--num_sample", "2"], "unknown argument '--num_sample' (did you mean '--num_samples'?)"),
-        (["generate", "--config", "absent.yaml"], "config='absent.yaml' does not exist"),
-        (["generate", "--config"], "argument --config"),
-        (["generate", "--config", str(ROOT / "docs")], "is not a file"),
-        (["generate", "--config", str(ROOT / "theory/figures/ess.png")], "is not YAML in UTF-8"),
-        (["generate", "--engine_kwargs", "{dtype"], "engine_kwargs='{dtype' is not a JSON object"),
-        (["generate"], "model_name_or_path is not set"),
-        (["generate", "--num_samples", "two"], "argument --num_samples"),
-        (["inspect", "absent"], "'absent' has no data"),
-    ],
-)
-def test_mistakes_end_in_one_line_and_status_2(argv, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(argv)
-    err = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert message in err
-    assert err.startswith("osd")
-    assert err.count("\n") == 1
-
-
 def test_a_full_disk_ends_in_one_line_and_loses_only_the_shard(tmp_path, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -68,15 +68,25 @@ def test_short_help_is_a_part_of_the_whole(command, settings, capsys):
         (["train", "--config", "math_qa", "--accelerate_config", "fdsp2"], "(did you mean 'fsdp2'?)"),
         (["env", "--all"], "unknown argument '--all'"),
         (["generate", "--config", "math_qa", "--output", "x", "--answer_match", "fuzzy"], "answer_match='fuzzy' is unknown"),
+        (["generate", "--num_sample", "2"], "unknown argument '--num_sample' (did you mean '--num_samples'?)"),
+        (["generate", "--config", "absent.yaml"], "config='absent.yaml' does not exist"),
+        (["generate", "--config"], "argument --config"),
+        (["generate", "--config", str(ROOT / "docs")], "is not a file"),
+        (["generate", "--config", str(ROOT / "theory/figures/ess.png")], "is not YAML in UTF-8"),
+        (["generate", "--engine_kwargs", "{dtype"], "engine_kwargs='{dtype' is not a JSON object"),
+        (["generate"], "model_name_or_path is not set"),
+        (["generate", "--num_samples", "two"], "argument --num_samples"),
+        (["inspect", "absent"], "'absent' has no data"),
     ],
 )
-def test_mistakes_end_in_one_line_with_a_suggestion(argv, message, capsys, monkeypatch):
+def test_mistakes_end_in_one_line_and_status_2(argv, message, capsys, monkeypatch):
     monkeypatch.setattr(train_osd, "parse", parsed_by([]))
     with pytest.raises(SystemExit) as ended:
         cli.main(argv)
     err = capsys.readouterr().err
     assert ended.value.code == 2
     assert message in err
+    assert err.startswith("osd")
     assert err.count("\n") == 1
 
 

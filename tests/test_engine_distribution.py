@@ -19,6 +19,7 @@ from osd.engine.alignment import Aligner
 from osd.engine.backend import sampler
 from osd.engine.engine import PairCompletion, PairEngine, PairPrompt
 from tests.exact import log_probabilities, mixture, pit_chi_square, record_columns, solve
+from tests.pairs import prompt_pairs
 
 pytestmark = pytest.mark.gpu
 
@@ -31,16 +32,6 @@ def plant(monkeypatch, mix) -> None:
     """Mix with this function, on a GPU too, where kernels would do it."""
     monkeypatch.setattr(engine_mixture, "mix", mix)
     monkeypatch.setattr(sampler, "use_kernels", lambda *args: False)
-
-
-def prompt_pairs(count: int) -> list[PairPrompt]:
-    """Prompts of 1 to 40 tokens, different on each side."""
-    rng = torch.Generator().manual_seed(5)
-
-    def ids() -> list[int]:
-        return torch.randint(7, 64, (int(torch.randint(1, 41, (1,), generator=rng)),), generator=rng).tolist()
-
-    return [PairPrompt(teacher_token_ids=ids(), student_token_ids=ids()) for _ in range(count)]
 
 
 def sample(engine: PairEngine, prompts: Sequence[PairPrompt], **sampling) -> list[PairCompletion]:

@@ -41,7 +41,7 @@ from tests.exact import (
     record_columns,
     solve,
 )
-from tests.pairs import run, runners, start, submit
+from tests.pairs import prompt_pairs, run, runners, start, submit
 from tests.training import build_trainer, logged
 
 pytestmark = pytest.mark.gpu
@@ -68,16 +68,6 @@ def model_paths(tiny_pair, greedy_without_drafts):
 def drafts(engine, monkeypatch) -> Callable[[int], None]:
     """Let the student draft so many tokens from now on."""
     return lambda count: monkeypatch.setattr(engine._frontend.scheduler, "drafts", count)
-
-
-def prompt_pairs(count: int) -> list[PairPrompt]:
-    """Prompts of 1 to 40 tokens, different on each side."""
-    rng = torch.Generator().manual_seed(5)
-
-    def ids() -> list[int]:
-        return torch.randint(7, 64, (int(torch.randint(1, 41, (1,), generator=rng)),), generator=rng).tolist()
-
-    return [PairPrompt(teacher_token_ids=ids(), student_token_ids=ids()) for _ in range(count)]
 
 
 PROMPTS = prompt_pairs(COMPLETIONS)

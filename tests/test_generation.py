@@ -10,13 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from osd.core import MixingConfig
 from osd.validate_models import end_ids
 from tests.tiny import tiny_model
-from tests.training import watch
+from tests.training import NOISE, STUDENT_PROMPTS, disagreement, perturb
 
 pytestmark = pytest.mark.gpu
 
-STUDENT_PROMPTS = [[1, 5, 7, 8], [1, 5, 9], [10, 11, 12, 13, 14]]
 TEACHER_PROMPTS = [[1, 4, 20, 21, 22, 5, 7, 8], [1, 4, 23, 5, 9], [24, 10, 11]]
-NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6
 
 
 @pytest.fixture(scope="module")
@@ -40,42 +38,6 @@ def make(engine, student, tiny_pair):
         return OSDGeneration(student, Accelerator(), tokenizer, **kwargs)
 
     return make_generation
-
-
-def logp(model, prompt_ids, token_ids):
-    """Log-probabilities of a completion by transformers, [T]."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt_ids + token_ids], device=model.device)).logits[0, len(prompt_ids) - 1 : -1].cpu()
-    return logits.log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
-
-
-def disagreement(model, prompts, completions, column):
-    """Largest difference between a recorded column and transformers' log-probabilities of the same tokens."""
-    return max(
-        (logp(model, prompt, c.token_ids) - getattr(c.record, column)).abs().max().item()
-        for prompt, c in zip(prompts, completions, strict=True)
-    )
-
-
-def gaps_over_training(trainer):
-    """Train; after every sampling, how far the recorded log π_θ is from the live student's."""
-    gaps = []
-
-    def look(prompts):
-        trainer.model.eval()
-        gaps.append(disagreement(trainer.model, prompts, trainer.vllm_generation.last_batch.completions, "logp_theta"))
-        trainer.model.train()
-
-    watch(trainer, look)
-    trainer.train()
-    return gaps
-
-
-def perturb(model, seed=0, by=0.3):
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=rng) * by * parameter.std().clamp(min=0.1))
 
 
 # -- the contract -------------------------------------------------------------------------------------------------------

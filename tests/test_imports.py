@@ -24,12 +24,14 @@ LAYERS = [
     "osd.sampling_args",
     "osd.prompt_checks",
     "osd.prompts",
-    ("osd.validate_models", "osd.engine"),  # they import each other: checks need PairConfig, PairEngine needs the checks
+    # They import each other: checks need PairConfig, PairEngine needs the checks.
+    ("osd.validate_models", "osd.weight_files", "osd.engine"),
     "osd.check",
     "osd.adapters",
     "osd.sync_check",
     "osd.weight_sync",
     "osd.background",
+    "osd.colocated",
     "osd.generation",
     "osd.output",
     "osd.sampler",
@@ -41,7 +43,7 @@ LAYERS = [
     "osd.cli",
     "osd.__main__",
 ]
-IMPORT_TRL = ("osd.sync_check", "osd.weight_sync", "osd.generation", "osd.train")
+IMPORT_TRL = ("osd.sync_check", "osd.weight_sync", "osd.colocated", "osd.train")
 SOURCES = [p for folder in ("osd", "trainers") for p in sorted((ROOT / folder).rglob("*.py")) if p != ROOT / "osd/__init__.py"]
 
 
@@ -75,8 +77,12 @@ def test_dependencies_point_one_way(path):
         assert top != "trl" or LAYERS[own] in IMPORT_TRL, f"{path} imports TRL"
 
 
-def test_importing_osd_imports_neither_vllm_nor_trl():
-    code = "import sys, osd; sys.exit(bool({'vllm', 'trl', 'torch'} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("osd", {"vllm", "trl", "torch"}), ("osd.sampling_args", {"vllm", "trl", "torch"}), ("osd.prompts", {"vllm", "trl"})],
+)
+def test_light_modules_import_no_heavy_package(module, absent):
+    code = f"import sys, {module}; sys.exit(bool({absent} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -121,3 +127,12 @@ def test_the_wheel_has_two_top_level_names():
     assert packages | set(project["py-modules"]) == {"osd", "optimal_sampling"}
     folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "osd").rglob("*.py")}
     assert folders | {"osd.configs", "osd.train"} == set(project["packages"]), "a folder that the wheel would lack"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_no_module_imports_a_test_module(path):
+    """Helpers of several tests live in modules without tests."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [f"{getattr(node, 'module', '')}.{alias.name}" for node in nodes for alias in node.names]
+    found = [name for name in names if re.search(r"\b(test_\w+|conftest)\b", name)]
+    assert not found, f"move what is shared to a helper module in tests/: {found}"

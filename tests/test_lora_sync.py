@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from osd.adapters import check_mergeable, merge_by_peft, plain_weights
 from osd.generation import OSDGeneration
-from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, gaps_over_training
 from tests.tiny import tiny_engine_kwargs, tiny_model
-from tests.training import build_trainer
+from tests.training import NOISE, STUDENT_PROMPTS, build_trainer, disagreement, gaps_over_training
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 

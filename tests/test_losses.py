@@ -10,14 +10,7 @@ from osd.train import divergence as divergence_module
 from osd.train.divergence import DIVERGENCES, Divergence, token_logprobs
 from osd.train.lm_head import Head, head_of, logit_scale
 from osd.train.losses import batch_loss, pad_column, pad_rows
-
-B, T, V, H_S, H_T = 3, 5, 11, 8, 6
-
-
-def head(rows, hidden, *, seed=0, bias=False, scale=1.0, softcap=None):
-    rng = torch.Generator().manual_seed(seed)
-    bias_V = torch.randn(rows, generator=rng) if bias else None
-    return Head(weight_VH=torch.randn(rows, hidden, generator=rng), bias_V=bias_V, scale=scale, softcap=softcap)
+from tests.heads import H_S, H_T, B, T, V, head
 
 
 def written_out(hidden_BTH, of, temperature):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from osd.train import OSDConfig, OSDTrainer
 from osd.train import trainer as trainer_module
 from osd.train.saving import repair_generation_config
-from tests.tiny import CHAT_TEMPLATE, tiny_engine_kwargs, tiny_model
+from tests.tiny import CHAT_TEMPLATE, spoil_weights, tiny_engine_kwargs, tiny_model
 from tests.training import ROWS, build_trainer, logged, watch
 
 pytestmark = pytest.mark.gpu
@@ -34,11 +34,11 @@ def unstarted(tmp_path, tiny_pair, *, model=None, processing_class=None, rows=RO
 
 
 @pytest.fixture
-def weightless(tmp_path):
-    """Two models without weights: loading one of them would fail."""
+def unloadable(tmp_path):
+    """Two models whose weights cannot be loaded."""
     pair = tiny_model(tmp_path / "teacher", seed=1), tiny_model(tmp_path / "student", seed=2)
     for path in pair:
-        (path / "model.safetensors").unlink()
+        spoil_weights(path)
     return pair
 
 
@@ -66,16 +66,16 @@ def weightless(tmp_path):
         ({"vllm_tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide the 2 attention heads of teacher="),
     ],
 )
-def test_refused_before_a_model_loads(tmp_path, weightless, monkeypatch, given, message):
+def test_refused_before_a_model_loads(tmp_path, unloadable, monkeypatch, given, message):
     monkeypatch.setattr("osd.train.saving.get_token", lambda: None)
     with pytest.raises(ValueError, match=message):
-        unstarted(tmp_path, weightless, **given)
+        unstarted(tmp_path, unloadable, **given)
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, weightless):
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, unloadable):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir='.*file/run' cannot be written"):
-        unstarted(tmp_path, weightless, output_dir=str(tmp_path / "file" / "run"))
+        unstarted(tmp_path, unloadable, output_dir=str(tmp_path / "file" / "run"))
 
 
 def test_a_student_without_a_path_is_refused(tmp_path, tiny_pair):
@@ -85,11 +85,11 @@ def test_a_student_without_a_path_is_refused(tmp_path, tiny_pair):
         unstarted(tmp_path, tiny_pair, model=model)
 
 
-def test_a_processing_class_of_another_vocabulary_is_refused(tmp_path, weightless):
-    tokenizer = AutoTokenizer.from_pretrained(weightless[1])
+def test_a_processing_class_of_another_vocabulary_is_refused(tmp_path, unloadable):
+    tokenizer = AutoTokenizer.from_pretrained(unloadable[1])
     tokenizer.add_tokens(["more"])
     with pytest.raises(ValueError, match=r"different tokenizers: id 64 is None to the teacher and 'more'"):
-        unstarted(tmp_path, weightless, processing_class=tokenizer)
+        unstarted(tmp_path, unloadable, processing_class=tokenizer)
 
 
 # -- honoured -----------------------------------------------------------------------------------------------------------

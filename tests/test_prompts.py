@@ -1,8 +1,5 @@
 """Prompt pairs: chat templates, system prompts, privileged templates, and every mistake in them as a clear error."""
 
-import subprocess
-import sys
-
 import pytest
 
 from osd.prompts import (
@@ -165,8 +162,3 @@ def test_literal_braces_and_fields():
 def test_a_conversation_without_a_user_message_is_refused():
     with pytest.raises(ValueError, match="no user message"):
         teacher_prompt({"prompt": [{"role": "system", "content": "w7"}], "answer": "w8"}, "{answer}")
-
-
-def test_importing_osd_and_its_prompts_imports_neither_vllm_nor_trl():
-    code = "import sys, osd, osd.prompts; assert not {'vllm', 'trl'} & set(sys.modules), sorted(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ from trl.trainer.utils import RepeatSampler
 
 from osd.train import OSDConfig, OSDTrainer
 from osd.train.checkpointing import RUN_FILE, EpochSampler, check_same_run, resolve
-from tests.tiny import tiny_model
+from tests.tiny import spoil_weights, tiny_model
 from tests.training import ROWS, build_trainer, logged, watch
 
 pytestmark = pytest.mark.gpu
@@ -122,10 +122,10 @@ def checkpoint(make, tmp_path):
 
 
 def refused(checkpoint, tmp_path, pair, match, **fields):
-    """The refusal comes before any model loads: these have no weights."""
+    """The refusal comes before any model loads: these could not."""
     for path in pair:
         shutil.copytree(path, tmp_path / path.name)
-        (tmp_path / path.name / "model.safetensors").unlink()
+        spoil_weights(tmp_path / path.name)
     settings = {
         "output_dir": str(tmp_path),
         "teacher_model_name_or_path": str(tmp_path / pair[0].name),

@@ -16,9 +16,8 @@ from osd import sync_check
 from osd.generation import OSDGeneration
 from osd.validate_models import check_models, check_student_can_train, student_layout
 from osd.weight_sync import checked
-from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, gaps_over_training, perturb
 from tests.tiny import tiny_model
-from tests.training import ROWS, build_trainer, logged
+from tests.training import NOISE, ROWS, STUDENT_PROMPTS, build_trainer, disagreement, gaps_over_training, logged, perturb
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from osd.colocated import check_groups
 from osd.core import RECORD_FIELDS
 from osd.engine.engine import PairConfig
 from osd.engine.topk import ids_and_logprobs
-from osd.generation import check_groups
 from osd.validate_models import check_models
 from tests.exact import completion_logits, log_probabilities
 from tests.launched import sampled, weights_of

@@ -18,8 +18,7 @@ from osd.train.divergence import Divergence
 from osd.train.lm_head import head_of
 from osd.train.losses import batch_loss
 from osd.train.metrics import WHOLE, take_reduced
-from tests.test_generation import disagreement, gaps_over_training
-from tests.training import DEVICE, ROWS, build_trainer, logged, watch, weights_after
+from tests.training import DEVICE, ROWS, build_trainer, disagreement, gaps_over_training, logged, watch, weights_after
 
 pytestmark = pytest.mark.gpu
 

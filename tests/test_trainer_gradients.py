@@ -12,8 +12,7 @@ import osd.train.passes as passes
 import osd.train.privilege_gap as privilege_module
 import osd.train.sampling as sampling_module
 from osd.train.importance import importance_weights
-from tests.test_generation import logp
-from tests.training import DEVICE, ROWS, build_trainer, logged, loss_and_gradient, sampled, watch, weights_after
+from tests.training import DEVICE, ROWS, build_trainer, logged, logp, loss_and_gradient, sampled, watch, weights_after
 
 pytestmark = pytest.mark.gpu
 

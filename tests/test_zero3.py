@@ -23,8 +23,8 @@ from osd.train import divergence as divergence_module
 from osd.train.divergence import DIVERGENCES, Divergence, token_divergence, token_logprobs
 from osd.train.lm_head import TopK, on_shared_vocabulary
 from osd.validate_models import student_layout
-from tests.test_generation import NOISE, STUDENT_PROMPTS, disagreement, perturb
-from tests.test_losses import H_S, H_T, V, head
+from tests.heads import H_S, H_T, V, head
+from tests.training import NOISE, STUDENT_PROMPTS, disagreement, perturb
 
 ZeroParamStatus = enum.Enum("ZeroParamStatus", "NOT_AVAILABLE AVAILABLE")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -77,3 +78,8 @@ def tiny_engine_kwargs(**overrides: Any) -> dict[str, Any]:
         seed=0,
     )
     return {**settings, **overrides}
+
+
+def spoil_weights(path: Path) -> None:
+    """Replace a model's weights by a whole file of a wrong shape: loading the model fails."""
+    save_file({"lm_head.weight": torch.zeros(1)}, path / "model.safetensors", metadata={"format": "pt"})

@@ -10,6 +10,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "teacher_prompt": f"w50 w{i} w51"} for i in range(7, 23)]
 
 
+STUDENT_PROMPTS = [[1, 5, 7, 8], [1, 5, 9], [10, 11, 12, 13, 14]]
+NOISE = 1e-3  # float32 engine against float32 transformers; measured 5e-6
+
+
 def build_trainer(
     engine,
     student,
@@ -68,6 +72,42 @@ def watch(trainer, look):
         return result
 
     trainer.vllm_generation.generate = watched
+
+
+def logp(model, prompt_ids, token_ids):
+    """Log-probabilities of a completion by transformers, [T]."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + token_ids], device=model.device)).logits[0, len(prompt_ids) - 1 : -1].cpu()
+    return logits.log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
+def disagreement(model, prompts, completions, column):
+    """Largest difference between a recorded column and transformers' log-probabilities of the same tokens."""
+    return max(
+        (logp(model, prompt, c.token_ids) - getattr(c.record, column)).abs().max().item()
+        for prompt, c in zip(prompts, completions, strict=True)
+    )
+
+
+def gaps_over_training(trainer):
+    """Train; after every sampling, how far the recorded log π_θ is from the live student's."""
+    gaps = []
+
+    def look(prompts):
+        trainer.model.eval()
+        gaps.append(disagreement(trainer.model, prompts, trainer.vllm_generation.last_batch.completions, "logp_theta"))
+        trainer.model.train()
+
+    watch(trainer, look)
+    trainer.train()
+    return gaps
+
+
+def perturb(model, seed=0, by=0.3):
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=rng) * by * parameter.std().clamp(min=0.1))
 
 
 def weights_after(trainer):

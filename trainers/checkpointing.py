@@ -40,7 +40,7 @@ _SAMPLING = (
 
 
 def start_of(checkpoint: str | None) -> datetime:
-    """Return the start of a checkpoint's run; the present time without a checkpoint, or if it has no start."""
+    """Return the time at which a checkpoint's run started; now, if there is no checkpoint or it does not say."""
     path = None if checkpoint is None else Path(checkpoint) / RUN_FILE
     saved = json.loads(path.read_text()) if path is not None and path.is_file() else {}
     return datetime.fromisoformat(saved["dates"]["started"]) if "dates" in saved else datetime.now()
@@ -54,7 +54,7 @@ def run_of(
     Args:
         model: the student as given to the trainer.
         pair: the return value of `planned_pair`.
-        started: when the run began, if that is to be kept.
+        started: when the run began; None leaves it out.
     """
     config: Any = getattr(pair, "config", pair)  # of a running engine, or a server
     student = {**config.engine_kwargs, **config.student_kwargs}

@@ -1,4 +1,4 @@
-"""Fields of TRL and transformers that an OSD run refuses or has no use for, and those of TRL that it honours.
+"""Tables of the fields of TRL and transformers: refused, without effect, or (TRL's) honoured.
 
 Fields of transformers' TrainingArguments that are in no table work as without OSD. `tests/test_fields.py` walks over all
 fields of OSDConfig: a field that a new TRL adds belongs to one of the tables.

@@ -32,7 +32,7 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """Stands in the place of the teacher's `Head` where the teacher is given by its top-k rows (`osd.engine.topk`).
+    """Replacement for the teacher's `Head` when the teacher is given by its top-k rows (`osd.engine.topk`).
 
     Attributes:
         vocab_size: the number of ids that they are of, which both models share.

@@ -119,7 +119,7 @@ def take_reduced(metrics: dict[str, list[float]]) -> dict[str, Any]:
 def loss_metrics(sums: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:
     """Return metrics of one pass from its sums over tokens, all optional except `tokens`; a collective operation."""
     if set(sums) <= {"tokens"}:
-        return {}  # and no collective operation
+        return {}  # on every process: none may wait in a collective operation
     sums_K = torch.stack([value.detach().double().to(accelerator.device) for value in sums.values()])
     of = dict(zip(sums, accelerator.gather(sums_K[None]).sum(0).tolist(), strict=True))
     tokens = of["tokens"]

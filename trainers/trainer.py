@@ -33,8 +33,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id, repeat_iterable_dataset
 
+from osd.colocated import check_groups
 from osd.engine.config import PairConfig
-from osd.generation import OSDGeneration, check_groups
+from osd.generation import OSDGeneration
 from osd.interrupts import kept_interrupts
 from osd.prompts import PRIVILEGED_COLUMN, TEACHER_PROMPT_COLUMN, template_fields
 from osd.train.alpha_schedule import MIX_COLUMN
@@ -272,7 +273,7 @@ class OSDTrainer(DistillationTrainer):
         if iterations == 1 or not isinstance(stream, IterableDataset):
             return super().get_train_dataloader()
         if self.shuffle_dataset:
-            stream = stream.shuffle(seed=self.args.seed)  # before it is repeated, where TRL would do it after
+            stream = stream.shuffle(seed=self.args.seed)  # before rows are repeated; TRL shuffles after
         size = self.args.per_device_train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
         repeated = repeat_iterable_dataset(stream, mini_repeat_count=1, batch_size=size, repeat_count=iterations)
         with patch.multiple(self, train_dataset=repeated, shuffle_dataset=False):

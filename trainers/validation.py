@@ -292,8 +292,9 @@ def planned_pair(
     """Return the pair to train with: the running `engine`, the server, or the checked configuration of an engine to start.
 
     Raises:
-        ValueError: no teacher, or one that is not a path or id; a model that cannot be found; tokenizers that differ;
-            engine arguments that vLLM does not have; a running engine of another teacher, or beside a server.
+        ValueError: no teacher, or one that is not a path or id; a model that cannot be found, or whose files of weights are
+            not whole; tokenizers that differ; engine arguments that vLLM does not have; a running engine of another teacher,
+            or beside a server.
     """
     teacher = _teacher_path(teacher_model, args, engine)
     if engine is not None and args.vllm_mode == "server":
@@ -307,6 +308,7 @@ def planned_pair(
         return engine
     from osd.engine.engine import PairConfig
     from osd.validate_models import check_models, check_student_can_train
+    from osd.weight_files import check_weights
 
     kwargs: dict[str, Any] = args.pair_kwargs()
     if args.vllm_mode == "server":
@@ -315,6 +317,7 @@ def planned_pair(
     check_models(pair)
     check_student_can_train(pair)
     if args.vllm_mode != "server":
+        check_weights(pair)
         return pair
     warn_beside_engine(args)
     return ServedPair(config=pair, url=args.server_url(), timeout=args.vllm_server_timeout, group_port=args.vllm_group_port)

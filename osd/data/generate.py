@@ -38,7 +38,7 @@ class StartPair(Protocol):
 
 
 class NothingUsable(RuntimeError):
-    """Every row of the input was rejected."""
+    """Raised when every row of the input was rejected."""
 
 
 @dataclass

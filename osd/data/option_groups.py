@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from osd.core import SPECULATION_HELP, MixingConfig, mixing_option
-from osd.sampling_args import DATA_COMMANDS, checked_sampling
+from osd.sampling_args import DATA_COMMANDS, as_vllm_arguments, checked_sampling
 
 
 def _of(default: Any, help: str) -> Any:
@@ -128,15 +128,8 @@ class Sampling:
 
     def sampling(self) -> dict[str, Any]:
         """Return the arguments of `vllm.SamplingParams`, without the seed."""
-        return {
-            "max_tokens": self.max_completion_length,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p or 0.0,
-            "repetition_penalty": self.repetition_penalty,
-            **checked_sampling(as_mapping(self.generation_kwargs), where="generation_kwargs", refused=DATA_COMMANDS),
-        }
+        extra = checked_sampling(as_mapping(self.generation_kwargs), where="generation_kwargs", refused=DATA_COMMANDS)
+        return as_vllm_arguments(self, extra)
 
 
 @dataclass(frozen=True, kw_only=True)

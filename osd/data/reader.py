@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from osd.data.formats import is_local, open_input
 from osd.data.strict_json import canonical
+from osd.prompt_checks import without_nones
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -191,13 +192,7 @@ def _no_text(values: Mapping[str, Any]) -> str | None:
 
 def _digest(found: Any) -> str:
     """Hash the content of a record. Null and absent are the same, as they are in Parquet."""
-    return hashlib.sha256(canonical(_without_none(found)).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+    return hashlib.sha256(canonical(without_nones(found)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # -- columns ------------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class RequestBuilder:
         """Return the request of one sample of a row.
 
         Raises:
-            ValueError: this row cannot be used, whatever its content raised (a template may do anything with it).
+            ValueError: this row cannot be used; any exception becomes one, because a template may run anything on a row.
         """
         if row.error is not None:
             raise ValueError(row.error)

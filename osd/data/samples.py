@@ -97,8 +97,8 @@ def pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     for token in token_ids:
         text = _text(stream.step, fast, token)
         if text is None:
-            # "Invalid prefix encountered": byte-fallback tokenizers (Llama 2, Gemma) decode a run of bytes as a whole, and half
-            # of a character after a newline turns the newline, which was given out, into U+FFFD. Begin anew, as vLLM does.
+            # "Invalid prefix encountered". Byte-fallback tokenizers (Llama 2, Gemma) decode a run of bytes as a whole: half a
+            # character after a newline turns that newline, which was returned already, into U+FFFD. Begin anew, as vLLM does.
             stream = DecodeStream(skip_special_tokens=False)
             text = _text(stream.step, fast, token)
         texts.append(text or "")

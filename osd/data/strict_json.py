@@ -8,22 +8,22 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def strict(value: Any) -> Any:
-    """Copy a value with null in place of numbers that JSON does not have, and with text as keys."""
+def strict(value: Any, digits: int | None = None) -> Any:
+    """Copy a value with null in place of numbers that JSON does not have, and with text as keys.
+
+    Args:
+        digits: round floats to so many; None: leave them as they are.
+    """
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return None if not math.isfinite(value) else value if digits is None else float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {str(key): strict(item) for key, item in value.items()}
-    return [strict(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): strict(item, digits) for key, item in value.items()}
+    return [strict(item, digits) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def finite(value: Any) -> Any:
     """Copy a value as `strict` does, with floats rounded to nine digits, which hold every float32."""
-    if isinstance(value, float):
-        return float(f"{value:.9g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return strict(value, 9)
 
 
 def canonical(value: Any) -> str:

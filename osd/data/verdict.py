@@ -209,7 +209,7 @@ def _nearer(v: dict[str, Any]) -> bool:
 
 
 def _headline(v: dict[str, Any]) -> str:
-    """Return the verdict in one sentence; each claim of it is one of the tests of `_worth_it`."""
+    """Return the verdict in one sentence; every claim in it is a test of `_worth_it`."""
     gains, line = _sign(v["student_gain_interval"]) > 0, _sign(v["over_linear_interval"])
     why = "so is q*" if gains else f"q* is measurably nearer to it and loses at most {SMALL:.0%} of its lead"
     than_linear = "measurably better than" if line > 0 else "not measurably better or worse than"

@@ -130,7 +130,7 @@ class PairConfig:
             if key in UNSUPPORTED_KWARGS and value:
                 raise ValueError(f"{name}[{key!r}]={value!r} is not supported: {UNSUPPORTED_KWARGS[key]}; remove it")
             if key in _MAPPINGS and isinstance(value, str):
-                raise ValueError(f"{name}[{key!r}]={value!r} is not a mapping; write {{'key': 'value'}}")
+                raise ValueError(f'{name}[{key!r}]={value!r} is not a mapping; write {{"key": "value"}}')
             if key in _SMALLEST and isinstance(value, int) and value < _SMALLEST[key]:
                 raise ValueError(f"{name}[{key!r}]={value!r} is too small; use {_SMALLEST[key]} or more")
             if (

@@ -19,7 +19,8 @@ from osd.engine.group import RankGroup, Request
 from osd.engine.record import RequestRecord, load_records
 from osd.engine.request import PairCompletion, PairOptions, PairPrompt, SideLimits, check_request, draw_seeds, one_each
 from osd.engine.weights import dump_weights
-from osd.validate_models import check_models, check_weights, load_tokenizer
+from osd.validate_models import check_models, load_tokenizer
+from osd.weight_files import check_weights
 
 __all__ = ["EngineState", "PairCompletion", "PairConfig", "PairEngine", "PairPrompt", "checked_params"]
 

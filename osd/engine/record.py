@@ -41,9 +41,9 @@ class RequestRecord:
     origin_T1: torch.Tensor | None = None
 
     def of_tokens(self, length: int) -> TokenRecord:
-        """The record of a completion of that many tokens."""
-        # A request that ended by a stop string, or in an error, may have more rows than tokens: of the steps then in flight.
-        # A record that somebody keeps must not keep those of the whole batch, with which its values share memory.
+        """Return the record of a completion of ``length`` tokens."""
+        # A request that ended by a stop string or an error may have more rows than tokens: the steps in flight added them.
+        # Copy: the values share memory with those of the whole batch, which a kept record would keep as well.
         hidden, topk = (x[:length].clone() if x is not None and len(x) > length else x for x in (self.hidden_TH, self.topk_TX))
         values = self.values_TR[:length].clone() if self.values_TR.numel() else torch.empty(0, len(RECORD_FIELDS))
         origin = None if self.origin_T1 is None else self.origin_T1[:length, 0].clone()
@@ -58,7 +58,7 @@ class RequestRecord:
 
 @dataclass
 class _Step:
-    """The rows of one step that somebody asked to record, in the order of ``request_ids``.
+    """The recorded rows of one step, in the order of ``request_ids``.
 
     Under speculation ``kept_B``, bool, says which rows are tokens, and ``origin_B1`` how each came to be.
     """

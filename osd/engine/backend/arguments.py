@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from argparse import SUPPRESS, Action, ArgumentTypeError, Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +28,8 @@ from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_opti
 from osd.engine.backend.configuration import check_engine_args, refusal, refusals
 from osd.engine.backend.language_model import as_text
 from osd.engine.config import PairConfig, transfer_backend
-from osd.validate_models import check_models, check_weights
+from osd.validate_models import check_models
+from osd.weight_files import check_weights
 
 # The neutral values of what vLLM would take from the teacher's generation_config.json where a request names none.
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -45,13 +48,15 @@ def server_arguments(argv: list[str]) -> Namespace:
     """
     args = parser().parse_args(argv)
     args.subparser = "serve"  # vLLM's checks ask for it
-    config = pair_config(args, given(argv))
+    with _named_as_flags():
+        config = pair_config(args, given(argv))
     _check_front_end(args)
     if (transfer := config.engine_kwargs.get("weight_transfer_config")) is not None:
         _check_takes_weights(args, transfer_backend(transfer))
     args.student_chat_template = _template(args.student_chat_template)
-    check_models(config)
-    check_weights(config)
+    with _named_as_flags():
+        check_models(config)
+        check_weights(config)
     for name, value in as_text(config.teacher_engine_args()).items():
         setattr(args, name, value)
     with refusals():
@@ -64,6 +69,23 @@ def server_arguments(argv: list[str]) -> Namespace:
         validate_api_server_args(args)
     check_engine_args(AsyncEngineArgs.from_cli_args(args), headless=args.headless)
     return args
+
+
+@contextmanager
+def _named_as_flags() -> Iterator[None]:
+    """Name the engine arguments in an error as `osd serve` takes them: as flags, not as fields of `PairConfig`."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"\bstudent_kwargs\b", "--student-engine-kwargs", str(error))
+        text = re.sub(r"\b(?:engine|teacher)_kwargs\['(\w+)'\](=True\b|=False\b)?", _flag, text)
+        text = text.replace("set num_speculative_tokens", "set --num-speculative-tokens")
+        raise ValueError(text.replace("set it in engine_kwargs", "set it as a flag of its own, for both sides")) from error
+
+
+def _flag(found: re.Match[str]) -> str:
+    name, value = found[1].replace("_", "-"), found[2]
+    return f"--no-{name}" if value == "=False" else f"--{name}"
 
 
 def _check_front_end(args: Namespace) -> None:
@@ -115,7 +137,7 @@ def pair_config(args: Namespace, given: Mapping[str, Any]) -> PairConfig:
     """Return the pair of parsed arguments; ``given`` holds those that were written.
 
     Raises:
-        ValueError: no teacher or student, a model given vLLM's way, or what `PairConfig` and `MixingConfig` refuse.
+        ValueError: no teacher or student, a model given as to `vllm serve`, or what `PairConfig` and `MixingConfig` refuse.
     """
     for side in ("teacher", "student"):
         if not getattr(args, side):
@@ -208,7 +230,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _explained(action: Action, kind: Any) -> Any:
-    """Return a parser of one value that names the value, what is wrong with it and how it is written."""
+    """Wrap the parser of one value: its errors name the value, what is wrong with it and how to write it."""
 
     @functools.wraps(kind)
     def parse(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Rows whose logits are not numbers, or that no token is left for: from the worker to the request's error."""
+"""Failed rows (NaN logits, or no token left to draw): taken from the worker's output and answered with an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAILURES = {
 
 
 def take_failed_rows(output: ModelRunnerOutput) -> dict[str, str]:
-    """Drop the last token of rows that failed, at which they failed; return the reasons by request id."""
+    """Drop the last token of each failed row, the one at which it failed; return the reasons by request id."""
     sides, output.num_nans_in_logits = output.num_nans_in_logits or {}, None
     if not any(sides.values()):
         return {}
@@ -31,7 +31,7 @@ def take_failed_rows(output: ModelRunnerOutput) -> dict[str, str]:
 
 
 def append_error(outputs: dict[int, EngineCoreOutputs], request: Request, reason: str) -> None:
-    """Answer a request with an error, among the outputs of a step by client."""
+    """Add an error, as the answer to a request, to the outputs of a step (a mapping by client)."""
     error = EngineCoreOutput(
         request_id=request.request_id, new_token_ids=[], finish_reason=FinishReason.ERROR, stop_reason=f"osd: {reason}"
     )

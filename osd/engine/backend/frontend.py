@@ -7,6 +7,8 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any
 from unittest import mock
@@ -34,7 +36,7 @@ _POLL_SECONDS = 0.5  # how often a wait for another process looks whether it is 
 
 
 class EngineDied(RuntimeError):
-    """The process of the engine ended."""
+    """Raised when the engine's process has ended."""
 
 
 class Frontend:
@@ -145,24 +147,19 @@ class Frontend:
         function = getattr(self.llm, name)
         if self._core is not None:
             return function(*args, **kwargs)
-        result: list[Any] = []
-        failure: list[BaseException] = []
+        answer: Future[Any] = Future()
 
         def wait() -> None:
             try:
-                result.append(function(*args, **kwargs))
+                answer.set_result(function(*args, **kwargs))
             except BaseException as error:
-                failure.append(error)
+                answer.set_exception(error)
 
-        thread = threading.Thread(target=wait, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-            if thread.is_alive() and not self.alive:
+        threading.Thread(target=wait, daemon=True).start()
+        while not futures.wait([answer], _POLL_SECONDS).done:
+            if not self.alive and not answer.done():
                 raise EngineDied(_DIED)
-        if failure:
-            raise failure[0]
-        return result[0]
+        return answer.result()
 
     def _watch_outputs(self) -> None:
         """Stop waiting for a step of the engine's process when that process ends; vLLM would wait forever."""

@@ -1,4 +1,4 @@
-"""The per-token record on its way with the tokens: worker, scheduler, vLLM's front end.
+"""Transport of the per-token record beside the tokens: worker, scheduler, vLLM's front end.
 
 From worker to scheduler it travels as further columns of the step's logprobs, which vLLM copies to the host without a wait.
 From there to the front end it travels as a request's ``routed_experts``: vLLM collects that array over the tokens of a

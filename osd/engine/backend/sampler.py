@@ -1,4 +1,4 @@
-"""PairSampler: draws a step's tokens from q*, in the place of vLLM's sampler.
+"""PairSampler: draws a step's tokens from q*, instead of vLLM's sampler.
 
 Order of operations: both policies are tempered and mixed into log q*. Then a grammar, logit bias, allowed tokens, penalties,
 bad words, a thinking budget, min-p, top-k and top-p act on log q*, as vLLM defines them on logits; vLLM's own sampler keeps
@@ -104,7 +104,7 @@ class PairSampler:
         return replace(self._drawn(inputs), topk_BX=self._topk(inputs))
 
     def _topk(self, inputs: StepInputs) -> torch.Tensor | None:
-        """Return the teacher's largest log-probabilities: of π_t itself, whatever acts on log q*."""
+        """Return the teacher's largest log-probabilities: of π_t itself, before anything that acts on log q*."""
         of, logits_BV = inputs.alignment, inputs.teacher[:, : self.vocab_size]
         if not of.topk:
             return None

@@ -289,10 +289,10 @@ class PairScheduler(SideScheduler):
         self.student.finished_req_ids |= set(student_known) - self.student.requests.keys()
 
     def set_pause_state(self, pause_state: PauseState) -> None:
-        """Pause or go on, on both sides. After a pause that kept its requests, the student computes their KV anew.
+        """Pause or resume both sides. After a pause that kept its requests, the student recomputes their KV.
 
-        Its weights may have changed meanwhile; the teacher's never change. A step that is still in flight shows that nobody
-        waited for the pause, and so that nobody loaded weights in it.
+        Its weights may have changed meanwhile; the teacher's never change. If a step is still in flight, nobody waited
+        for the pause, so nobody loaded weights in it.
         """
         was_kept = self.pause_state == PauseState.PAUSED_ALL
         if was_kept and pause_state != PauseState.PAUSED_ALL and not (self.step_in_flight or self.student.step_in_flight):

@@ -19,7 +19,7 @@ class SideScheduler(AsyncScheduler):
 
     Attributes:
         may_finish: returns whether a request's newest token may be computed in the step being scheduled.
-        cornered: requests that were not admitted, because they had no other token left to compute.
+        cornered: requests that were not admitted, because their only token left to compute is the newest one.
         resets: how often the prefix cache was emptied, with no request left that has blocks.
     """
 
@@ -63,7 +63,7 @@ class SideScheduler(AsyncScheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Return how many tokens of a request to schedule.
 
-        vLLM calls it for every request, after all other limits, to leave room for a draft model, which a pair has not.
+        vLLM calls it for every request, after all other limits, to leave room for a draft model, which a pair does not have.
         """
         if self.may_finish(request.request_id):
             return num_new_tokens
@@ -85,7 +85,7 @@ class SideScheduler(AsyncScheduler):
         return {i for i in output.num_scheduled_tokens if not requests[i].is_prefill_chunk}
 
     def preempt(self, request: Request) -> None:
-        """Free a running request's KV blocks and queue it to be computed anew; a step that was scheduled computes it still."""
+        """Free a running request's KV blocks and queue it to be computed anew; a step already scheduled still computes it."""
         self.running.remove(request)
         self._preempt_request(request, monotonic())
 

@@ -34,7 +34,7 @@ else:
 # Attributes of vLLM's Worker that it reads when it builds, profiles or warms up its model runner.
 _CONFIG_ATTRIBUTES = ("model_config", "cache_config", "load_config", "scheduler_config", "compilation_config")
 
-workers: weakref.WeakSet[TwoModelWorker] = weakref.WeakSet()  # of this process, and not shut down yet
+workers: weakref.WeakSet[TwoModelWorker] = weakref.WeakSet()  # those of this process that are not shut down yet
 
 
 class TwoModelWorker(Worker):
@@ -183,7 +183,9 @@ class TwoModelWorker(Worker):
         is_student = self.model_runner is getattr(self, "student_runner", None)
         if not (is_student and self.vllm_config.model_config.enable_sleep_mode):
             return super()._maybe_get_memory_pool_context(tag)
-        return _allocator().use_memory_pool(tag=tag)  # vLLM's own would take the teacher's weights for another engine's
+        return _allocator().use_memory_pool(
+            tag=tag
+        )  # vLLM's own raises: it takes the teacher's weights for those of another engine
 
     def sleep(self, level: int = 1) -> None:
         """Free the memory of both sides' weights and caches; the weights are backed up on the host, the caches are lost."""

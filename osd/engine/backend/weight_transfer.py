@@ -21,13 +21,13 @@ from osd.engine.config import WEIGHT_TRANSFERS
 
 @dataclass(kw_only=True)
 class NCCLInitInfo(NCCLWeightTransferInitInfo):
-    """vLLM's, and how long one `/update_weights` may take; TRL's client sends a whole model in one, and no ``seconds``."""
+    """vLLM's fields, and the limit of one `/update_weights`. TRL's client sends all weights in one; it sets no limit."""
 
     seconds: float = 1800.0
 
 
 class StudentNCCLEngine(NCCLWeightTransferEngine):
-    """vLLM's NCCL engine, which hands the tensors to the pair's worker, and gives up a transfer whose trainer is gone."""
+    """vLLM's NCCL engine that hands the tensors to the pair's worker and aborts a transfer whose trainer is gone."""
 
     init_info_cls = NCCLInitInfo
 

@@ -174,7 +174,7 @@ class PairWorker(TwoModelWorker):
     def _sample(
         self, hidden_states: torch.Tensor, batch: InputBatch, grammar_output: Any
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        """Draw the step's tokens from q*; stands in the place of the teacher runner's ``sample``."""
+        """Draw the step's tokens from q*; replaces the teacher runner's ``sample``."""
         runner = self.model_runner
         if self._step is None:
             return type(runner).sample(runner, hidden_states, batch, grammar_output)
