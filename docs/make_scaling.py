@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.checkpoints import save_tokenizer
@@ -58,7 +60,7 @@ def checked(teacher: str, student: str, wanted: Wanted) -> Report:
         paths = [write_model(shape, Path(scratch)) for shape in (teacher, student)]
         for path in paths:
             save_tokenizer(path, 64)
-            (path / "model.safetensors").touch()  # `osd check` refuses a folder without weights
+            save_file({}, path / "model.safetensors")  # `osd check` refuses a folder without weights
         report = check(*map(str, paths), wanted)
     assert not report.status, (report.sampling, report.training)
     return report

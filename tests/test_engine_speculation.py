@@ -111,7 +111,7 @@ def test_draws_follow_q_star_when_the_number_of_drafts_changes(engine, models, m
     """As with "auto": other drafts in every step, and steps that run as without speculation."""
     rng, seen = random.Random(0), Counter()
     monkeypatch.setattr(speculative_worker, "chooses_drafts", lambda config: True)
-    chooser = SimpleNamespace(choose=lambda batch: rng.randrange(4), observe=lambda batch, drafts, *of: seen.update([drafts]))
+    chooser = SimpleNamespace(choose=lambda batch: rng.randrange(4), observe=lambda drafts, *of: seen.update([drafts]))
     monkeypatch.setattr(engine._frontend.scheduler, "chooser", chooser)
     completions = sample(engine)
     assert worst_chi_square(models, completions) < THRESHOLD
