@@ -69,16 +69,20 @@ def test_where_no_draft_pays_it_loses_less_than_three_percent(student, acceptanc
     assert seconds / without < 1.03
 
 
-def test_a_pair_that_agrees_less_than_it_did_gets_fewer_drafts():
-    chooser, rng = DraftChooser(MOST), random.Random(0)
-    seen = []
-    for acceptance in (0.95, 0.3):
+@pytest.mark.parametrize("batch", [1, 8])
+def test_it_follows_a_pair_whose_agreement_changes(batch):
+    chooser, rng, chosen, speed = DraftChooser(MOST), random.Random(0), [], []
+    for acceptance in (0.95, 0.1, 0.95):
+        seconds = tokens = 0.0
         for _ in range(1500):
-            k = chooser.choose(8)
-            chooser.observe(k, 1 + (k + 1) * 0.1, [cycle(rng, acceptance, k) for _ in range(8)])
-        seen.append(k)
-    assert seen[0] >= 5
-    assert seen[1] <= 2
+            chosen.append(k := chooser.choose(batch))
+            got = [cycle(rng, acceptance, k) for _ in range(batch)]
+            seconds, tokens = seconds + 1 + (k + 1) * 0.25, tokens + sum(got) / batch
+            chooser.observe(k, 1 + (k + 1) * 0.25, got)
+        speed.append(tokens / seconds * 1.25)  # 1: without drafts
+    assert statistics.mean(chosen[1400:1500]) > 4
+    assert speed[1] > 0.9
+    assert speed[2] > 0.9 * speed[0]
 
 
 def test_batches_of_another_size_are_chosen_for_on_their_own():

@@ -1,9 +1,10 @@
 """Choice of the number of drafts, measured while the engine runs, per batch size (`num_speculative_tokens="auto"`).
 
 A step with k drafts takes c(k) seconds and gives each request t(k) tokens on average. The time of a token, c(k) / t(k), has one
-minimum over k where c is linear and drafts are accepted alike (theory, Theorem 21). So the search moves to a neighbour whenever
-that is faster. c(k) is measured for each k; t of all k follows from one acceptance rate per place of a draft, which steps with
-any number of drafts measure, at any batch size.
+minimum over k where c is linear and drafts are accepted alike (theory, Theorem 21). So the search tries a neighbour, and stays
+with it if that is faster. c(k) is measured for each k; t of all k follows from one acceptance rate per place of a draft, which
+steps with any number of drafts measure, at any batch size. When acceptance changes, the k that were tried before are compared
+anew.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ _FIRST = 8  # steps without drafts that are measured before anything is tried
 _TRIAL = 4  # steps that a trial takes
 _SKIPPED = 2  # steps after a change of k that are not measured: with async scheduling two steps overlap
 _MEMORY = 16  # steps whose median is the time of a step: one that was interrupted must not decide
-_VERDICTS = 1000  # about so many verdicts on drafts are remembered, at each place
-_ALLOWANCE = 0.015  # share of the time without drafts that trials may cost, after the first
+_REMEMBERED = 64  # steps whose acceptance counts, about
+_FASTER = 0.97  # of the best number's time per token: a number that was measured before is taken without a trial
+_ALLOWANCE = 0.015  # share of the time that trials may cost, after the first
 
 
 class _Acceptance:
@@ -29,11 +31,12 @@ class _Acceptance:
         self._accepted = [0.0] * most
 
     def add(self, drafts: int, tokens: Sequence[int]) -> None:
-        for place in range(drafts):
-            verdicts = sum(count > place for count in tokens)
-            keep = max(0.0, 1 - verdicts / _VERDICTS)
-            self._verdicts[place] = keep * self._verdicts[place] + verdicts
-            self._accepted[place] = keep * self._accepted[place] + sum(count > place + 1 for count in tokens)
+        """Count the verdicts of one step: ``tokens`` of each request, at most ``drafts`` + 1. Older steps count less."""
+        for place in range(len(self._verdicts)):
+            reached, accepted = (sum(count > least for count in tokens) for least in (place, place + 1))
+            judged = place < drafts
+            self._verdicts[place] = (1 - 1 / _REMEMBERED) * self._verdicts[place] + judged * reached
+            self._accepted[place] = (1 - 1 / _REMEMBERED) * self._accepted[place] + judged * accepted
 
     def tokens(self, drafts: int) -> float:
         """Return the expected tokens of a cycle; a place without verdicts has the rate of the place before it."""
@@ -69,8 +72,8 @@ class _Bucket:
 class DraftChooser:
     """Chooses the number of drafts of a step.
 
-    Trials that turn out slower may cost 1.5% of the time that was spent, so that a pair for which no draft pays loses no more
-    than that and one trial.
+    Trials that turn out slower may cost 1.5% of the time that was spent, so a pair for which no draft pays loses about that and
+    one trial.
 
     Args:
         most: the largest number of drafts.
@@ -99,12 +102,12 @@ class DraftChooser:
         self._since = self._since + 1 if drafts == self._last else 0
         self._last = drafts
         self._acceptance.add(drafts, tokens)
-        if self._since < _SKIPPED:
-            return
         bucket = self._bucket(len(tokens))
         if drafts != bucket.best and bucket.best in bucket.costs:
             bucket.lost += seconds - sum(tokens) / len(tokens) * self._per_token(bucket, bucket.best)
         bucket.spent += seconds
+        if self._since < _SKIPPED:
+            return
         bucket.costs.setdefault(drafts, deque(maxlen=_MEMORY)).append(seconds)
         self._advance(bucket, drafts)
 
@@ -117,6 +120,10 @@ class DraftChooser:
             bucket.trial = None
             if self._per_token(bucket, tried) < self._per_token(bucket, bucket.best):
                 bucket.best, bucket.tried = tried, [bucket.best]
+        elif bucket.best in bucket.costs:
+            known = min(bucket.costs, key=lambda k: self._per_token(bucket, k))
+            if self._per_token(bucket, known) < _FASTER * self._per_token(bucket, bucket.best):
+                bucket.best, bucket.tried = known, []
         if len(bucket.costs.get(bucket.best, ())) < (_TRIAL if bucket.best else _FIRST):
             return
         price = 0.5 * _TRIAL * median(bucket.costs[bucket.best])  # what the next trial may lose

@@ -34,7 +34,7 @@ class SpeculativeScheduler(PairScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.drafts = most_drafts(self.vllm_config)
+        self.drafts = self.student.drafts = most_drafts(self.vllm_config)
         self.chooser = DraftChooser(self.drafts) if chooses_drafts(self.vllm_config) else None
         self._step_ended: float | None = None
         self._placeholders = [-1] * self.drafts
