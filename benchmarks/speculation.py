@@ -35,6 +35,7 @@ from benchmarks.process import GPU, MULTIPROCESSING, ROOT, environment, exit_on_
 from benchmarks.shapes import config, parse_pair, write_model
 from benchmarks.summary import Result, markdown
 from benchmarks.turns import SIDES, Prompts, Variant
+from osd.engine.config import MOST_CHOSEN
 from osd.engine.speculation import expected_tokens
 
 SEEN = {"tokens_per_cycle": "tokens per cycle", "draft_acceptance": "accepted", "record_acceptance": "by the record"}
@@ -70,6 +71,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.new_tokens = ANSWER_TOKENS if args.real else 256
     if args.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: one-token runs are subtracted")
+    if unknown := [k for k in args.drafts if k != "auto" and not (k.isdecimal() and int(k) <= MOST_CHOSEN)]:
+        parser.error(f"--drafts {unknown[0]}: give numbers from 0 to {MOST_CHOSEN}, or auto")
+    if wrong := [rate for rate in args.acceptances if not 0 <= rate <= 1]:
+        parser.error(f"--acceptances {wrong[0]}: give numbers from 0 to 1")
+    if min(args.repeats, *args.batch_sizes) < 1:
+        parser.error("--repeats and --batch-sizes must be at least 1")
     return args
 
 

@@ -18,6 +18,7 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from osd.core import MixingConfig
+from osd.engine.backend.layers import without_cached_states
 from osd.engine.backend.two_models import workers
 from osd.engine.backend.worker import PairWorker
 from osd.engine.engine import PairConfig, PairEngine, PairPrompt
@@ -29,6 +30,7 @@ from tests.tiny import save_tokenizer, tiny_engine_kwargs, tiny_model
 pytestmark = pytest.mark.gpu
 
 PROMPTS = [PairPrompt(teacher_token_ids=[7 + i, 9, 10, 11], student_token_ids=[30, 31 + i]) for i in range(6)]
+RECURRENT = "Mamba-2 and attention"
 SAMPLING = dict(max_tokens=30, temperature=1.0, ignore_eos=True)
 
 
@@ -102,29 +104,29 @@ def test_engine_arguments_the_pair_cannot_take_are_refused(kwargs, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can cache states")
 @pytest.mark.parametrize("side", ["teacher", "student"])
-def test_cached_states_are_refused_on_a_cpu(tmp_path, tiny_pair, side):
-    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: save_model(tmp_path, "Mamba-2 and attention")}
-    with pytest.raises(ValueError, match=f"{side} '{tmp_path}' has recurrent layers.*'enable_prefix_caching'"):
-        pair(**paths)
+def test_states_are_not_cached_on_a_cpu(tmp_path, tiny_pair, side):
+    paths = dict(zip(("teacher", "student"), map(str, tiny_pair), strict=True)) | {side: str(save_model(tmp_path, RECURRENT))}
+    found = without_cached_states(PairConfig(**paths))
+    assert [found.side_kwargs(name).get("enable_prefix_caching") for name in (side, *({*paths} - {side}))] == [False, None]
+    with pytest.raises(
+        ValueError, match=rf"the {side} '{tmp_path}' has recurrent .* set engine_kwargs\['enable_prefix_caching'"
+    ):
+        pair(**paths, engine_kwargs={"enable_prefix_caching": True})
 
 
-@pytest.mark.parametrize(
-    ("side", "kwargs", "fix"),
-    [
-        ("teacher", {"engine_kwargs": {"enable_prefix_caching": False}}, "num_speculative_tokens=0"),
-        pytest.param(
-            "student",
-            {"student_kwargs": {"enable_prefix_caching": True}},
-            r"student_kwargs\['enable_prefix_caching'\]=False",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no state is cached on a CPU"),
-        ),
-    ],
-)
-def test_drafts_that_a_state_cannot_go_back_by_are_refused(tmp_path, tiny_pair, side, kwargs, fix):
+def test_a_recurrent_teacher_with_drafts_is_refused(tmp_path, tiny_pair):
     """The state would be wrong, and nothing would show it."""
-    paths = dict(zip(("teacher", "student"), tiny_pair, strict=True)) | {side: save_model(tmp_path, "Mamba-2 and attention")}
-    with pytest.raises(ValueError, match=f"num_speculative_tokens.*{side} '{tmp_path}' has recurrent layers.*{fix}"):
-        pair(**paths, num_speculative_tokens=2, **kwargs)
+    with pytest.raises(ValueError, match=f"num_speculative_tokens: the teacher '{tmp_path}' has recurrent .*_tokens=0"):
+        pair(save_model(tmp_path, RECURRENT), tiny_pair[1], num_speculative_tokens=2)
+
+
+def test_states_that_go_back_by_drafts_are_not_cached(tmp_path, tiny_pair):
+    paths = {"teacher": str(tiny_pair[0]), "student": str(save_model(tmp_path, RECURRENT))}
+    found = without_cached_states(PairConfig(**paths, num_speculative_tokens=2))
+    assert found.student_kwargs == {"enable_prefix_caching": False}
+    assert found.teacher_kwargs == {}
+    with pytest.raises(ValueError, match=r"go back by a rejected draft .* set student_kwargs\['enable_prefix_caching'\]=False"):
+        pair(**paths, num_speculative_tokens=2, student_kwargs={"enable_prefix_caching": True})
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(), reason="vLLM's kernels there can")

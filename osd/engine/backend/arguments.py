@@ -27,6 +27,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from osd.core import MIXING_OPTIONS, SPECULATION_HELP, MixingConfig, mixing_option, suggest
 from osd.engine.backend.configuration import check_engine_args, refusal, refusals
 from osd.engine.backend.language_model import as_text
+from osd.engine.backend.layers import without_cached_states
 from osd.engine.config import PairConfig, transfer_backend
 from osd.validate_models import check_models
 from osd.weight_files import check_weights
@@ -57,6 +58,7 @@ def server_arguments(argv: list[str]) -> Namespace:
     with _named_as_flags():
         check_models(config)
         check_weights(config)
+        config = without_cached_states(config)
     for name, value in as_text(config.teacher_engine_args()).items():
         setattr(args, name, value)
     with refusals():

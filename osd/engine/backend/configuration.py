@@ -124,14 +124,9 @@ def student_vllm_config(teacher_config: VllmConfig) -> VllmConfig:
     """Return the student's own ``VllmConfig``, made to run inside the teacher's workers.
 
     Weights, model, KV cache, compilation and CUDA graphs are the student's. Process group and scheduling mode are the
-    teacher's. So are the limits of a step, unless the student sets its own. Recurrent states are not cached if the student
-    drafts, unless it asks for that.
+    teacher's. So are the limits of a step, unless the student sets its own.
     """
     own = as_text({name: value for name, value in _pair_section(teacher_config)["student"].items() if value is not None})
-    if most_drafts(teacher_config):
-        model = EngineArgs(**own).create_model_config()
-        if model.has_inner_state:
-            own = {"enable_prefix_caching": False, **own}
     config = EngineArgs(**_step_limits(teacher_config.scheduler_config, own) | own).create_engine_config()
     config.parallel_config = teacher_config.parallel_config
     config.device_config = teacher_config.device_config

@@ -27,6 +27,7 @@ from vllm.v1.engine import utils as engine_utils
 from osd.engine.backend import cpu
 from osd.engine.backend.configuration import check_engine_args, refusal, side_limits, student_vllm_config
 from osd.engine.backend.language_model import as_text
+from osd.engine.backend.layers import without_cached_states
 from osd.engine.backend.two_models import workers
 from osd.engine.config import PairConfig
 from osd.interrupts import kept_interrupts
@@ -54,7 +55,7 @@ class Frontend:
         self._groups_are_ours = not torch.distributed.is_initialized()
         self.llm: LLM | None = None
         try:
-            arguments = as_text(config.teacher_engine_args())
+            arguments = as_text(without_cached_states(config).teacher_engine_args())
             check_engine_args(EngineArgs(**arguments))
             with interruptible_start():
                 self.llm = LLM(**arguments)

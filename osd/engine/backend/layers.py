@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -81,13 +81,7 @@ def model_facts(config: PairConfig, side: str, gpus: int) -> ModelFacts:
     Raises:
         ValueError: a configuration that vLLM refuses.
     """
-    arguments = as_text({**config.side_kwargs(side), "model": getattr(config, side), "max_model_len": None})
-    with (
-        mock.patch.object(envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, create=True),  # no engine: no warning about its seed
-        mock.patch.object(type(current_platform), "verify_quantization"),
-        refusals(),
-    ):
-        model = EngineArgs(**arguments).create_model_config()
+    model = _model_config(config, side)
     layers, unknown = None, ""
     try:
         layers = list(_layers(model, gpus))
@@ -105,22 +99,54 @@ def model_facts(config: PairConfig, side: str, gpus: int) -> ModelFacts:
     )
 
 
-def no_drafts(side: str, model: ModelConfig, caching: bool = False) -> str:
-    """Return why "teacher" or "student" cannot take part in speculation; empty if it can.
-
-    ``caching``: its prefix cache is on.
-    """
+def no_drafts(side: str, model: ModelConfig) -> str:
+    """Return why "teacher" or "student" cannot take part in speculation; empty if it can."""
     reason = ""
     if model.has_inner_state and side == "teacher":
         reason = "recurrent layers (Mamba, linear attention, convolutions), whose state cannot go back by a rejected draft"
-    elif model.has_inner_state and caching:
-        reason = (
-            "recurrent layers, whose states cannot be cached if they go back by a rejected draft; "
-            "set student_kwargs['enable_prefix_caching']=False"
-        )
     elif side == "teacher" and model.use_mla and current_platform.is_cpu() and not torch.cpu._is_amx_tile_supported():
         reason = "latent attention (MLA), whose kernel on this CPU cannot verify several drafts at once"
     return f"the {side} {model.model!r} has {reason}; use num_speculative_tokens=0" if reason else ""
+
+
+def without_cached_states(config: PairConfig) -> PairConfig:
+    """Return a pair whose prefix caches hold no recurrent states that must not be cached.
+
+    These are all on a CPU, where vLLM 0.32 ends the engine at some of them, and those of a student that drafts, because cached
+    states move between blocks.
+
+    Raises:
+        ValueError: a prefix cache that was asked for and must be off; a side that cannot take part in speculation.
+    """
+    for side in ("teacher", "student"):
+        model, kwargs = _model_config(config, side), config.side_kwargs(side)
+        drafts = config.num_speculative_tokens != 0
+        if drafts and (reason := no_drafts(side, model)):
+            raise ValueError(f"num_speculative_tokens: {reason}")
+        goes_back = drafts and side == "student"
+        if not model.has_inner_state or not (goes_back or current_platform.is_cpu()):
+            continue
+        own = f"{side}_kwargs"
+        if kwargs.get("enable_prefix_caching"):
+            field = own if "enable_prefix_caching" in getattr(config, own) else "engine_kwargs"
+            why = "go back by a rejected draft (num_speculative_tokens)" if goes_back else "vLLM cannot cache on a CPU"
+            raise ValueError(
+                f"the {side} {model.model!r} has recurrent layers (Mamba, linear attention), whose states {why}; "
+                f"set {field}['enable_prefix_caching']=False"
+            )
+        quiet = {**getattr(config, own), "enable_prefix_caching": False}
+        config = replace(config, teacher_kwargs=quiet) if side == "teacher" else replace(config, student_kwargs=quiet)
+    return config
+
+
+def _model_config(config: PairConfig, side: str) -> ModelConfig:
+    arguments = as_text({**config.side_kwargs(side), "model": getattr(config, side), "max_model_len": None})
+    with (
+        mock.patch.object(envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, create=True),  # no engine: no warning about its seed
+        mock.patch.object(type(current_platform), "verify_quantization"),
+        refusals(),
+    ):
+        return EngineArgs(**arguments).create_model_config()
 
 
 def _refused_here(quantization: str | None) -> str:

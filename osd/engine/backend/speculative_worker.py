@@ -21,7 +21,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from osd.engine.backend.configuration import chooses_drafts, most_drafts
-from osd.engine.backend.layers import no_drafts
 from osd.engine.backend.recurrent_states import RecurrentStates, with_copies
 from osd.engine.backend.sampler import StepInputs, counts, sampler_output
 from osd.engine.backend.scheduler import PairStep
@@ -89,9 +88,6 @@ class SpeculativeWorker(PairWorker):
 
     def init_device(self) -> None:
         super().init_device()
-        for side, config in (("teacher", self.vllm_config), ("student", self.student_config)):
-            if reason := no_drafts(side, config.model_config, caching=bool(config.cache_config.enable_prefix_caching)):
-                raise ValueError(f"num_speculative_tokens: {reason}")
         self._pass_rows: dict[int, tuple[Any, PassRows]] = {}
         # Before the teacher's model is built, so that its graphs and buffers have room for the drafts.
         runner, drafts = self.model_runner, most_drafts(self.vllm_config)

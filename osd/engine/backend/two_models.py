@@ -52,7 +52,6 @@ class TwoModelWorker(Worker):
         cpu.install_kernels()
         self.distributed_init_method = cpu.init_method_of_this_run(self.distributed_init_method)
         self.student_config = student_vllm_config(self.vllm_config)
-        _refuse_cached_states(teacher=self.vllm_config, student=self.student_config)
         super().init_device()
         with set_current_vllm_config(self.student_config):
             self.student_runner = type(self.model_runner)(self.student_config, self.device)
@@ -223,16 +222,6 @@ class TwoModelWorker(Worker):
             finally:
                 for model in models:
                     free(model)
-
-
-def _refuse_cached_states(**configs: VllmConfig) -> None:
-    """Raise on a CPU if recurrent states were to be cached: vLLM 0.32's CPU build ends the engine at some of them."""
-    for side, config in configs.items():
-        if current_platform.is_cpu() and config.model_config.has_inner_state and config.cache_config.enable_prefix_caching:
-            raise ValueError(
-                f"{side} {config.model_config.model!r} has recurrent layers (Mamba, linear attention), whose states vLLM "
-                "cannot cache on a CPU; set engine_kwargs['enable_prefix_caching']=False"
-            )
 
 
 def _allocator() -> Any:
