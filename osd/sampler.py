@@ -78,7 +78,7 @@ class OptimalSamplingV1:
             mixture=kwargs.pop("mixture", MixingConfig.mixture),
         )
         num_speculative_tokens = speculative_tokens(num_speculative_tokens)
-        _refuse_sampling(kwargs)
+        _refuse_misplaced(kwargs)
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt
         self.enable_chat_template = enable_chat_template
@@ -257,8 +257,13 @@ class OptimalSamplingV1:
         self.close()
 
 
-def _refuse_sampling(kwargs: Mapping[str, Any]) -> None:
-    """Refuse sampling arguments among engine arguments (``seed`` is both)."""
+def _refuse_misplaced(kwargs: Mapping[str, Any]) -> None:
+    """Refuse ``engine_kwargs``, and sampling arguments among engine arguments (``seed`` is both)."""
+    if "engine_kwargs" in kwargs:
+        raise ValueError(
+            f"engine_kwargs={kwargs['engine_kwargs']!r}: engine arguments are given directly, as "
+            "OptimalSamplingV1(..., max_num_seqs=8)"
+        )
     for name in kwargs:
         if name in TAKEN and name != "seed":
             raise ValueError(f"{name}={kwargs[name]!r} is a sampling argument; give it to generate()")

@@ -258,11 +258,13 @@ def test_architectures_that_complete_no_text_are_refused(changes, message, tmp_p
         assert len(report.sampling) < 400
 
 
-@pytest.mark.parametrize("file", [None, "adapter_model.safetensors"])
-def test_a_folder_without_weights_is_refused(file, tmp_path, tiny_pair):
+@pytest.mark.parametrize(
+    "files", [[], ["adapter_model.safetensors"], ["optimizer.pt", "scaler.pt"], ["._model.safetensors"], ["x.safetensors/"]]
+)
+def test_a_folder_without_weights_is_refused(files, tmp_path, tiny_pair):
     (tiny_model(tmp_path) / "model.safetensors").unlink()
-    if file:
-        (tmp_path / file).write_bytes(b"")
+    for name in files:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_bytes(b"")
     refused_everywhere(tmp_path, tiny_pair[0], "the folder has no weights")
 
 
@@ -274,15 +276,23 @@ def test_a_folder_without_weights_is_refused(file, tmp_path, tiny_pair):
         ("model.safetensors", -1, r"model.safetensors is no whole file .* not fully covered"),
         ("pytorch_model.bin", 0, r"pytorch_model.bin is no whole file of weights \(it is empty\)"),
         ("pytorch_model.bin", -30, r"pytorch_model.bin is no whole file .*its end is missing"),
+        ("pytorch_model.bin", b"version https://git-lfs", r"pytorch_model.bin is no whole file .*begins with b'version https"),
+        ("model.safetensors", None, r"model.safetensors is no whole file of weights \(it cannot be read: No such file"),
     ],
 )
-def test_weights_that_are_cut_short_are_refused(file, kept, message, tmp_path, tiny_pair):
+def test_weights_that_are_cut_short_or_of_another_kind_are_refused(file, kept, message, tmp_path, tiny_pair):
     whole = tiny_model(tmp_path) / "model.safetensors"
     if file == "pytorch_model.bin":
         torch.save(load_file(whole), tmp_path / file)
         whole.unlink()
+    (tmp_path / "._model.safetensors").write_bytes(b"\0\5\26\7")  # of macOS; vLLM reads no hidden files
+    (tmp_path / "folder.safetensors").mkdir()
     check_weights(PairConfig(teacher=str(tmp_path), student=str(tmp_path)))
-    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:kept])
+    if kept is None:
+        whole.unlink()
+        whole.symlink_to("absent")
+    else:
+        (tmp_path / file).write_bytes(kept if isinstance(kept, bytes) else (tmp_path / file).read_bytes()[:kept])
     refused_everywhere(tmp_path, tiny_pair[0], message)
 
 
@@ -298,8 +308,17 @@ def test_weights_that_are_cut_short_are_refused(file, kept, message, tmp_path, t
             "model-00002-of-00002.safetensors is no whole file",
         ),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
-            r"\S+.index.json cannot be read",
+            lambda folder: [next(folder.glob(name)).unlink() for name in ("*-00002-*", "*.index.json")],
+            "1 of the 2 files model-.*.safetensors are not there",
+        ),
+        *(
+            (lambda folder, text=text: (folder / "model.safetensors.index.json").write_text(text), message)
+            for text, message in [
+                ("{", r"\S+.index.json cannot be read"),
+                ("[]", r"\S+.index.json has no weight_map"),
+                ('{"weight_map": {}}', r"\S+.index.json has no weight_map"),
+                ('{"weight_map": {"a": null, "b": "x"}}', r"\S+.index.json has no weight_map"),
+            ]
         ),
     ],
 )
@@ -310,6 +329,36 @@ def test_shards_that_are_missing_or_damaged_are_refused(damage, message, tmp_pat
     check_weights(PairConfig(teacher=str(tmp_path), student=str(tmp_path)))
     damage(tmp_path)
     refused_everywhere(tmp_path, tiny_pair[0], message)
+
+
+def test_a_cached_model_is_refused_where_a_file_is_damaged(tmp_path):
+    folder = tmp_path / "models--a--b" / "snapshots" / "0"
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("0")
+    pair = PairConfig(teacher="not/cached", student="a/b", engine_kwargs={"download_dir": str(tmp_path)})
+    check_weights(pair)  # what is absent is downloaded
+    file = tiny_model(folder) / "model.safetensors"
+    (folder / "model-00001-of-00002.safetensors").symlink_to("absent")
+    check_weights(pair)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"student='a/b': model.safetensors is no whole .*; delete '{file}', and it is down"):
+        check_weights(pair)
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_a_dry_run_refuses_damaged_weights(command, tmp_path, tiny_pair, capsys):
+    tiny_model(tmp_path / "student")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "w7"}\n')
+    given = {"model_name_or_path": tmp_path / "student", "teacher_model_name_or_path": tiny_pair[0], "dry_run": "true"}
+    given |= {"input": tmp_path / "in.jsonl", "max_completion_length": 2}
+    argv = [command, *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
+    cli.main(argv)
+    (tmp_path / "student" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "model.safetensors is no whole file of weights (it is empty); copy" in err
 
 
 def refused_everywhere(student, teacher, message):

@@ -214,6 +214,7 @@ def test_bad_calls_are_refused_before_sampling(sampler, call, message):
         (dict(alpha_method="fixed", fixed_alpha=1.5), "fixed_alpha"),
         (dict(max_modle_len=12), "max_modle_len"),
         (dict(mixture="linear"), "linear"),
+        (dict(engine_kwargs={"max_num_seqs": 8}), r"given directly, as OptimalSamplingV1\(..., max_num_seqs=8"),
         (dict(temperature=0.5), "temperature=0.5 is a sampling argument"),
         (dict(chat_template_kwargs={"tokenize": False}), "is set by OSD"),
     ],

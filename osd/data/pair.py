@@ -65,12 +65,13 @@ class EnginePair:
         engine: a running engine of these models, whose mixing is set with every call; the caller closes it.
 
     Raises:
-        ValueError: models that are missing or have different tokenizers, engine arguments that vLLM does not have.
+        ValueError: models that are missing, damaged or have different tokenizers, engine arguments that vLLM does not have.
     """
 
     def __init__(self, settings: GenerateConfig | CompareConfig, *, engine: PairEngine | None = None) -> None:
         from osd.engine.engine import PairConfig, checked_params
         from osd.validate_models import check_models, load_tokenizer
+        from osd.weight_files import check_weights
 
         self.mixing, self.quiet = settings.mixing(), settings.quiet
         kwargs: dict[str, Any] = settings.pair_kwargs()
@@ -83,6 +84,8 @@ class EnginePair:
         )
         checked_params(settings.sampling())
         check_models(self.config)
+        if engine is None:
+            check_weights(self.config)
         self._engine, self._owned = engine, engine is None
         self.teacher_tokenizer, self.student_tokenizer = (load_tokenizer(self.config, side) for side in ("teacher", "student"))
 
