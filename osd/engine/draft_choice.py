@@ -33,10 +33,11 @@ class _Acceptance:
     def add(self, drafts: int, tokens: Sequence[int]) -> None:
         """Count the verdicts of one step: ``tokens`` of each request, at most ``drafts`` + 1. Older steps count less."""
         for place in range(len(self._verdicts)):
-            reached, accepted = (sum(count > least for count in tokens) for least in (place, place + 1))
-            judged = place < drafts
-            self._verdicts[place] = (1 - 1 / _REMEMBERED) * self._verdicts[place] + judged * reached
-            self._accepted[place] = (1 - 1 / _REMEMBERED) * self._accepted[place] + judged * accepted
+            self._verdicts[place] *= 1 - 1 / _REMEMBERED
+            self._accepted[place] *= 1 - 1 / _REMEMBERED
+            if place < drafts:
+                self._verdicts[place] += sum(count > place for count in tokens)
+                self._accepted[place] += sum(count > place + 1 for count in tokens)
 
     def tokens(self, drafts: int) -> float:
         """Return the expected tokens of a cycle; a place without verdicts has the rate of the place before it."""

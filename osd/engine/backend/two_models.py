@@ -182,9 +182,8 @@ class TwoModelWorker(Worker):
         is_student = self.model_runner is getattr(self, "student_runner", None)
         if not (is_student and self.vllm_config.model_config.enable_sleep_mode):
             return super()._maybe_get_memory_pool_context(tag)
-        return _allocator().use_memory_pool(
-            tag=tag
-        )  # vLLM's own raises: it takes the teacher's weights for those of another engine
+        # vLLM's own raises: it takes the teacher's weights for those of another engine.
+        return _allocator().use_memory_pool(tag=tag)
 
     def sleep(self, level: int = 1) -> None:
         """Free the memory of both sides' weights and caches; the weights are backed up on the host, the caches are lost."""
