@@ -30,7 +30,7 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What one row of the result measures.
+    """A setting of an engine that one row of the result measures.
 
     Attributes:
         name: a number of drafts, "auto", "teacher" or "student".

@@ -95,6 +95,21 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
+def between_parts(trainer, kill, monkeypatch):
+    """Call `kill` between two parts of the weights of the third step's sync."""
+    check, parts = transport.check, []
+
+    def counted(answer):
+        check(answer)
+        if trainer.state.global_step == 2:
+            parts.append(answer)
+            if len(parts) == 3:
+                kill()
+
+    monkeypatch.setattr(transport, "PART_BYTES", 1)
+    monkeypatch.setattr(transport, "check", counted)
+
+
 # -- the server is killed -----------------------------------------------------------------------------------------------
 
 
@@ -103,11 +118,10 @@ def test_a_server_killed_in_mid_step_and_in_mid_sync_changes_nothing(tiny_pair, 
     servers, again = mortal
     fields = {"max_completion_length": 120, "max_steps": 4}
     undisturbed = run(trainer_of(tiny_pair, tmp_path, servers[0].url, **fields))
-    monkeypatch.setattr(transport, "PART_BYTES", 1)
-    losses, parts, kills = [], [], []
+    losses, kills = [], []
     trainer = trainer_of(tiny_pair, tmp_path, servers[0].url, **fields)
     engine = trainer.vllm_generation.engine
-    finish, ask, check = engine.finish, engine._ask_once, transport.check
+    finish, ask = engine.finish, engine._ask_once
 
     def watched(batch):
         try:
@@ -122,15 +136,8 @@ def test_a_server_killed_in_mid_step_and_in_mid_sync_changes_nothing(tiny_pair, 
             kills[0].start()
         ask(batch)
 
-    def killed_in_sync(answer):
-        check(answer)
-        if trainer.state.global_step == 2:
-            parts.append(answer)
-            if len(parts) == 3:
-                again()
-
     engine.finish, engine._ask_once = watched, killed_in_step
-    monkeypatch.setattr(transport, "check", killed_in_sync)
+    between_parts(trainer, again, monkeypatch)
     assert run(trainer) == undisturbed
     assert len(servers) == 3
     assert losses, "no kill hit a batch that was being sampled: nothing was tested"
@@ -143,7 +150,7 @@ def trained_while_killed(trainer, again, monkeypatch, place="sample"):
         the student's weights at every step, the batches with their prompts, and in `hit[0]` how many completions of each
         batch in the background had come when the server was killed.
     """
-    take, check, weights, batches, hit, parts = RemoteEngine._take, transport.check, [], [], [], []
+    take, weights, batches, hit = RemoteEngine._take, [], [], []
     engine = trainer.vllm_generation.engine
 
     def kill():
@@ -155,18 +162,10 @@ def trained_while_killed(trainer, again, monkeypatch, place="sample"):
         if threading.current_thread() is not threading.main_thread() and not hit:
             kill()
 
-    def kill_between_parts(answer):
-        check(answer)
-        if trainer.state.global_step == 2:
-            parts.append(answer)
-            if len(parts) == 3:
-                kill()
-
     if place == "sample":
         monkeypatch.setattr(RemoteEngine, "_take", kill_at_first)
     else:
-        monkeypatch.setattr(transport, "PART_BYTES", 1)
-        monkeypatch.setattr(transport, "check", kill_between_parts)
+        between_parts(trainer, kill, monkeypatch)
     trainer.add_callback(EachStep(lambda: weights.append(copy.deepcopy(trainer.model).eval())))
     with trainer:
         watch(trainer, lambda prompts: batches.append((prompts, trainer.vllm_generation.last_batch)))
